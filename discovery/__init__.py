@@ -1,0 +1,1 @@
+"""Knows which backends exist and which of them are healthy."""

@@ -1,0 +1,1 @@
+"""Joins policies, discovery and observability, and moves the bytes."""

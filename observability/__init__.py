@@ -1,0 +1,1 @@
+"""Hears what happened and shows it: metrics, traces, logs."""
