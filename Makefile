@@ -1,0 +1,52 @@
+# Everything a newcomer needs: `make run` and `make test`. No root; Python 3.11 or newer, git and make.
+
+PYTHON = $(firstword $(foreach name,python3.11 python3.12 python3.13 python3, \
+    $(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
+SOURCES := gateway discovery policies observability reference_backend benchmarks tests
+
+.PHONY: setup run test check fmt lock bench-peers clean
+.DEFAULT_GOAL := setup
+
+setup: $(VENV)/.installed
+	@sh .ci/install_torch.sh $(BIN)/python
+
+run: setup
+	@$(BIN)/weir up
+
+test: setup
+	@$(BIN)/python -m pytest
+
+check: $(VENV)/.installed
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+fmt: $(VENV)/.installed
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+# Pins what the environment holds now. Upgrade there, test, then `make lock`. The local part of torch's version
+# (+cpu, +cu130) is the machine's choice and not pinned.
+lock: setup
+	@$(BIN)/python -m pip freeze --all --exclude-editable | sed 's/^\(torch==[^+]*\)+.*/\1/' > constraints.txt
+
+# The other gateways, each in its own folder under benchmarks/peers/: see docs/benchmarks.md.
+bench-peers: setup
+	@sh benchmarks/install_peers.sh
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+
+# The stamp is newer than what it was made from, or it is made again. pip itself comes first: groups need 25.1.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found; install python3.11 (or newer) and try again" >&2; exit 3; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	    echo "make: $(PYTHON) cannot make environments; install its venv package (Debian: python3-venv) and try again" >&2; exit 3; }
+	@echo "installing Weir into $(VENV) (about a minute)"
+	@$(PIP) pip setuptools
+	@$(PIP) --no-build-isolation --editable '.[local]' --group dev --group tests
+	@touch $@
