@@ -1,0 +1,118 @@
+"""What a backend's head means: pure. Which answers pass, how they are framed, and which are failures.
+
+Only answers that can be told whole from cut are let through: framed by Content-Length or chunks, or, ended by the
+connection's end, those that say themselves that they are complete (an event stream's last event, a JSON document).
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Final
+
+from gateway.call import Call
+from gateway.headers import is_sane_value, passing_name
+from policies.retry import Failure
+
+HOLD_BYTES: Final = 1024 * 1024
+
+
+class Mode(Enum):
+    """How an answer's body goes to the client."""
+
+    EVENTS = "events"  # event by event, as they come
+    HOLD = "hold"  # JSON up to HOLD_BYTES: sent when it is whole, so that a broken one can still become a 502
+    RAW = "raw"  # bytes as they come
+    EMPTY = "empty"  # no body
+
+
+class AnswerHead:
+    """The head of one answer, sorted. Attributes are plain: one is made for each answer."""
+
+    __slots__ = (
+        "chunked",
+        "content_type",
+        "encoded",
+        "length",
+        "lines",
+        "load_report",
+        "malformed",
+        "not_started",
+        "retry_after",
+        "status",
+    )
+
+    def __init__(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        self.status = status
+        self.length: int | None = None
+        self.chunked = self.encoded = self.malformed = self.not_started = False
+        self.content_type = self.load_report = self.retry_after = b""
+        self.lines: list[bytes] = []
+        for name, value in headers:
+            self._sort(name, value)
+
+    def _sort(self, name: bytes, value: bytes) -> None:
+        passing = passing_name(name)
+        if passing is None:
+            self._sort_inner(name.lower(), value)
+            return
+        if not is_sane_value(value):
+            self.malformed = True
+            return
+        if passing == b"content-type":
+            self.content_type = value.lower()
+        elif passing == b"content-encoding":
+            self.encoded = value.lower() != b"identity"
+        self.lines.append(b"%b: %b\r\n" % (passing, value))
+
+    def _sort_inner(self, name: bytes, value: bytes) -> None:
+        if name == b"content-length":
+            self.malformed |= self.length is not None or not value.isdigit() or len(value) > 18
+            self.length = 0 if self.malformed else int(value)
+        elif name == b"transfer-encoding":
+            self.malformed |= self.chunked or value.lower() != b"chunked"
+            self.chunked = True
+        elif name == b"endpoint-load-metrics":
+            self.load_report = value
+        elif name == b"x-backend-not-started":
+            self.not_started = True
+        elif name == b"retry-after":
+            self.retry_after = value
+
+
+def judge(call: Call, head: AnswerHead) -> Mode | Failure:
+    """Does this head begin an answer that may pass to the client (and how), or is it a failure?"""
+    status = head.status
+    if head.malformed or not 200 <= status <= 599 or 300 <= status <= 399 or (head.chunked and head.length is not None):
+        return Failure.PROTOCOL
+    if status == 429:
+        return Failure.BUSY
+    if status >= 500:
+        return Failure.NOT_STARTED if status == 503 and head.not_started else Failure.SERVER_ERROR
+    if call.method == "HEAD" or status == 204:
+        return Mode.EMPTY
+    if call.protocol == "http":
+        return _mode_of_plain(head)
+    return _mode_of_api(call, head)
+
+
+def _mode_of_plain(head: AnswerHead) -> Mode | Failure:
+    if head.content_type.startswith(b"text/event-stream") and not head.encoded:
+        return Mode.EVENTS if head.chunked else Failure.PROTOCOL
+    return Mode.RAW if head.chunked or head.length is not None else Failure.PROTOCOL
+
+
+def _mode_of_api(call: Call, head: AnswerHead) -> Mode | Failure:
+    kind = head.content_type
+    is_json = kind.startswith(b"application/json")
+    if head.encoded or kind.startswith(b"text/html") or head.status in (401, 403, 407):
+        # 401/403: the backend does not know *us*; the client's own token was fine
+        return Failure.PROTOCOL
+    if kind.startswith(b"text/event-stream"):
+        return Mode.EVENTS
+    if head.status >= 400 and not is_json:
+        return Failure.PROTOCOL
+    if is_json and (head.length is None or head.length <= HOLD_BYTES):
+        return Mode.HOLD
+    if call.stream and not is_json:
+        return Failure.PROTOCOL
+    return Mode.RAW if head.chunked or head.length is not None else Failure.PROTOCOL

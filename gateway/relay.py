@@ -1,0 +1,391 @@
+r"""Forward, the answer's half: one backend's answer on its way to the client, byte by byte.
+
+The relay is what a connection talks to. It decides nothing about other attempts: it ends with an `Ending`, and whoever
+awaits `wait()` reads it. Its states:
+
+    WAITING   => PASSING (a head that may pass) or ENDED (failure: nothing has gone out, another backend may be tried)
+    PASSING   => ENDED, whole (the client has all) or broken (one error event where the protocol has one, then cut)
+
+Memory per answer is bounded: a JSON answer is held up to HOLD_BYTES, an event up to MAX_EVENT_BYTES, and beyond the
+client's write buffer (64 KiB) the backend is not read.
+
+Chunks are framed anew and not passed through as they came: so chunk extensions and trailers of a hostile backend end
+here, and an error event can always be placed. The bytes of the body are the backend's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from gateway import sse
+from gateway.answer import HOLD_BYTES, AnswerHead, Mode, judge
+from gateway.headers import STATUS_LINES
+from gateway.rescue import error_event
+from policies.errors import Draining, Refusal, UpstreamFailed, UpstreamTimeout
+from policies.retry import Failure
+
+if TYPE_CHECKING:
+    from gateway.call import Call
+    from gateway.server import ClientConnection
+    from gateway.trail import Trail
+    from gateway.upstream.connection import Connection
+    from policies.policy import Timeouts
+
+KEEP_ALIVE_SECONDS = 15.0  # silence after which an event stream gets a comment, so that nobody between closes it
+CLIENT_STALL_SECONDS = 30.0
+_KEEP_ALIVE = b": still working\n\n"
+
+
+class Ending(NamedTuple):
+    """How an answer ended. `reason` is one of observability.events.END_REASONS."""
+
+    reason: str
+    failure: Failure | None = None  # set while nothing has gone out
+
+
+_FAILURE_REASONS = {
+    Failure.PROTOCOL: "upstream_protocol",
+    Failure.BUSY: "shed",
+    Failure.NOT_STARTED: "upstream_error",
+    Failure.SERVER_ERROR: "upstream_error",
+    Failure.RESET: "upstream_reset",
+    Failure.STALE: "upstream_reset",
+    Failure.FIRST_BYTE_TIMEOUT: "upstream_timeout",
+}
+_BREAK_FAILURES = {
+    "eof": Failure.RESET,
+    "upstream_reset": Failure.RESET,
+    "upstream_timeout": Failure.FIRST_BYTE_TIMEOUT,
+}
+
+
+class Relay:
+    """One answer. Make it, `connection.start(relay, ...)`, `await relay.wait()`, `relay.release()` whatever happens."""
+
+    __slots__ = (
+        "_activity", "_client", "_connection", "_done", "_held", "_held_bytes", "_loop", "_mode", "_out", "_scanner",
+        "_stalled_since", "_timer", "call", "committed", "ending", "head", "headers", "lines", "timeouts", "trail",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        call: Call,
+        trail: Trail,
+        client: ClientConnection,
+        connection: Connection,
+        timeouts: Timeouts,
+        lines: bytes,
+    ) -> None:
+        self.call = call
+        self.trail = trail
+        self.timeouts = timeouts
+        self.lines = lines  # header lines about this attempt: x-weir-*
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.head: AnswerHead | None = None
+        self.committed = False  # the head has gone out: there is no second answer
+        self.ending: Ending | None = None
+        self._client = client
+        self._connection = connection
+        self._mode: Mode | None = None
+        self._scanner: sse.Scanner | None = None
+        self._out: list[bytes] = []  # body bytes to send at the next flush
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+        self._loop = asyncio.get_running_loop()
+        self._done: asyncio.Future[None] | None = None
+        self._activity = trail.mark
+        self._stalled_since = 0.0
+        now = trail.mark
+        due = min(now + timeouts.first_byte, trail.start + timeouts.total)
+        self._timer = self._loop.call_later(max(0.0, due - now), self._tick)
+        client.relay = self
+
+    def __repr__(self) -> str:
+        mode = self._mode.value if self._mode else "waiting"
+        return f"<Relay {mode} committed={self.committed} ending={self.ending}>"
+
+    async def wait(self) -> Ending:
+        """Until the answer has ended; back-pressure included."""
+        if self.ending is None:
+            self._done = self._loop.create_future()
+            await self._done
+        assert self.ending is not None  # noqa: S101  _done is set only by _end
+        return self.ending
+
+    def release(self) -> None:
+        """Give back what the answer held. A connection whose answer is not whole is closed here."""
+        self._timer.cancel()
+        self._client.relay = None
+        self._connection.finish(self.trail.clock())
+
+    # What the connection tells
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append((name, value))
+
+    def on_head(self, status: int) -> None:
+        if self.ending is not None:
+            return
+        self.head = head = AnswerHead(status, self.headers)
+        verdict = judge(self.call, head)
+        if isinstance(verdict, Failure):
+            self._fail(verdict)
+            return
+        self._mode = verdict
+        if verdict is Mode.EVENTS:
+            self._scanner = sse.Scanner(self.call.path)
+
+    def on_body(self, data: bytes) -> None:
+        if self.ending is not None:
+            return
+        if self._mode is Mode.HOLD:
+            self._held.append(data)
+            self._held_bytes += len(data)
+        elif self._scanner is not None:
+            try:
+                whole = self._scanner.feed(data)
+            except sse.EventTooLarge:
+                self._break("upstream_protocol")
+                return
+            if whole:
+                self._out.append(whole)
+        elif self._mode is Mode.RAW:
+            self._out.append(data)
+
+    def on_end(self) -> None:
+        """The framing says that the answer is whole."""
+        if self.ending is not None:
+            return
+        if self._mode is Mode.HOLD:
+            self._send_held()
+        elif self._scanner is not None:
+            self._end_events(self._scanner)
+        else:
+            self._commit_and_flush(last=True)
+            self._end("ok")
+
+    def on_flush(self) -> None:
+        """All callbacks of one read are done: send what there is."""
+        self._activity = self.trail.clock()
+        if self.ending is not None:
+            return
+        if self._out:
+            self._commit_and_flush()
+        elif self._mode is Mode.EMPTY:
+            self._commit_and_flush(last=True)
+            self._end("ok")
+        elif self._held_bytes > HOLD_BYTES:
+            self._mode = Mode.RAW
+            self._out, self._held = self._held, []
+            self._commit_and_flush()
+
+    def on_broken(self, reason: str) -> None:
+        """The connection ended or sent what is not HTTP. `eof` is the clean end of the connection."""
+        if self.ending is not None:
+            return
+        if reason == "eof" and self.head is not None and not self.head.chunked and self.head.length is None:
+            if self._scanner is not None:
+                self._end_events(self._scanner)
+                return
+            if self._mode is Mode.HOLD and _is_json(b"".join(self._held)):
+                self._send_held()
+                return
+        self._break(reason)
+
+    # What the client's connection tells
+
+    def pause(self) -> None:
+        """The client reads too slowly: stop reading the backend."""
+        self._stalled_since = self.trail.clock()
+        self._connection.pause()
+
+    def resume(self) -> None:
+        if self._stalled_since:
+            self._activity = self.trail.clock()
+            self._stalled_since = 0.0
+        if self.ending is None:
+            self._connection.resume()
+        elif self._done is not None and not self._done.done():
+            self._done.set_result(None)
+
+    def drain(self) -> None:
+        """The gateway ends and cannot wait any longer."""
+        if self.ending is None:
+            self._break("drain")
+
+    # Time
+
+    def _tick(self) -> None:
+        now = self.trail.clock()
+        timeouts = self.timeouts
+        total_due = self.trail.start + timeouts.total
+        if self._stalled_since:
+            due, reason = self._stalled_since + CLIENT_STALL_SECONDS, "client_slow"
+        elif self.head is None:
+            due, reason = self.trail.mark + timeouts.first_byte, "upstream_timeout"
+        else:
+            due, reason = self._activity + timeouts.idle, "upstream_timeout"
+        if total_due < due:
+            due, reason = total_due, "upstream_timeout"
+        if now >= due:
+            self._give_up(reason)
+            return
+        quiet_until = self._activity + KEEP_ALIVE_SECONDS
+        if self._scanner is not None and self.committed and not self._stalled_since:
+            if now >= quiet_until:
+                self._send(self._framed(_KEEP_ALIVE))
+                quiet_until = now + KEEP_ALIVE_SECONDS
+            due = min(due, quiet_until)
+        self._timer = self._loop.call_later(max(0.001, due - now), self._tick)
+
+    def _give_up(self, reason: str) -> None:
+        if self.ending is not None:  # all but the client's reading is done
+            self._client.abort()
+            self.ending = Ending(reason)
+            if self._done is not None and not self._done.done():
+                self._done.set_result(None)
+        else:
+            self._break(reason)
+
+    # Endings
+
+    def _send_held(self) -> None:
+        head = self.head
+        assert head is not None  # noqa: S101  held bytes come after a head
+        body = self._held[0] if len(self._held) == 1 else b"".join(self._held)
+        trail = self.trail
+        if head.status < 400:
+            trail.tokens_in, trail.tokens_out = sse.usage_of(body)
+        head.length, head.chunked = len(body), False
+        self._out = [body] if body else []
+        self._commit_and_flush(last=True)
+        self._end("ok")
+
+    def _end_events(self, scanner: sse.Scanner) -> None:
+        rest = scanner.rest()
+        trail = self.trail
+        trail.tokens_in, trail.tokens_out = scanner.tokens_in, scanner.tokens_out
+        if not scanner.is_whole and not scanner.errored:
+            self._break("stream_truncated")
+            return
+        if rest:
+            self._out.append(rest)
+        if not scanner.terminated and scanner.is_finished and not scanner.errored:
+            self._out.append(b"data: [DONE]\n\n")
+        self._commit_and_flush(last=True)
+        self._end("upstream_error" if scanner.errored else "ok")
+
+    def _break(self, reason: str) -> None:
+        """The answer will never be whole."""
+        if not self.committed and self._mode is Mode.EVENTS and self._out:
+            self._commit_and_flush()
+        if not self.committed:
+            self._fail(self._failure_of(reason), reason)
+            return
+        client = self._client
+        if self._out:
+            self._commit_and_flush()
+        if self._scanner is not None:
+            self.trail.tokens_in, self.trail.tokens_out = self._scanner.tokens_in, self._scanner.tokens_out
+            event = error_event(self.call.protocol, _refusal_of(reason), self.call.request_id)
+            if event:
+                self._send(self._framed(event))
+        if self.call.http10 and self._is_unframed():
+            client.abort()  # ending cleanly would make it look whole
+        else:
+            client.cut()
+        self._end("stream_truncated" if reason in ("eof", "upstream_reset") else reason)
+
+    def _failure_of(self, reason: str) -> Failure:
+        if self.head is not None or self._connection.got_bytes:
+            return Failure.FIRST_BYTE_TIMEOUT if reason == "upstream_timeout" else Failure.PROTOCOL
+        if reason in ("eof", "upstream_reset") and self._connection.reused:
+            return Failure.STALE
+        return _BREAK_FAILURES.get(reason, Failure.PROTOCOL)
+
+    def _fail(self, failure: Failure, reason: str = "") -> None:
+        named = reason if reason in ("drain", "client_slow") else _FAILURE_REASONS[failure]
+        self._end(named, failure)
+
+    def _end(self, reason: str, failure: Failure | None = None) -> None:
+        self.ending = Ending(reason, failure)
+        if self._stalled_since and failure is None and reason == "ok":
+            return  # resume() or the stall's end wakes the waiter: the client has not read all yet
+        if self._done is not None and not self._done.done():
+            self._done.set_result(None)
+
+    # Bytes out
+
+    def _is_unframed(self) -> bool:
+        return self.head is not None and self.head.length is None
+
+    def _commit_and_flush(self, *, last: bool = False) -> None:
+        out = self._out
+        data = out[0] if len(out) == 1 else b"".join(out)
+        if out:
+            self._out = []
+        framed = self._framed(data) if data else b""
+        if last and self._chunks:
+            framed += b"0\r\n\r\n"
+        if not self.committed:
+            framed = self._head_bytes() + framed
+            self.committed = True
+        if data and self.trail.first_token < 0:
+            self.trail.first_token = self.trail.clock() - self.trail.start
+        if framed:
+            self._send(framed)
+
+    @property
+    def _chunks(self) -> bool:
+        return self._is_unframed() and self._mode is not Mode.EMPTY and not self.call.http10
+
+    def _framed(self, data: bytes) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(data), data) if self._chunks else data
+
+    def _send(self, data: bytes) -> None:
+        self.trail.bytes_out += len(data)
+        self._client.write(data)
+
+    def _head_bytes(self) -> bytes:
+        head, call, trail = self.head, self.call, self.trail
+        assert head is not None  # noqa: S101  only an answer that has one is committed
+        trail.upstream += trail.lap()
+        trail.status = head.status
+        if head.length is not None:
+            framing = b"content-length: %d\r\n" % head.length
+        elif self._chunks:
+            framing = b"transfer-encoding: chunked\r\n"
+        else:
+            framing = b""
+            call.keep_alive = call.keep_alive and self._mode is Mode.EMPTY
+        return b"".join(
+            (
+                STATUS_LINES[head.status],
+                *head.lines,
+                framing,
+                b"x-accel-buffering: no\r\n" if self._scanner is not None else b"",
+                self.lines,
+                trail.account,
+                trail.server_timing(),
+                b"\r\n" if call.keep_alive else b"connection: close\r\n\r\n",
+            )
+        )
+
+
+def _is_json(document: bytes) -> bool:
+    try:
+        msgspec.json.decode(document, type=msgspec.Raw)
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def _refusal_of(reason: str) -> Refusal:
+    if reason == "drain":
+        return Draining("The gateway is shutting down; the answer is incomplete.")
+    if reason == "upstream_timeout":
+        return UpstreamTimeout("The backend stopped sending; the answer is incomplete.")
+    return UpstreamFailed("The backend's answer broke off; the answer is incomplete.")

@@ -1,0 +1,134 @@
+r"""Server-sent events, looked into only as far as needed: where an event ends, and the few that say something to us.
+
+An event ends at an empty line; lines end with LF, CRLF or CR (WHATWG HTML, 9.2.6). Bytes are never changed. What has
+not ended is held back, so that a stream that breaks can be closed between two events.
+"""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+MAX_EVENT_BYTES = 1024 * 1024
+
+_BOUNDARY = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r)")
+_FINISHED = re.compile(rb'"finish_reason" *: *"').search
+_DATA = re.compile(rb"(?:^|[\r\n])data: ?([^\r\n]*)").findall
+
+# How a stream of each kind says that it is whole. A kind that is not here says it by its framing alone.
+TERMINALS = {
+    "/v1/chat/completions": b"[DONE]",
+    "/v1/completions": b"[DONE]",
+    "/v1/messages": b"message_stop",
+}
+
+
+class EventTooLarge(Exception):
+    """An event grew past MAX_EVENT_BYTES."""
+
+
+class Usage(msgspec.Struct, gc=False):
+    """Token counts under OpenAI's and Anthropic's names."""
+
+    prompt_tokens: int = -1
+    completion_tokens: int = -1
+    input_tokens: int = -1
+    output_tokens: int = -1
+
+
+class _Nested(msgspec.Struct, gc=False):
+    usage: Usage | None = None
+
+
+class _WithUsage(msgspec.Struct, gc=False):
+    usage: Usage | None = None
+    message: _Nested | str | None = None  # Anthropic's message_start
+    response: _Nested | None = None  # OpenAI's response.completed
+
+
+_decode = msgspec.json.Decoder(_WithUsage).decode
+
+
+def usage_of(document: bytes) -> tuple[int, int]:
+    """Tokens (in, out) that a JSON answer or event states; -1 where it does not. Never raises."""
+    try:
+        found = _decode(document)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return -1, -1
+    usage = found.usage
+    if usage is None and found.response is not None:
+        usage = found.response.usage
+    if usage is None and isinstance(found.message, _Nested):
+        usage = found.message.usage
+    if usage is None:
+        return -1, -1
+    tokens_in = usage.prompt_tokens if usage.prompt_tokens >= 0 else usage.input_tokens
+    tokens_out = usage.completion_tokens if usage.completion_tokens >= 0 else usage.output_tokens
+    return tokens_in, tokens_out
+
+
+class Scanner:
+    """Feed bytes, get back the bytes of whole events. `repr` tells what was seen."""
+
+    __slots__ = ("_held", "_last", "_terminal", "errored", "terminated", "tokens_in", "tokens_out")
+
+    def __init__(self, path: str) -> None:
+        self._terminal = TERMINALS.get(path, b"")
+        self._held = b""
+        self._last = (b"", b"")
+        self.terminated = False  # the terminal event of this kind of stream has passed
+        self.errored = False  # the backend reported an error inside the stream
+        self.tokens_in = self.tokens_out = -1
+
+    def __repr__(self) -> str:
+        return f"<Scanner held={len(self._held)} terminated={self.terminated} errored={self.errored}>"
+
+    def feed(self, data: bytes) -> bytes:
+        """The bytes up to the last event that has ended. Raises EventTooLarge."""
+        if self._held or not data.endswith(b"\n\n"):
+            data = self._split(data)
+            if not data:
+                return b""
+        self._last = (self._last[1], data)
+        if b'"usage"' in data:
+            self._note_usage(data)
+        if self._terminal and self._terminal in data:
+            self.terminated = True
+        if b'"error"' in data and (b'data: {"error"' in data or b"event: error" in data):
+            self.errored = True
+        return data
+
+    def _split(self, data: bytes) -> bytes:
+        data = self._held + data
+        end = 0
+        for boundary in _BOUNDARY.finditer(data, max(0, len(self._held) - 3)):
+            end = boundary.end()
+        self._held = data[end:]
+        if len(self._held) > MAX_EVENT_BYTES:
+            raise EventTooLarge
+        return data[:end]
+
+    def _note_usage(self, data: bytes) -> None:
+        for document in _DATA(data):
+            if b'"usage"' in document:
+                tokens_in, tokens_out = usage_of(document)
+                self.tokens_in = max(self.tokens_in, tokens_in)
+                self.tokens_out = max(self.tokens_out, tokens_out)
+
+    def rest(self) -> bytes:
+        """What was held back, once the framing has said that nothing more comes. Ends the scan."""
+        held, self._held = self._held, b""
+        if self._terminal and self._terminal in held:
+            self.terminated = True
+        return held
+
+    @property
+    def is_whole(self) -> bool:
+        """Enough has passed to call the stream complete; `[DONE]` may be missing (then is_finished is true)."""
+        return not self._terminal or self.terminated or self.is_finished
+
+    @property
+    def is_finished(self) -> bool:
+        """An event near the end gave a finish_reason: all but the `[DONE]` was there."""
+        return self._terminal == b"[DONE]" and any(_FINISHED(piece) for piece in self._last)

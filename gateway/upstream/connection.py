@@ -1,0 +1,149 @@
+"""One keep-alive connection to a backend, on httptools' response parser.
+
+A connection carries one `Answer` at a time. It decides nothing: it feeds bytes to the parser and tells the answer what
+came (head, body, end) or how it broke. It goes back to its pool only after a whole answer, with nothing left over.
+
+The parser is llhttp in its strict mode; what it lets through is checked again in `answer.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Protocol
+
+import httptools
+
+if TYPE_CHECKING:
+    from gateway.upstream.pool import Pool
+
+MAX_HEAD_BYTES = 64 * 1024
+
+
+class Answer(Protocol):
+    """Who hears what a connection receives. Called synchronously; must not raise."""
+
+    def on_header(self, name: bytes, value: bytes) -> None: ...
+    def on_head(self, status: int) -> None: ...
+    def on_body(self, data: bytes) -> None: ...
+    def on_end(self) -> None: ...
+    def on_flush(self) -> None: ...
+    def on_broken(self, reason: str) -> None: ...
+
+
+class Connection(asyncio.Protocol):
+    """States: idle (answer is None) => busy (start) => idle (whole answer) or closed (anything else)."""
+
+    __slots__ = ("_head_bytes", "_in_head", "_parser", "answer", "got_bytes", "idle_since", "leftover", "pool", "reused", "transport", "whole")
+
+    transport: asyncio.Transport
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.answer: Answer | None = None
+        self.reused = False  # has carried an answer before
+        self.idle_since = 0.0
+        self.got_bytes = False  # any byte of the current answer
+        self.whole = False  # the current answer has ended as its framing says
+        self.leftover = False  # bytes came after the end of the answer
+        self._in_head = True
+        self._head_bytes = 0
+        self._parser = httptools.HttpResponseParser(self)
+
+    # What the gateway does
+
+    def start(self, answer: Answer, head_and_body: bytes) -> None:
+        """Send a request; from here on `answer` hears what comes."""
+        self.answer = answer
+        self.got_bytes = self.whole = self.leftover = False
+        self._in_head, self._head_bytes = True, 0
+        self.transport.write(head_and_body)
+
+    def finish(self, now: float) -> None:
+        """The answer is over: back to the pool if it was whole and nothing is left over, else close."""
+        self.answer = None
+        if self.whole and not self.leftover and not self.transport.is_closing() and self._parser.should_keep_alive():
+            self.reused = True
+            self.idle_since = now
+            self.pool.put_back(self)
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """Drop the connection at once: the backend sees that nobody listens any more."""
+        self.answer = None
+        self.transport.abort()
+
+    def pause(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.pause_reading()
+
+    def resume(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
+
+    # What the transport does
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101  tells mypy which kind it is
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        answer = self.answer
+        if answer is None:  # nobody asked: whatever it is, it must not reach the next request
+            self.close()
+            return
+        self.got_bytes = True
+        if self._in_head:
+            self._head_bytes += len(data)
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            self._unreadable(answer)
+            return
+        if self._in_head and self._head_bytes > MAX_HEAD_BYTES:
+            self.leftover = True
+            answer.on_broken("upstream_protocol")
+            return
+        answer.on_flush()
+
+    def _unreadable(self, answer: Answer) -> None:
+        self.leftover = True
+        if self.whole:  # the answer itself was fine, junk came behind it
+            answer.on_flush()
+        else:
+            answer.on_broken("upstream_protocol")
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        answer, self.answer = self.answer, None
+        if answer is None:
+            self.pool.forget(self)
+        elif not self.whole:
+            answer.on_broken("eof" if exc is None else "upstream_reset")
+
+    # What the parser finds
+
+    def on_message_begin(self) -> None:
+        if self.whole:
+            self.leftover = True
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self.answer is not None and not self.whole and self._in_head:
+            self.answer.on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        if self.answer is None or self.whole:
+            return
+        self._in_head = False
+        self.answer.on_head(self._parser.get_status_code())
+
+    def on_body(self, data: bytes) -> None:
+        if self.answer is not None and not self.whole:
+            self.answer.on_body(data)
+
+    def on_message_complete(self) -> None:
+        if self.answer is not None and not self.whole:
+            self.whole = True
+            self.answer.on_end()

@@ -1,0 +1,77 @@
+"""Keep-alive connections to one backend.
+
+Last in, first out, so that a burst's extra connections grow old and go. A connection that idled longer than
+`IDLE_SECONDS` is not used again: it is shorter than the usual keep-alive of servers (uvicorn: 5 s), so that a request
+seldom meets a connection that the backend is just closing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections import deque
+
+from discovery.endpoint import Endpoint
+from gateway.upstream.connection import Connection
+
+IDLE_SECONDS = 3.0
+MAX_IDLE = 256
+
+
+class Pool:
+    """`take` an idle connection or `connect` a new one; a connection comes back by itself after a whole answer."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self._tls = ssl.create_default_context() if endpoint.scheme == "https" else None
+        self._idle: deque[Connection] = deque()
+        self.closed = False
+
+    def __repr__(self) -> str:
+        return f"<Pool {self.endpoint.key} idle={len(self._idle)}{' closed' if self.closed else ''}>"
+
+    def take(self, now: float) -> Connection | None:
+        """An idle connection that is young enough, or None. Does not wait."""
+        idle = self._idle
+        while idle:
+            connection = idle.pop()
+            if now - connection.idle_since <= IDLE_SECONDS:
+                return connection
+            connection.close()
+        return None
+
+    async def connect(self) -> Connection:
+        """Open a new connection to the pinned address. Raises OSError (ssl.SSLError is one)."""
+        endpoint = self.endpoint
+        _, connection = await asyncio.get_running_loop().create_connection(
+            lambda: Connection(self),
+            endpoint.address,
+            endpoint.port,
+            ssl=self._tls,
+            server_hostname=endpoint.host if self._tls else None,
+        )
+        return connection
+
+    def put_back(self, connection: Connection) -> None:
+        """An idle connection is kept, unless the pool is closed or full."""
+        if self.closed or len(self._idle) >= MAX_IDLE:
+            connection.close()
+        else:
+            self._idle.append(connection)
+
+    def forget(self, connection: Connection) -> None:
+        """An idle connection was closed by the backend."""
+        if connection in self._idle:
+            self._idle.remove(connection)
+
+    def close_idle(self, now: float) -> None:
+        """Close what idled too long. Called now and then, so that the backend is not left holding sockets."""
+        idle = self._idle
+        while idle and now - idle[0].idle_since > IDLE_SECONDS:
+            idle.popleft().close()
+
+    def close(self) -> None:
+        """The backend is gone: idle connections close now, busy ones when their answer ends."""
+        self.closed = True
+        while self._idle:
+            self._idle.popleft().close()
