@@ -48,5 +48,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	    echo "make: $(PYTHON) cannot make environments; install its venv package (Debian: python3-venv) and try again" >&2; exit 3; }
 	@echo "installing Weir into $(VENV) (about a minute)"
 	@$(PIP) pip setuptools
-	@$(PIP) --no-build-isolation --editable '.[local]' --group dev --group tests
+	@PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --editable '.[local]' --group dev --group tests
 	@touch $@

@@ -29,7 +29,7 @@ install_torch() {
     install --index-url https://download.pytorch.org/whl/cpu --no-deps "torch==$version"
 }
 
-if install_torch && install --constraint "$work/constraints.txt" --no-build-isolation --editable '.[backend]'; then
+if install_torch && PYTHONWARNINGS=ignore install --constraint "$work/constraints.txt" --no-build-isolation --editable '.[backend]'; then
     touch "$stamp"
 else
     echo "torch $version cannot be installed, so the reference backend will not run here (the next \`make setup\` tries again):" >&2
