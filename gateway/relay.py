@@ -66,7 +66,7 @@ class Relay:
     """One answer. Make it, `connection.start(relay, ...)`, `await relay.wait()`, `relay.release()` whatever happens."""
 
     __slots__ = (
-        "_activity", "_client", "_connection", "_done", "_held", "_held_bytes", "_loop", "_mode", "_out", "_scanner",
+        "_activity", "_client", "_connection", "_done", "_held", "_held_bytes", "_loop", "_mode", "_out", "_over", "_scanner",
         "_stalled_since", "_timer", "call", "committed", "ending", "head", "headers", "lines", "timeouts", "trail",
     )  # fmt: skip
 
@@ -96,6 +96,7 @@ class Relay:
         self._held_bytes = 0
         self._loop = asyncio.get_running_loop()
         self._done: asyncio.Future[None] | None = None
+        self._over = False  # ended, and the client has taken what it was sent
         self._activity = trail.mark
         self._stalled_since = 0.0
         now = trail.mark
@@ -109,10 +110,10 @@ class Relay:
 
     async def wait(self) -> Ending:
         """Until the answer has ended; back-pressure included."""
-        if self.ending is None:
+        if not self._over:
             self._done = self._loop.create_future()
             await self._done
-        assert self.ending is not None  # noqa: S101  _done is set only by _end
+        assert self.ending is not None  # noqa: S101  being over is having ended
         return self.ending
 
     def release(self) -> None:
@@ -208,8 +209,8 @@ class Relay:
             self._stalled_since = 0.0
         if self.ending is None:
             self._connection.resume()
-        elif self._done is not None and not self._done.done():
-            self._done.set_result(None)
+        else:
+            self._finish()
 
     def drain(self) -> None:
         """The gateway ends and cannot wait any longer."""
@@ -245,8 +246,7 @@ class Relay:
         if self.ending is not None:  # all but the client's reading is done
             self._client.abort()
             self.ending = Ending(reason)
-            if self._done is not None and not self._done.done():
-                self._done.set_result(None)
+            self._finish()
         else:
             self._break(reason)
 
@@ -297,6 +297,7 @@ class Relay:
             client.abort()  # ending cleanly would make it look whole
         else:
             client.cut()
+            self._stalled_since = 0.0
         self._end("stream_truncated" if reason in ("eof", "upstream_reset") else reason)
 
     def _failure_of(self, reason: str) -> Failure:
@@ -312,8 +313,11 @@ class Relay:
 
     def _end(self, reason: str, failure: Failure | None = None) -> None:
         self.ending = Ending(reason, failure)
-        if self._stalled_since and failure is None and reason == "ok":
-            return  # resume() or the stall's end wakes the waiter: the client has not read all yet
+        if not self._stalled_since or failure is not None:
+            self._finish()  # else resume() does, or the end of the client's patience: it has not read all yet
+
+    def _finish(self) -> None:
+        self._over = True
         if self._done is not None and not self._done.done():
             self._done.set_result(None)
 

@@ -1,0 +1,139 @@
+"""One backend as the data path sees it: its registration, connections, breakers and load. Lives as long as the registration.
+
+What a request takes from a backend is held by a `Lease`, to the last byte, and given back whatever happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+from types import TracebackType
+
+import msgspec
+
+from discovery.endpoint import Endpoint
+from gateway.upstream.pool import Pool
+from policies.balance import PeakEwma
+from policies.breaker import Breaker, Outcome, State
+from policies.policy import BreakerRule
+
+REPORT_SECONDS = 2.0  # how long a backend's own word about its load counts
+
+
+class _NamedMetrics(msgspec.Struct, gc=False):
+    num_requests_running: float = 0.0
+    num_requests_waiting: float = 0.0
+
+
+class _LoadReport(msgspec.Struct, gc=False):
+    """The part of an ORCA load report that balancing uses (https://github.com/cncf/xds, orca_load_report.proto)."""
+
+    named_metrics: _NamedMetrics
+
+
+_decode_report = msgspec.json.Decoder(_LoadReport).decode
+
+
+class Backend:
+    """A backend in service. Satisfies `policies.balance.Candidate`."""
+
+    __slots__ = (
+        "_breakers", "_on_breaker", "_reported", "_reported_until", "_rng", "endpoint", "ewma", "head_lines", "healthy",
+        "inflight", "key", "max_concurrency", "name_line", "open_breakers", "pool", "since", "weight",
+    )  # fmt: skip
+
+    def __init__(
+        self, endpoint: Endpoint, now: float, rng: Random, on_breaker: Callable[[Backend, State], None]
+    ) -> None:
+        self.endpoint = endpoint
+        self.key = endpoint.key
+        self.weight = endpoint.weight
+        self.max_concurrency = endpoint.max_concurrency
+        self.healthy: bool | None = None  # None: not probed yet
+        self.since = now  # when it came (back) into service: slow start counts from here
+        self.inflight = 0
+        self.ewma = PeakEwma()
+        self.pool = Pool(endpoint)
+        self.open_breakers = 0
+        self._breakers: dict[str, Breaker] = {}
+        self._rng = rng
+        self._on_breaker = on_breaker
+        self._reported = 0.0
+        self._reported_until = 0.0
+        host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
+        self.head_lines = f"host: {host}:{endpoint.port}\r\nendpoint-load-metrics-format: json\r\n".encode()
+        self.name_line = f"x-weir-backend: {endpoint.id}\r\n".encode()
+
+    def __repr__(self) -> str:
+        state = "draining" if self.endpoint.draining else {True: "healthy", False: "unhealthy", None: "unprobed"}[self.healthy]
+        return f"<Backend {self.key} {state} inflight={self.inflight} breaker={self.breaker_state.value}>"
+
+    def breaker(self, rule: BreakerRule) -> Breaker:
+        """The breaker under this rule. Routes with equal rules share it; a reloaded policy finds it again."""
+        breaker = self._breakers.get(rule.key)
+        if breaker is None:
+            breaker = Breaker(rule, self._rng, self._breaker_changed)
+            self._breakers[rule.key] = breaker
+        return breaker
+
+    def _breaker_changed(self, state: State) -> None:
+        self.open_breakers = sum(not breaker.is_closed for breaker in self._breakers.values())
+        self._on_breaker(self, state)
+
+    @property
+    def breaker_state(self) -> State:
+        """The worst of its breakers."""
+        states = {breaker.state for breaker in self._breakers.values()}
+        return next((state for state in (State.OPEN, State.HALF_OPEN) if state in states), State.CLOSED)
+
+    def reported(self, now: float) -> float:
+        """Requests that others have in this backend, by its own last word; 0 when that is too old."""
+        return self._reported if now < self._reported_until else 0.0
+
+    def hear_load(self, report: bytes, now: float) -> None:
+        """Take in an `endpoint-load-metrics` header (`JSON {...}`). Nonsense is ignored: a backend may be hostile."""
+        if not report.startswith(b"JSON "):
+            return
+        try:
+            named = _decode_report(report[5:]).named_metrics
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            return
+        total = named.num_requests_running + named.num_requests_waiting
+        if 0.0 <= total < 1e6:
+            self._reported = max(0.0, total - self.inflight)
+            self._reported_until = now + REPORT_SECONDS
+
+    def hear_busy(self, now: float) -> None:
+        """It answered 429: count it as loaded for a while, so that its fast refusals do not draw more requests."""
+        self._reported = max(self._reported, 2.0 * self.inflight + 8.0)
+        self._reported_until = now + REPORT_SECONDS
+
+
+class Lease:
+    """One request's hold on one backend: its in-flight count and its breaker's ticket.
+
+    `outcome` is what the breaker hears at the end; until someone knows better the request counts neither way.
+    """
+
+    __slots__ = ("_breaker", "_clock", "_may_open", "_ticket", "backend", "outcome")
+
+    def __init__(
+        self, backend: Backend, breaker: Breaker, ticket: int, clock: Callable[[], float], may_open: Callable[[Backend], bool]
+    ) -> None:
+        self.backend = backend
+        self.outcome = Outcome.IGNORED
+        self._breaker = breaker
+        self._ticket = ticket
+        self._clock = clock
+        self._may_open = may_open
+        backend.inflight += 1
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.backend.inflight -= 1
+        may_open = self.outcome is not Outcome.FAILURE or self._may_open(self.backend)
+        self._breaker.leave(self._ticket, self.outcome, self._clock(), may_open)
