@@ -38,8 +38,8 @@ class Backend:
     """A backend in service. Satisfies `policies.balance.Candidate`."""
 
     __slots__ = (
-        "_breakers", "_on_breaker", "_reported", "_reported_until", "_rng", "endpoint", "ewma", "head_lines", "healthy",
-        "inflight", "key", "max_concurrency", "name_line", "open_breakers", "pool", "since", "weight",
+        "_breakers", "_on_breaker", "_reported_until", "_rng", "endpoint", "ewma", "head_lines", "healthy", "inflight",
+        "key", "max_concurrency", "name_line", "pool", "reported", "since", "weight",
     )  # fmt: skip
 
     def __init__(
@@ -54,11 +54,10 @@ class Backend:
         self.inflight = 0
         self.ewma = PeakEwma()
         self.pool = Pool(endpoint)
-        self.open_breakers = 0
         self._breakers: dict[str, Breaker] = {}
         self._rng = rng
         self._on_breaker = on_breaker
-        self._reported = 0.0
+        self.reported = 0.0  # requests that others have in it, by its own last word
         self._reported_until = 0.0
         host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
         self.head_lines = f"host: {host}:{endpoint.port}\r\nendpoint-load-metrics-format: json\r\n".encode()
@@ -77,8 +76,11 @@ class Backend:
         return breaker
 
     def _breaker_changed(self, state: State) -> None:
-        self.open_breakers = sum(not breaker.is_closed for breaker in self._breakers.values())
         self._on_breaker(self, state)
+
+    @property
+    def has_open_breaker(self) -> bool:
+        return any(not breaker.is_closed for breaker in self._breakers.values())
 
     @property
     def breaker_state(self) -> State:
@@ -86,9 +88,11 @@ class Backend:
         states = {breaker.state for breaker in self._breakers.values()}
         return next((state for state in (State.OPEN, State.HALF_OPEN) if state in states), State.CLOSED)
 
-    def reported(self, now: float) -> float:
-        """Requests that others have in this backend, by its own last word; 0 when that is too old."""
-        return self._reported if now < self._reported_until else 0.0
+    def tidy(self, now: float) -> None:
+        """Now and then: forget a report that has grown old, close connections that idled too long."""
+        if now >= self._reported_until:
+            self.reported = 0.0
+        self.pool.close_idle(now)
 
     def hear_load(self, report: bytes, now: float) -> None:
         """Take in an `endpoint-load-metrics` header (`JSON {...}`). Nonsense is ignored: a backend may be hostile."""
@@ -100,12 +104,12 @@ class Backend:
             return
         total = named.num_requests_running + named.num_requests_waiting
         if 0.0 <= total < 1e6:
-            self._reported = max(0.0, total - self.inflight)
+            self.reported = max(0.0, total - self.inflight)
             self._reported_until = now + REPORT_SECONDS
 
     def hear_busy(self, now: float) -> None:
         """It answered 429: count it as loaded for a while, so that its fast refusals do not draw more requests."""
-        self._reported = max(self._reported, 2.0 * self.inflight + 8.0)
+        self.reported = max(self.reported, 2.0 * self.inflight + 8.0)
         self._reported_until = now + REPORT_SECONDS
 
 
@@ -136,4 +140,4 @@ class Lease:
     ) -> None:
         self.backend.inflight -= 1
         may_open = self.outcome is not Outcome.FAILURE or self._may_open(self.backend)
-        self._breaker.leave(self._ticket, self.outcome, self._clock(), may_open)
+        self._breaker.leave(self._ticket, self.outcome, self._clock(), may_open=may_open)

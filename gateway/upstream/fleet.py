@@ -1,0 +1,190 @@
+"""All backends in service, as groups to choose from: who serves this model of this service, and may be asked now.
+
+Discovery and health checks change the fleet; requests only read it. A backend whose registration did not change keeps
+its connections, breakers and counts. Groups are made when first asked for and thrown away at every change: a request
+finds its candidates by one dictionary lookup.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from random import Random
+from typing import Final
+
+from discovery.endpoint import Endpoint
+from gateway.upstream.endpoint import Backend, Lease
+from policies import errors
+from policies.balance import Chooser, panic
+from policies.breaker import State, may_eject
+from policies.policy import Route, Target
+
+_NO_BACKENDS: Final[tuple[Backend, ...]] = ()
+
+
+class Group:
+    """Backends that are alike for a request: same service, version and model. `usable` leaves the unhealthy out."""
+
+    __slots__ = ("chooser", "panicking", "serving", "usable")
+
+    def __init__(self, serving: tuple[Backend, ...]) -> None:
+        self.serving = serving
+        healthy = tuple(backend for backend in serving if backend.healthy)
+        # With most of them unhealthy it is likelier that the checks are wrong than that so few can carry it all
+        self.panicking = panic(len(healthy), len(serving))
+        self.usable = serving if self.panicking else healthy
+        self.chooser = Chooser(self.usable)
+
+
+class Fleet:
+    """One writer (discovery and health), many readers (requests)."""
+
+    def __init__(self, clock: Callable[[], float], rng: Random, on_breaker: Callable[[Backend, State], None]) -> None:
+        self._clock = clock
+        self._rng = rng
+        self._tell_breaker = on_breaker
+        self.backends: dict[str, Backend] = {}
+        self._healthy: Mapping[str, bool] = {}
+        self._groups: dict[tuple[str, str | None, str | None], Group] = {}
+        self._models: frozenset[str] = frozenset()
+        self._services: frozenset[str] = frozenset()
+        self._open_breakers = 0
+
+    def __repr__(self) -> str:
+        return f"<Fleet backends={len(self.backends)} open_breakers={self._open_breakers}>"
+
+    # What discovery tells
+
+    def replace(self, endpoints: Mapping[str, Endpoint]) -> None:
+        """Take in a whole new snapshot."""
+        now = self._clock()
+        for key in self.backends.keys() - endpoints.keys():
+            self.backends.pop(key).pool.close()
+        for key, endpoint in endpoints.items():
+            old = self.backends.get(key)
+            if old is None or not old.adopt(endpoint):
+                if old is not None:
+                    old.pool.close()
+                self.backends[key] = new = Backend(endpoint, now, self._rng, self._breaker_changed)
+                new.healthy = self._healthy.get(key)
+        self._changed()
+
+    def note_health(self, key: str, healthy: bool) -> None:
+        """A health check has changed its mind, or made it up for the first time."""
+        backend = self.backends.get(key)
+        if backend is None or backend.healthy is healthy:
+            return
+        if healthy:
+            backend.since = self._clock()
+        backend.healthy = healthy
+        self._changed()
+
+    def hear_load(self, key: str, report: bytes) -> None:
+        """A health check brought a load report along."""
+        backend = self.backends.get(key)
+        if backend is not None:
+            backend.hear_load(report, self._clock())
+
+    def tidy(self) -> None:
+        """To be called each second or so."""
+        now = self._clock()
+        for backend in self.backends.values():
+            backend.tidy(now)
+
+    def close(self) -> None:
+        """Close all idle connections."""
+        for backend in self.backends.values():
+            backend.pool.close()
+
+    def _changed(self) -> None:
+        self._groups = {}
+        endpoints = [backend.endpoint for backend in self.backends.values()]
+        self._models = frozenset(model.name for endpoint in endpoints for model in endpoint.models)
+        self._services = frozenset(endpoint.service for endpoint in endpoints)
+        self._count_open()
+
+    def _breaker_changed(self, backend: Backend, state: State) -> None:
+        self._count_open()
+        self._tell_breaker(backend, state)
+
+    def _count_open(self) -> None:
+        self._open_breakers = sum(backend.has_open_breaker for backend in self.backends.values())
+
+    # What requests ask
+
+    def known_model(self, name: str | None) -> str:
+        """The name if some backend serves it, else "other": safe as a label and in a log."""
+        return name if name in self._models else "other"  # type: ignore[return-value]  # None is in no set of str
+
+    def offered(self) -> Iterable[tuple[str, str, str]]:
+        """(service, model, version) of every backend that serves."""
+        for backend in self.backends.values():
+            if not backend.endpoint.draining:
+                for model in backend.endpoint.models:
+                    yield backend.endpoint.service, model.name, model.version
+
+    def group(self, target: Target, model: str | None) -> Group | None:
+        """Who can serve this; None when nobody does. Unhealthy ones are in it, draining ones are not."""
+        key = (target.service, target.version, model)
+        group = self._groups.get(key)
+        if group is None:
+            if model is not None and model not in self._models and not self._serves_anything(target.service):
+                return None  # also keeps names that clients invent out of the dictionary
+            group = Group(tuple(b for b in self.backends.values() if _serves(b.endpoint, target, model)))
+            if len(self._groups) < 100_000:
+                self._groups[key] = group
+        return group if group.serving else None
+
+    def _serves_anything(self, service: str) -> bool:
+        return any(b.endpoint.service == service and not b.endpoint.models for b in self.backends.values())
+
+    def missing(self, route: Route, model: str | None) -> errors.Refusal:
+        """Why no target of a route has a backend for this model."""
+        if model is not None and any(target.service in self._services for target in route.to):
+            return errors.ModelNotFound("No backend of this route serves the model.", param="model")
+        return errors.NoBackend("No backend is in service for this route.", rule=f"routes.{route.name}.to")
+
+    def lease(self, group: Group, route: Route, tried: tuple[Backend, ...], hash_key: str) -> Lease:
+        """Balance and guard: choose a backend and own a place in it, in one step without waiting.
+
+        Raises CircuitOpen when breakers keep all of them shut, Overloaded when all are full, NoBackend when every one
+        has been tried.
+        """
+        now = self._clock()
+        rule = route.breaker
+        refused: tuple[Backend, ...] = tried
+        if self._open_breakers:
+            refused += tuple(b for b in group.usable if not b.breaker(rule).is_available(now))
+        backend = group.chooser.choose(route.balance, self._rng, now, hash_key, refused)
+        if backend is None:
+            raise self._no_choice(group, route, tried, refused, now)
+        breaker = backend.breaker(rule)
+        return Lease(backend, breaker, breaker.enter(now), self._clock, lambda failing: self._may_open(group, failing, route))
+
+    def _no_choice(
+        self, group: Group, route: Route, tried: tuple[Backend, ...], refused: tuple[Backend, ...], now: float
+    ) -> errors.Refusal:
+        shut = [b for b in group.usable if b in refused and b not in tried]
+        if shut and len(refused) >= len(group.usable):
+            after = min(backend.breaker(route.breaker).retry_after(now) for backend in shut)
+            rule = f"routes.{route.name}.breaker"
+            return errors.CircuitOpen("The backends of this route keep failing; they are being left alone.", rule=rule, retry_after=after)
+        if any(backend not in refused for backend in group.usable):
+            return errors.Overloaded("Every backend of this route is at its limit of requests.", retry_after=1.0)
+        return errors.NoBackend("No backend of this route could be reached.", retry_after=1.0)
+
+    def _may_open(self, group: Group, failing: Backend, route: Route) -> bool:
+        rule = route.breaker
+        others = [b for b in group.serving if b is not failing]
+        open_now = sum(not b.breaker(rule).is_closed for b in others)
+        return may_eject(open_now, len(group.serving), rule.eject_at_most)
+
+
+def _serves(endpoint: Endpoint, target: Target, model: str | None) -> bool:
+    if endpoint.draining or endpoint.service != target.service:
+        return False
+    if not endpoint.models:
+        return target.version is None
+    return any(
+        (model is None or offered.name == model) and (target.version is None or offered.version == target.version)
+        for offered in endpoint.models
+    )
