@@ -24,7 +24,8 @@ from gateway import sse
 from gateway.answer import HOLD_BYTES, AnswerHead, Mode, judge
 from gateway.headers import STATUS_LINES
 from gateway.rescue import error_event
-from policies.errors import Draining, Refusal, UpstreamFailed, UpstreamTimeout
+from policies.deadline import Kind, Phase, next_due
+from policies.errors import DeadlineExceeded, Draining, Refusal, UpstreamFailed, UpstreamTimeout
 from policies.retry import Failure
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ class Relay:
 
     __slots__ = (
         "_activity", "_client", "_connection", "_done", "_held", "_held_bytes", "_loop", "_mode", "_out", "_over", "_scanner",
-        "_stalled_since", "_timer", "call", "committed", "ending", "head", "headers", "lines", "timeouts", "trail",
+        "_stalled_since", "_timer", "call", "committed", "ending", "head", "headers", "lines", "overdue", "timeouts",
+        "trail",
     )  # fmt: skip
 
     def __init__(
@@ -99,9 +101,9 @@ class Relay:
         self._over = False  # ended, and the client has taken what it was sent
         self._activity = trail.mark
         self._stalled_since = 0.0
-        now = trail.mark
-        due = min(now + timeouts.first_byte, trail.start + timeouts.total)
-        self._timer = self._loop.call_later(max(0.0, due - now), self._tick)
+        self.overdue: Kind | None = None  # which timeout has run out
+        due, _ = next_due(Phase.WAITING, timeouts, trail.start, trail.mark)
+        self._timer = self._loop.call_later(max(0.0, due - trail.mark), self._tick)
         client.relay = self
 
     def __repr__(self) -> str:
@@ -221,18 +223,15 @@ class Relay:
 
     def _tick(self) -> None:
         now = self.trail.clock()
-        timeouts = self.timeouts
-        total_due = self.trail.start + timeouts.total
-        if self._stalled_since:
-            due, reason = self._stalled_since + CLIENT_STALL_SECONDS, "client_slow"
-        elif self.head is None:
-            due, reason = self.trail.mark + timeouts.first_byte, "upstream_timeout"
+        if self.head is None:
+            due, kind = next_due(Phase.WAITING, self.timeouts, self.trail.start, self.trail.mark)
         else:
-            due, reason = self._activity + timeouts.idle, "upstream_timeout"
-        if total_due < due:
-            due, reason = total_due, "upstream_timeout"
+            due, kind = next_due(Phase.STREAMING, self.timeouts, self.trail.start, self._activity)
+        if self._stalled_since and kind is not Kind.TOTAL:
+            due, kind = self._stalled_since + CLIENT_STALL_SECONDS, None
         if now >= due:
-            self._give_up(reason)
+            self.overdue = kind
+            self._give_up("upstream_timeout" if kind else "client_slow")
             return
         quiet_until = self._activity + KEEP_ALIVE_SECONDS
         if self._scanner is not None and self.committed and not self._stalled_since:
@@ -290,7 +289,7 @@ class Relay:
             self._commit_and_flush()
         if self._scanner is not None:
             self.trail.tokens_in, self.trail.tokens_out = self._scanner.tokens_in, self._scanner.tokens_out
-            event = error_event(self.call.protocol, _refusal_of(reason), self.call.request_id)
+            event = error_event(self.call.protocol, _refusal_of(reason, self.overdue), self.call.request_id)
             if event:
                 self._send(self._framed(event))
         if self.call.http10 and self._is_unframed():
@@ -387,9 +386,11 @@ def _is_json(document: bytes) -> bool:
     return True
 
 
-def _refusal_of(reason: str) -> Refusal:
+def _refusal_of(reason: str, overdue: Kind | None) -> Refusal:
     if reason == "drain":
         return Draining("The gateway is shutting down; the answer is incomplete.")
+    if overdue is Kind.TOTAL:
+        return DeadlineExceeded("The request took longer than its route allows; the answer is incomplete.")
     if reason == "upstream_timeout":
         return UpstreamTimeout("The backend stopped sending; the answer is incomplete.")
     return UpstreamFailed("The backend's answer broke off; the answer is incomplete.")

@@ -67,6 +67,16 @@ class Backend:
         state = "draining" if self.endpoint.draining else {True: "healthy", False: "unhealthy", None: "unprobed"}[self.healthy]
         return f"<Backend {self.key} {state} inflight={self.inflight} breaker={self.breaker_state.value}>"
 
+    def adopt(self, endpoint: Endpoint) -> bool:
+        """Go on with a changed registration; False when it names another place to connect to."""
+        old = self.endpoint
+        if _place(old) != _place(endpoint):
+            return False
+        self.endpoint = self.pool.endpoint = endpoint
+        self.weight = endpoint.weight
+        self.max_concurrency = endpoint.max_concurrency
+        return True
+
     def breaker(self, rule: BreakerRule) -> Breaker:
         """The breaker under this rule. Routes with equal rules share it; a reloaded policy finds it again."""
         breaker = self._breakers.get(rule.key)
@@ -111,6 +121,10 @@ class Backend:
         """It answered 429: count it as loaded for a while, so that its fast refusals do not draw more requests."""
         self.reported = max(self.reported, 2.0 * self.inflight + 8.0)
         self._reported_until = now + REPORT_SECONDS
+
+
+def _place(endpoint: Endpoint) -> tuple[str, str, str, int, str]:
+    return endpoint.scheme, endpoint.host, endpoint.address, endpoint.port, endpoint.base_path
 
 
 class Lease:
