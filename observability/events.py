@@ -25,8 +25,11 @@ class Attempt(msgspec.Struct, frozen=True, gc=False):
 
 
 class RequestEnded(msgspec.Struct, frozen=True, gc=False):
-    """One per accepted request, whatever became of it. Names that came from a client are already bounded:
-    `route`, `service` and `model` are names that the policy or discovery knows, else "other"."""
+    """One per accepted request, whatever became of it.
+
+    Names that came from a client are already bounded: `route`, `service` and `model` are names that the policy or
+    discovery knows, else "other".
+    """
 
     request_id: str
     trace_id: int

@@ -1,0 +1,251 @@
+"""Prometheus metrics: the one door to prometheus_client, and off the way of a request.
+
+An event adds to plain lists: a counter is `[n]`, a histogram is one count per bucket and the sum behind them. Which
+lists a request adds to is found by one look-up of its labels. Only a scrape turns them into Prometheus families. What
+others know better (in flight, breakers, revision) is read by a function when scraped: `gauge` and `counter`.
+
+Names and buckets are those of the OpenTelemetry GenAI conventions where these say something
+(https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics/).
+
+No label takes a value that a client chooses: events carry names that the policy or discovery knows. Should that fail,
+a family stops at `MOST_SERIES` label sets and counts the rest under "other".
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import structlog
+from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+from observability.events import (
+    DiscoveryRejected,
+    DiscoveryResynced,
+    Event,
+    KeysRefreshed,
+    PolicyReloaded,
+    RequestEnded,
+)
+from observability.text import printable
+
+MOST_SERIES = 2000  # label sets of one family
+
+BREAKER_VALUES = {"closed": 0.0, "half_open": 1.0, "open": 2.0}  # what weir_breaker_state says
+
+# As the conventions have it: gen_ai.server.request.duration, .time_to_first_token, .time_per_output_token,
+# gen_ai.client.token.usage.
+_DURATION = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
+_FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+_PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+_TOKENS = tuple(float(4**power) for power in range(14))
+# Ours: fine around the 70 us that a request should cost, coarse where it is an incident.
+_OVERHEAD = (25e-6, 5e-5, 75e-6, 1e-4, 15e-5, 25e-5, 5e-4, 1e-3, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
+
+Labels = tuple[str, ...]
+Read = Callable[[], Iterable[tuple[Labels, float]]]
+
+
+class _Counter:
+    """A family of counters; the cell of a label set is `[n]`."""
+
+    def __init__(self, name: str, text: str, *labels: str) -> None:
+        self._name, self._text, self._labels = name, text, labels
+        self._cells: dict[Labels, list[float]] = {}
+        self.cell = lru_cache(MOST_SERIES)(self._find_cell)  # the look-up of the hot path: 0.1 us
+
+    def _find_cell(self, *values: object) -> list[float]:
+        """The cell of these label values; the one of "other" when the family is full."""
+        key = tuple(printable(str(value)) for value in values)
+        if key not in self._cells and len(self._cells) >= MOST_SERIES:
+            key = ("other",) * len(key)
+        return self._cells.setdefault(key, self._new_cell())
+
+    def family(self) -> Metric:
+        family = CounterMetricFamily(self._name, self._text, labels=self._labels)
+        for values, cell in list(self._cells.items()):
+            family.add_metric(values, cell[0])
+        return family
+
+    def _new_cell(self) -> list[float]:
+        return [0.0]
+
+
+class _Histogram(_Counter):
+    """A family of histograms; a cell has one count per bucket, the one of +Inf, and the sum."""
+
+    def __init__(self, name: str, text: str, *labels: str, bounds: tuple[float, ...]) -> None:
+        super().__init__(name, text, *labels)
+        self._bounds = bounds
+
+    def observe(self, value: float, *values: object) -> None:
+        cell = self.cell(*values)
+        cell[bisect_left(self._bounds, value)] += 1
+        cell[-1] += value
+
+    def family(self) -> Metric:
+        family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
+        names = [*map(floatToGoString, self._bounds), "+Inf"]
+        for values, cell in list(self._cells.items()):
+            family.add_metric(values, list(zip(names, _running(cell[:-1]), strict=True)), cell[-1])
+        return family
+
+    def _new_cell(self) -> list[float]:
+        return [0.0] * (len(self._bounds) + 2)
+
+
+def _running(counts: list[float]) -> Iterator[float]:
+    """A bucket counts everything up to its bound."""
+    total = 0.0
+    for count in counts:
+        total += count
+        yield total
+
+
+class _Gauge(NamedTuple):
+    """A family that a function fills when scraped."""
+
+    make: type[GaugeMetricFamily | CounterMetricFamily]
+    name: str
+    text: str
+    labels: Labels
+    read: Read
+
+    def family(self) -> Metric:
+        family = self.make(self.name, self.text, labels=self.labels)
+        rows = {tuple(map(printable, values)): value for values, value in self.read()}  # a label set stands once
+        for values, value in list(rows.items())[:MOST_SERIES]:
+            family.add_metric(values, value)
+        return family
+
+
+class Metrics:
+    """Observer of every event, and what `/metrics` answers."""
+
+    def __init__(self) -> None:
+        self._requests = _Counter(
+            "weir_requests_total", "Requests, by how they ended.", "route", "service", "status", "reason"
+        )
+        self._duration = _Histogram(
+            "weir_request_duration_seconds", "First byte in to last byte out.", "route", "service", bounds=_DURATION
+        )
+        self._overhead = _Histogram(
+            "weir_overhead_seconds",
+            "Time spent in the gateway itself, waiting for neither backend nor client.",
+            "route",
+            bounds=_OVERHEAD,
+        )
+        self._first_token = _Histogram(
+            "gen_ai_server_time_to_first_token_seconds",
+            "Time to the first byte of a stream that ended well.",
+            "service",
+            "model",
+            bounds=_FIRST_TOKEN,
+        )
+        self._per_token = _Histogram(
+            "gen_ai_server_time_per_output_token_seconds",
+            "Time per token after the first, of a stream that ended well.",
+            "service",
+            "model",
+            bounds=_PER_TOKEN,
+        )
+        self._tokens = _Histogram(
+            "gen_ai_client_token_usage", "Tokens of one request.", "service", "model", "type", bounds=_TOKENS
+        )
+        self._limited = _Counter("weir_limited_total", "Requests refused by a limit.", "rule")
+        self._retries = _Counter("weir_retries_total", "Attempts after the first one of a request.", "service")
+        self._reloads = _Counter("weir_policy_reload_total", "Policies read, by result.", "result")
+        self._rejected = _Counter("weir_discovery_rejected_total", "Registrations that were ignored.", "reason")
+        self._resyncs = _Counter("weir_discovery_resync_total", "Full listings of discovery, by cause.", "reason")
+        self._keys = _Counter("weir_jwks_refresh_total", "Fetches of signing keys, by result.", "issuer", "result")
+        for result in ("ok", "invalid", "unreadable"):
+            self._reloads.cell(result)  # increase() cannot see the step from absent to 1
+        self._counted: tuple[_Counter, ...] = (
+            self._requests, self._duration, self._overhead, self._first_token, self._per_token, self._tokens,
+            self._limited, self._retries, self._reloads, self._rejected, self._resyncs, self._keys,
+        )  # fmt: skip
+        self._read: list[_Gauge] = []
+        self._registry = CollectorRegistry()
+        self._registry.register(_Families(self._families))
+        ProcessCollector(registry=self._registry)
+        PlatformCollector(registry=self._registry)
+
+    def __call__(self, event: Event) -> None:
+        if type(event) is RequestEnded:
+            self._request(event)
+            return
+        match event:
+            case PolicyReloaded():
+                self._reloads.cell(event.result)[0] += 1
+            case DiscoveryRejected():
+                self._rejected.cell(event.reason.partition(":")[0])[0] += 1  # what follows the colon differs each time
+            case DiscoveryResynced():
+                self._resyncs.cell(event.reason)[0] += 1
+            case KeysRefreshed():
+                self._keys.cell(event.issuer, event.result)[0] += 1
+
+    def gauge(self, name: str, text: str, labels: Labels, read: Read) -> None:
+        """Expose what `read` gives at each scrape: (label values, value) pairs, as many values as `labels`."""
+        self._read.append(_Gauge(GaugeMetricFamily, name, text, labels, read))
+
+    def counter(self, name: str, text: str, labels: Labels, read: Read) -> None:
+        """As `gauge`, for numbers that only grow and are counted elsewhere."""
+        self._read.append(_Gauge(CounterMetricFamily, name, text, labels, read))
+
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """Write all families in the format that the Accept header asks for: (body, content type)."""
+        try:
+            encode, content_type = choose_encoder(accept)
+        except ValueError:  # a version that is no number
+            encode, content_type = choose_encoder("")
+        return encode(self._registry), content_type
+
+    def _request(self, event: RequestEnded) -> None:
+        route, service = event.route, event.service
+        self._requests.cell(route, service, event.status, event.end_reason)[0] += 1
+        self._duration.observe(event.total, route, service)
+        self._overhead.observe(event.overhead, route)
+        if event.tokens_out >= 0 or event.stream:
+            self._generation(event)
+        if len(event.attempts) > 1:
+            self._retries.cell(event.service)[0] += len(event.attempts) - 1
+        if event.status == 429 and event.rule:
+            self._limited.cell(event.rule)[0] += 1
+
+    def _generation(self, event: RequestEnded) -> None:
+        service, model = event.service, event.model
+        if event.tokens_in >= 0:
+            self._tokens.observe(event.tokens_in, service, model, "input")
+        if event.tokens_out >= 0:
+            self._tokens.observe(event.tokens_out, service, model, "output")
+        if not event.stream or event.end_reason != "ok" or event.first_token < 0:
+            return
+        self._first_token.observe(event.first_token, service, model)
+        if event.tokens_out > 1:
+            after_first = event.total - event.first_token
+            self._per_token.observe(after_first / (event.tokens_out - 1), service, model)
+
+    def _families(self) -> Iterator[Metric]:
+        for counted in self._counted:
+            yield counted.family()
+        for gauge in self._read:
+            try:
+                yield gauge.family()
+            except Exception:  # noqa: BLE001  one reader's bug must not take all other metrics away
+                structlog.get_logger().exception("a metric could not be read", metric=gauge.name)
+
+
+class _Families(Collector):
+    """What a registry wants: an object with `collect`."""
+
+    def __init__(self, families: Callable[[], Iterator[Metric]]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterator[Metric]:
+        return self._families()
