@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from gateway.upstream.connection import Connection
     from gateway.upstream.endpoint import Backend, Lease
     from gateway.upstream.fleet import Fleet, Group
-    from policies.policy import Route
+    from policies.policy import Route, Target
 
 consumer_line = lru_cache(maxsize=4096)(header_safe)
 
@@ -91,16 +91,14 @@ class Forwarder:
                 trail.queue += trail.lap()
 
     def _group(self, call: Call, trail: Trail, route: Route, consumer: str) -> Group:
-        fleet, model = self._fleet, call.model
-        only = route.to[0]
-        group = fleet.group(only, model)
-        trail.service = only.service
+        fleet, model, version = self._fleet, call.model, call.version
+        target: Target | None = route.to[0]
         if len(route.to) > 1:
-            target = pick_target(route, self._rng, consumer, lambda candidate: fleet.group(candidate, model) is not None)
-            group = fleet.group(target, model) if target else None
-            trail.service = target.service if target else only.service
-        if group is None or (call.version is not None and not group.serves_version(call.version)):
+            target = pick_target(route, self._rng, consumer, lambda one: fleet.group(one, model, version) is not None)
+        group = fleet.group(target, model, version) if target is not None else None
+        if target is None or group is None:
             raise fleet.missing(route, model)
+        trail.service = target.service
         return group
 
     def _budget(self, route: Route) -> RetryBudget:

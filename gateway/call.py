@@ -147,35 +147,43 @@ class Call:
         return None
 
 
-def accept(message: Any, rng: Random, sample: float) -> Call:
-    """Vet a parsed head (aiohttp's RawRequestMessage) into a Call.
-
-    Raises BadRequest, MethodNotAllowed, UnsupportedEncoding, ExpectationFailed, NoRoute. Reads no body.
-    """
+def begin(message: Any, rng: Random, sample: float) -> Call:
+    """A Call from a parsed head (aiohttp's RawRequestMessage), not vetted yet but fit to be refused and recorded."""
     call = Call()
-    call.method = method = message.method
-    call.target = target = message.path
+    call.method = message.method
+    call.target = message.path
+    call.path = message.path.partition("?")[0]
+    call.protocol = _protocol_of(call.path)
     call.raw_headers = message.raw_headers
-    call.body, call.model, call.version, call.stream = b"", None, None, False
     call.request_id = f"{rng.getrandbits(128):032x}"
     call.trace_id, call.span_id, call.parent_span_id = rng.getrandbits(128) or 1, rng.getrandbits(64) or 1, 0
     call.sampled = rng.random() < sample
-    call.path, call.protocol = target.partition("?")[0], "http"
+    call.body, call.model, call.version, call.stream = b"", None, None, False
+    call.keep_alive = not message.should_close
+    call.http10 = message.version == (1, 0)
+    return call
+
+
+def accept(call: Call, message: Any) -> None:
+    """Vet a call's head and sort its headers. Reads no body.
+
+    Raises BadRequest, MethodNotAllowed, UnsupportedEncoding, ExpectationFailed, NoRoute.
+    """
     _read_headers(call, message)
+    method = call.method
     if method not in _METHODS:
         raise errors.MethodNotAllowed("This method is not served here.")
-    version = message.version
-    call.http10 = version == (1, 0)
-    if version != (1, 1) and not call.http10:
+    if message.version != (1, 1) and not call.http10:
         raise errors.BadRequest("Only HTTP/1.1 and HTTP/1.0 are spoken here.")
     if call.http10 and message.chunked:
         raise errors.BadRequest("Transfer-Encoding does not exist in HTTP/1.0.")
-    call.keep_alive = not message.should_close
-    _check_target(call, target)
+    _check_target(call, call.target)
     if method in _BODYLESS and (call.content_length not in (b"", b"0") or message.chunked):
         raise errors.BadRequest(f"A {method} request must not have a body.")
-    call.protocol = _protocol_of(call)
-    return call
+    if call.protocol == "oip":
+        names = _OIP_MODEL(call.path)
+        if names:
+            call.model, call.version = names[1], names[2]
 
 
 def _check_target(call: Call, target: str) -> None:
@@ -249,16 +257,10 @@ def _read_rare_header(call: Call, action: int, value: bytes) -> None:
         raise errors.UnsupportedEncoding("A compressed request body is not accepted: send it unencoded.")
 
 
-def _protocol_of(call: Call) -> str:
-    path = call.path
+def _protocol_of(path: str) -> str:
     if path.startswith("/v1/"):
         return "anthropic" if path == "/v1/messages" else "openai"
-    if path.startswith("/v2/"):
-        names = _OIP_MODEL(path)
-        if names:
-            call.model, call.version = names[1], names[2]
-        return "oip"
-    return "http"
+    return "oip" if path.startswith("/v2/") else "http"
 
 
 class Peek(msgspec.Struct, gc=False):

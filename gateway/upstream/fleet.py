@@ -122,14 +122,17 @@ class Fleet:
                 for model in backend.endpoint.models:
                     yield backend.endpoint.service, model.name, model.version
 
-    def group(self, target: Target, model: str | None) -> Group | None:
+    def group(self, target: Target, model: str | None, asked_version: str | None = None) -> Group | None:
         """Who can serve this; None when nobody does. Unhealthy ones are in it, draining ones are not."""
-        key = (target.service, target.version, model)
+        version = target.version or asked_version
+        if asked_version is not None and version != asked_version:
+            return None
+        key = (target.service, version, model)
         group = self._groups.get(key)
         if group is None:
             if model is not None and model not in self._models and not self._serves_anything(target.service):
                 return None  # also keeps names that clients invent out of the dictionary
-            group = Group(tuple(b for b in self.backends.values() if _serves(b.endpoint, target, model)))
+            group = Group(tuple(b for b in self.backends.values() if _serves(b.endpoint, target.service, model, version)))
             if len(self._groups) < 100_000:
                 self._groups[key] = group
         return group if group.serving else None
@@ -179,12 +182,12 @@ class Fleet:
         return may_eject(open_now, len(group.serving), rule.eject_at_most)
 
 
-def _serves(endpoint: Endpoint, target: Target, model: str | None) -> bool:
-    if endpoint.draining or endpoint.service != target.service:
+def _serves(endpoint: Endpoint, service: str, model: str | None, version: str | None) -> bool:
+    if endpoint.draining or endpoint.service != service:
         return False
     if not endpoint.models:
-        return target.version is None
+        return version is None
     return any(
-        (model is None or offered.name == model) and (target.version is None or offered.version == target.version)
+        (model is None or offered.name == model) and (version is None or offered.version == version)
         for offered in endpoint.models
     )
