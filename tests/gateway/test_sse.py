@@ -1,0 +1,110 @@
+import json
+from base64 import b64decode
+from pathlib import Path
+
+import pytest
+
+from gateway.sse import MAX_EVENT_BYTES, EventTooLarge, Scanner, usage_of
+
+CHAT = "/v1/chat/completions"
+CORPUS = Path(__file__).parents[3] / "shared" / "corpora" / "sse" / "cases.jsonl"
+
+
+def fed(pieces: list[bytes], path: str = CHAT) -> tuple[list[bytes], Scanner]:
+    scanner = Scanner(path)
+    return [scanner.feed(piece) for piece in pieces], scanner
+
+
+@pytest.mark.parametrize(
+    ("pieces", "passed"),
+    [
+        ([b"data: a\n\n"], [b"data: a\n\n"]),
+        ([b"data: a\n", b"\n"], [b"", b"data: a\n\n"]),
+        ([b"data: a\n\ndata: b", b"\n\n"], [b"data: a\n\n", b"data: b\n\n"]),
+        ([b"data: a\r\n\r\n"], [b"data: a\r\n\r\n"]),
+        ([b"data: a\r\n\r", b"\n"], [b"data: a\r\n\r", b""]),
+        ([b"data: a\r\rdata: b"], [b"data: a\r\r"]),
+        ([b"data: a\n\r\nx"], [b"data: a\n\r\n"]),
+        ([b"data: a\r\ndata: b\r\n"], [b""]),
+        ([b": comment\n\n"], [b": comment\n\n"]),
+        ([b""], [b""]),
+    ],
+)
+def test_only_whole_events_pass(pieces, passed) -> None:
+    assert fed(pieces)[0] == passed
+
+
+@pytest.mark.parametrize(
+    "stream", [b"data: a\n\ndata: b\n\n", b"data: a\r\n\r\nid: 1\r\ndata: b\r\n\r\n", b"data: a\r\rdata: b\r\r", b"\xff\xfe\n\n"]
+)
+def test_every_cut_into_pieces_gives_the_same_bytes(stream) -> None:
+    for size in range(1, len(stream) + 1):
+        passed, scanner = fed([stream[at : at + size] for at in range(0, len(stream), size)])
+        assert b"".join(passed) + scanner.rest() == stream
+
+
+def test_the_corpus_passes_byte_for_byte_in_slices_of_one() -> None:
+    if not CORPUS.exists():
+        pytest.skip("the corpus of event streams is not beside the project")
+    for line in CORPUS.read_text().splitlines():
+        stream = b"".join(b64decode(chunk) for chunk in json.loads(line)["chunks_b64"])
+        if len(stream) > 10_000:
+            continue  # its slices of one are covered by the short ones
+        passed, scanner = fed([stream[at : at + 1] for at in range(len(stream))])
+        assert b"".join(passed) + scanner.rest() == stream
+
+
+def test_an_event_without_end_is_refused_at_the_bound() -> None:
+    scanner = Scanner(CHAT)
+    with pytest.raises(EventTooLarge):
+        for _ in range(MAX_EVENT_BYTES // 1000 + 2):
+            scanner.feed(b"x" * 1000)
+
+
+@pytest.mark.parametrize(
+    ("path", "events", "whole", "finished"),
+    [
+        (CHAT, [b'data: {"a":1}\n\n', b"data: [DONE]\n\n"], True, False),
+        (CHAT, [b'data: {"a":1}\n\n'], False, False),
+        (CHAT, [b'data: {"choices":[{"finish_reason": "stop"}]}\n\n'], True, True),
+        (CHAT, [b'data: {"choices":[{"finish_reason":"stop"}]}\n\n', b'data: {"usage":{}}\n\n'], True, True),
+        (CHAT, [b'data: {"choices":[{"finish_reason":null}]}\n\n'], False, False),
+        ("/v1/messages", [b'event: message_stop\ndata: {"type":"message_stop"}\n\n'], True, False),
+        ("/v1/messages", [b"event: ping\ndata: {}\n\n"], False, False),
+        ("/hooks", [b"data: x\n\n"], True, False),
+    ],
+)
+def test_a_stream_is_whole_when_its_kind_says_so(path, events, whole, finished) -> None:
+    _, scanner = fed(events, path)
+    assert (scanner.is_whole, scanner.is_finished) == (whole, finished)
+
+
+def test_a_last_event_without_its_empty_line_still_counts() -> None:
+    passed, scanner = fed([b'data: {"a":1}\n\n', b"data: [DONE]\n"])
+    assert passed == [b'data: {"a":1}\n\n', b""]
+    assert scanner.rest() == b"data: [DONE]\n"
+    assert scanner.is_whole
+
+
+def test_usage_and_errors_are_noticed() -> None:
+    _, scanner = fed([b'data: {"usage":null}\n\n', b'data: {"usage":{"prompt_tokens":3,"completion_tokens":5}}\n\n'])
+    assert (scanner.tokens_in, scanner.tokens_out) == (3, 5)
+    _, scanner = fed([b'data: {"error":{"message":"x"}}\n\n'])
+    assert scanner.errored
+
+
+@pytest.mark.parametrize(
+    ("document", "tokens"),
+    [
+        (b'{"usage":{"prompt_tokens":1,"completion_tokens":2}}', (1, 2)),
+        (b'{"usage":{"input_tokens":1,"output_tokens":2}}', (1, 2)),
+        (b'{"response":{"usage":{"input_tokens":1,"output_tokens":2}}}', (1, 2)),
+        (b'{"type":"message_start","message":{"usage":{"input_tokens":1,"output_tokens":2}}}', (1, 2)),
+        (b'{"usage":{"prompt_tokens":"many"}}', (-1, -1)),
+        (b"{}", (-1, -1)),
+        (b"junk", (-1, -1)),
+        (b"[" * 100_000, (-1, -1)),
+    ],
+)
+def test_usage_of_a_document(document, tokens) -> None:
+    assert usage_of(document) == tokens

@@ -1,0 +1,114 @@
+"""`weir up` with small programs in place of the real ones; the real ones run in tests/integration/test_up_real.py."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import signal
+import socket
+import sys
+
+import pytest
+from rich.console import Console
+
+from gateway import up
+from gateway.children import CannotRun, ChildFailed, Program
+from gateway.stack import Options
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def options(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
+        ports = one.getsockname()[1], two.getsockname()[1]
+    return Options(*ports, directory=tmp_path / ".weir")
+
+
+@pytest.fixture
+def console():
+    return Console(width=40, record=True, file=open(os.devnull, "w"))
+
+
+def sleeper(name, ready=True):
+    async def is_ready():
+        return ready
+
+    return Program(
+        name, (sys.executable, "-I", "-S", "-c", "import time; time.sleep(60)"), is_ready=is_ready, grace=5.0
+    )
+
+
+class FakeProbe:
+    def __init__(self, session):
+        pass
+
+    async def models(self, port, token):
+        return ["tiny"]
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    monkeypatch.setattr(up, "check_needs", lambda options: None)
+    monkeypatch.setattr(up, "Probe", FakeProbe)
+    return lambda stages: monkeypatch.setattr(up, "plan", lambda *_: stages)
+
+
+async def test_it_ends_in_a_box_and_stops_on_a_signal(options, console, fakes):
+    fakes([[sleeper("etcd")], [sleeper("gateway")]])
+    running = asyncio.create_task(up.up(options, console, wall=lambda: 1e9))
+    async with asyncio.timeout(10):
+        while "Ctrl-C" not in console.export_text(clear=False):
+            await asyncio.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGINT)
+        await running
+    said = console.export_text()
+    assert said.index("etcd is ready") < said.index("gateway is ready") < said.index("Weir is up")
+    assert said.rstrip().endswith("stopped; nothing is left running")
+
+
+async def test_a_start_that_fails_is_told_and_leaves_the_folder_free(options, console, fakes):
+    broken = Program(
+        "gateway", (sys.executable, "-c", "raise SystemExit(3)"), is_ready=sleeper("", ready=False).is_ready
+    )
+    fakes([[sleeper("etcd")], [broken]])
+    for _ in range(2):
+        with pytest.raises(ChildFailed, match="gateway ended with exit code 3"):
+            await up.up(options, console, wall=lambda: 1e9)
+    assert "Weir is up" not in console.export_text()
+
+
+async def test_two_in_one_folder(options, console, fakes):
+    fakes([[sleeper("etcd")]])
+    first = asyncio.create_task(up.up(options, console, wall=lambda: 1e9))
+    async with asyncio.timeout(10):
+        while "Ctrl-C" not in console.export_text(clear=False):
+            await asyncio.sleep(0.005)
+        with pytest.raises(CannotRun, match="another `weir up` runs in"):
+            await up.up(options, console, wall=lambda: 1e9)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await first
+
+
+@pytest.mark.parametrize(("which", "option"), [("port", "--port"), ("admin_port", "--admin-port")])
+def test_a_port_in_use_is_told_before_anything_starts(options, which, option):
+    with socket.create_server(("127.0.0.1", getattr(options, which))):
+        with pytest.raises(CannotRun) as told:
+            up.check_needs(options)
+    port = getattr(options, which)
+    assert str(told.value) == f"port {port}: Address already in use; stop what uses it, or choose another with {option}"
+
+
+def test_missing_torch_is_told_before_anything_starts(options, monkeypatch):
+    monkeypatch.setattr(up.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CannotRun, match=r"need torch; install it with `pip install weir\[backend\]`"):
+        up.check_needs(options)
+
+
+def test_the_curl_line_is_one_line_however_narrow_the_terminal(options, console):
+    up.print_box(console, options, token="a" * 300, model="tiny")
+    [line] = [line for line in console.export_text().splitlines() if line.startswith("curl")]
+    words = shlex.split(line)
+    assert f"authorization: Bearer {'a' * 300}" in words
+    assert f"http://127.0.0.1:{options.port}/v1/chat/completions" in words
