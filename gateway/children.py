@@ -81,6 +81,7 @@ class Child:
             raise ChildFailed(
                 f"{self.program.name} was not ready within {READY_WITHIN:.0f} s{self._see_log()}"
             ) from None
+        self._say(f"{self.program.name} is ready")
 
     async def keep(self) -> None:
         """Starts it again whenever it ends, until cancelled. Call after `start`."""

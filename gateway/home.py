@@ -82,7 +82,9 @@ class Home:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = (self.directory / "lock").open("w")
         except OSError as error:
-            raise CannotRun(f"cannot write {self.directory}: {error.strerror}; start it in a folder of yours") from error
+            raise CannotRun(
+                f"cannot write {self.directory}: {error.strerror}; start it in a folder of yours"
+            ) from error
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -109,5 +111,8 @@ class Home:
 
 
 def _write_once(path: Path, text: str) -> None:
-    with contextlib.suppress(FileExistsError), os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+    with (
+        contextlib.suppress(FileExistsError),
+        os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file,
+    ):
         file.write(text)

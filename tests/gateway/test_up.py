@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import shlex
 import signal
@@ -28,7 +29,7 @@ def options(tmp_path):
 
 @pytest.fixture
 def console():
-    return Console(width=40, record=True, file=open(os.devnull, "w"))
+    return Console(width=40, record=True, file=io.StringIO())
 
 
 def sleeper(name, ready=True):
@@ -93,9 +94,8 @@ async def test_two_in_one_folder(options, console, fakes):
 
 @pytest.mark.parametrize(("which", "option"), [("port", "--port"), ("admin_port", "--admin-port")])
 def test_a_port_in_use_is_told_before_anything_starts(options, which, option):
-    with socket.create_server(("127.0.0.1", getattr(options, which))):
-        with pytest.raises(CannotRun) as told:
-            up.check_needs(options)
+    with socket.create_server(("127.0.0.1", getattr(options, which))), pytest.raises(CannotRun) as told:
+        up.check_needs(options)
     port = getattr(options, which)
     assert str(told.value) == f"port {port}: Address already in use; stop what uses it, or choose another with {option}"
 
