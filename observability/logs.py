@@ -132,10 +132,10 @@ class _Line(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     bytes_out: int
     tokens_in: int = -1
     tokens_out: int = -1
-    first_token_ms: float = -1000.0  # what "none went out" (-1 s) comes to
-    upstream_ms: float = 0.0
-    connect_ms: float = 0.0
-    queue_ms: float = 0.0
+    first_token_ms: float | None = None
+    upstream_ms: float | None = None
+    connect_ms: float | None = None
+    queue_ms: float | None = None
     stream: bool = False
     code: str = ""
     rule: str = ""
@@ -194,10 +194,10 @@ def _line(event: RequestEnded) -> _Line:
         event.bytes_out,
         event.tokens_in,
         event.tokens_out,
-        int(event.first_token * 1e6) / 1e3,
-        int(event.upstream * 1e6) / 1e3,
-        int(event.connect * 1e6) / 1e3,
-        int(event.queue * 1e6) / 1e3,
+        int(event.first_token * 1e6) / 1e3 if event.first_token >= 0 else None,
+        int(event.upstream * 1e6) / 1e3 if event.upstream else None,
+        int(event.connect * 1e6) / 1e3 if event.connect else None,
+        int(event.queue * 1e6) / 1e3 if event.queue else None,
         event.stream,
         event.code,
         event.rule,
@@ -361,7 +361,8 @@ class _Handler(logging.Handler):
         try:
             text = self.format(record)
         except Exception as error:  # noqa: BLE001  a record that cannot be formatted is told, never raised
-            text = f"a log record of {record.name} could not be formatted: {type(error).__name__}"
+            record.msg, record.args = f"a record that cannot be formatted: {type(error).__name__}", None
+            text = self.format(record)
         self._writer.write(_encoded(text), keep=record.levelno >= logging.WARNING)
 
 

@@ -202,7 +202,7 @@ class Metrics:
         """Write all families in the format that the Accept header asks for: (body, content type)."""
         try:
             encode, content_type = choose_encoder(accept)
-        except ValueError:  # a version that is no number
+        except (TypeError, ValueError):  # a version that is no number
             encode, content_type = choose_encoder("")
         return encode(self._registry), content_type
 

@@ -1,0 +1,42 @@
+import structlog
+
+from observability.events import StoreChanged
+from observability.fanout import fanout
+
+EVENT = StoreChanged(up=True, reason="")
+
+
+def broken(_event):
+    raise ValueError("no")
+
+
+def test_everyone_hears_in_order():
+    heard = []
+    hear = fanout([lambda event: heard.append(("first", event)), lambda event: heard.append(("second", event))])
+    hear(EVENT)
+    assert heard == [("first", EVENT), ("second", EVENT)]
+    assert hear.failures == 0
+
+
+def test_a_failing_observer_is_counted_and_told_and_stops_nobody():
+    heard = []
+    hear = fanout([broken, heard.append])
+    with structlog.testing.capture_logs() as logs:
+        hear(EVENT)
+    assert heard == [EVENT]
+    assert hear.failures == 1
+    assert [(line["event"], line["observer"], line["on"]) for line in logs] == [
+        ("an observer failed", "broken", "StoreChanged")
+    ]
+
+
+def test_a_thousand_failures_are_three_lines_and_one_when_the_window_ends():
+    now = 0.0
+    hear = fanout([broken], now=lambda: now)
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(1000):
+            hear(EVENT)
+        now = 11.0
+        hear(EVENT)
+    assert hear.failures == 1001
+    assert [line["held_back"] for line in logs] == [0, 0, 0, 997]
