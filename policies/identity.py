@@ -118,6 +118,9 @@ class KeySet:
     unnamed: tuple[Key, ...] = ()
     rejected: tuple[str, ...] = field(default=(), compare=False)
 
+    def __len__(self) -> int:
+        return len(self.named) + len(self.unnamed)
+
     def fitting(self, algorithm: str) -> list[Key]:
         return [key for key in (*self.named.values(), *self.unnamed) if algorithm in key.algorithms]
 
