@@ -81,7 +81,8 @@ def parse_share(text: str) -> float:
         raise ValueError(f"{shown(text)} is not a share: expected one such as `5%`")
     number = Decimal(match[1])
     if not match[2] and number and "." not in match[1]:
-        raise ValueError(f"{shown(text)} is not a share: write {shown(text + '%')} if that is meant")
+        choice = "`1%` or `100%`" if number == 1 else shown(text + "%")
+        raise ValueError(f"{shown(text)} is not a share: write {choice} if that is meant")
     share = float(number / 100 if match[2] else number)
     if share > 1:
         raise ValueError(f"{shown(text)} is more than 100%")
