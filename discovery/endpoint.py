@@ -17,6 +17,7 @@ from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 
+DEFAULT_PREFIX: Final = "/weir/v1"  # backends are found under {prefix}/backends/{service}/{id}
 MAX_VALUE_BYTES: Final = 64 * 1024
 DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 

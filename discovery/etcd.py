@@ -8,7 +8,7 @@ the stream. What holds here:
   holds a client holds it alone, and one user's trouble is not another's.
 - Every call has a deadline and asks for a member that has a leader (`hasleader`): without that a watch on a member
   cut off from its cluster stays silent for ever (etcd-io/etcd#10819).
-- Messages of up to 64 MiB are taken and listings are read in pages that shrink when one does not fit, so no value
+- Messages of up to 16 MiB are taken and listings are read in pages that shrink when one does not fit, so no value
   that etcd takes (1.5 MiB) can stop a listing; a watch asks etcd to split what is long.
 - Certificates and password are read from their files at each connection, so that renewed ones are used. Nothing here
   puts either, or a token, into a message.
@@ -17,7 +17,7 @@ the stream. What holds here:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -34,7 +34,7 @@ LIST_TIMEOUT: Final = 20.0  # for one page
 PAGE_KEYS: Final = 1000
 
 _CHANNEL_OPTIONS: Final = (
-    ("grpc.max_receive_message_length", 64 * 1024 * 1024),
+    ("grpc.max_receive_message_length", 16 * 1024 * 1024),
     ("grpc.max_send_message_length", 4 * 1024 * 1024),
     # etcd ends connections that ping more often than each 5 s (--grpc-keepalive-min-time).
     ("grpc.keepalive_time_ms", 10_000),
@@ -217,7 +217,7 @@ class EtcdSource:
                 return Listing(revision, page.header.cluster_id, tuple(items))
             start = page.kvs[-1].key + b"\0"
 
-    async def watch(self, revision: int) -> AsyncIterator[Changes]:
+    async def watch(self, revision: int) -> AsyncGenerator[Changes, None]:
         create = rpc.WatchCreateRequest(
             key=self._prefix, range_end=self._end, start_revision=revision, progress_notify=True, fragment=True
         )
@@ -236,9 +236,6 @@ class EtcdSource:
         )
         newest = await self._client.call(lambda channel: rpc.KVStub(channel).Range, request)
         return int(newest.kvs[0].mod_revision) if newest.kvs else 0
-
-    async def close(self) -> None:
-        await self._client.close()
 
     def _event(self, event: rpc.Event) -> KeyValue | Deleted:
         if event.type == rpc.Event.DELETE:

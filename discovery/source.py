@@ -8,7 +8,7 @@ Keys are relative to the source's prefix.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -66,7 +66,7 @@ class Source(Protocol):
 
     async def list(self) -> Listing: ...
 
-    def watch(self, revision: int) -> AsyncIterator[Changes]:
+    def watch(self, revision: int) -> AsyncGenerator[Changes, None]:
         """Everything from `revision` on. The first Changes comes as soon as the watch stands, and may be empty."""
         ...
 
