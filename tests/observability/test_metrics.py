@@ -6,7 +6,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from observability import events
-from observability.metrics import MOST_SERIES, Metrics
+from observability.metrics import Metrics
 from tests.support.ended import ATTEMPT, ended, refused
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
@@ -106,7 +106,7 @@ def test_events_without_a_family_change_nothing(metrics):
 
 def test_gauges_are_read_when_scraped(metrics):
     inflight = {("tiny",): 3.0}
-    metrics.gauge("weir_inflight", "Requests on their way.", ("service",), lambda: inflight.items())
+    metrics.gauge("weir_inflight", "Requests on their way.", ("service",), inflight.items)
     metrics.counter("weir_log_dropped_total", "Lines lost.", (), lambda: [((), 7.0)])
     assert samples(metrics)['weir_inflight{service="tiny"}'] == 3
     inflight[("tiny",)] = 5.0
