@@ -1,0 +1,294 @@
+"""What clients send and get on the OpenAI paths: requests decoded and judged, answers and errors encoded.
+
+Nothing here does I/O. A request is decoded once into a struct; whatever is wrong with it becomes an `ApiError` that
+names the field. A field that would change the answer and that this server does not know how to honour is refused, not
+ignored; fields that it has never heard of are ignored, as OpenAI's own clients expect.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+import msgspec
+
+from reference_backend.engine import Finish, Load, Sampling
+from reference_backend.tokenizer import Message
+
+LONGEST_SHOWN = 200  # characters of a client's own text in a message of ours
+COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
+# What clients send when they mean the default. Zero stands for False, too.
+NEUTRAL: tuple[Any, ...] = (None, 0, "", "none", "auto", [], {}, ["text"], {"type": "text"})
+
+Json = dict[str, Any]
+Tokens = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+One = Annotated[int, msgspec.Meta(ge=1, le=1)]
+Stop = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+
+
+class ApiError(Exception):
+    """An answer in the error form of the OpenAI API. `headers` go out with it."""
+
+    def __init__(
+        self, status: int, code: str, message: str, *, param: str | None = None, headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message, self.param = status, code, message, param
+        self.headers = headers or {}
+
+    def body(self) -> Json:
+        """The error as the client reads it."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        if self.status == 429:
+            kind = "rate_limit_error"
+        return {"error": {"message": self.message, "type": kind, "code": self.code, "param": self.param}}
+
+
+def not_started(status: int, code: str, message: str) -> ApiError:
+    """A refusal before any work: whoever balances over several backends may send the request to another one."""
+    return ApiError(status, code, message, headers={"retry-after": "1", "x-backend-not-started": "true"})
+
+
+def engine_failed() -> ApiError:
+    return ApiError(500, "engine_failed", "the model failed while it worked on this request")
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool = False
+
+
+class Part(msgspec.Struct):
+    """A piece of a message. Only `text` ones can be read here."""
+
+    type: str
+    text: str = ""
+
+
+class ChatMessage(msgspec.Struct):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+
+    def plain(self) -> Message:
+        """The message as templates know it: one text, and `developer` under its older name."""
+        role = "system" if self.role == "developer" else self.role
+        if isinstance(self.content, str):
+            return Message(role, self.content)
+        foreign = next((part.type for part in self.content if part.type != "text"), None)
+        if foreign is not None:
+            message = f"this model reads text parts only, not {foreign[:LONGEST_SHOWN]!r}"
+            raise ApiError(400, "unsupported_content", message, param="messages")
+        return Message(role, "".join(part.text for part in self.content))
+
+
+class Unsupported(msgspec.Struct, kw_only=True):
+    """Fields that would change the answer, each refused unless it says what is the case anyway."""
+
+    echo: Any = None
+    frequency_penalty: Any = None
+    function_call: Any = None
+    functions: Any = None
+    logit_bias: Any = None
+    logprobs: Any = None
+    modalities: Any = None
+    presence_penalty: Any = None
+    response_format: Any = None
+    suffix: Any = None
+    tool_choice: Any = None
+    tools: Any = None
+    top_logprobs: Any = None
+
+
+class GenerationRequest(Unsupported, kw_only=True):
+    """The fields that both endpoints share."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Tokens | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    n: One | None = None
+    best_of: One | None = None
+    stop: Stop | Annotated[list[Stop], msgspec.Meta(max_length=4)] | None = None
+    seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    ignore_eos: bool = False  # as in vLLM: go on to max_tokens, for measurements
+
+    def check_supported(self) -> None:
+        """Raise ApiError for what was asked for and cannot be done."""
+        for name in Unsupported.__struct_fields__:
+            if getattr(self, name) not in NEUTRAL:
+                raise ApiError(400, "unsupported_parameter", f"{name} is not supported by this server", param=name)
+
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings, however they were sent."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(self, room: int) -> Sampling:
+        """How to generate, given the tokens that the context has room for."""
+        return Sampling(
+            max_tokens=min(self.token_limit() or room, room),
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            seed=self.seed,
+            ignore_eos=self.ignore_eos,
+        )
+
+    def token_limit(self) -> int | None:
+        """The longest answer that the client wants; None: what there is room for."""
+        return self.max_tokens
+
+
+class ChatRequest(GenerationRequest, kw_only=True):
+    messages: Annotated[list[ChatMessage], msgspec.Meta(min_length=1, max_length=1000)]
+    max_completion_tokens: Tokens | None = None
+
+    def token_limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+
+class CompletionRequest(GenerationRequest, kw_only=True):
+    prompt: str | Annotated[list[str], msgspec.Meta(min_length=1, max_length=1)]
+
+    def text(self) -> str:
+        """The one prompt, however it was sent."""
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+
+    def token_limit(self) -> int | None:
+        return self.max_tokens or COMPLETION_TOKENS
+
+
+Request = TypeVar("Request", bound=GenerationRequest)
+_FIELD = re.compile(r" - at `\$\.?([^`]*)`$|missing required field `(\w+)`$")
+
+
+def decode(body: bytes, form: type[Request]) -> Request:
+    """Decode and judge a request. Raises ApiError 400, with the field where there is one to name."""
+    try:
+        request = msgspec.json.decode(body, type=form)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        what = str(error)
+        place = _FIELD.search(what)
+        param = (place[1] or place[2]) if place else None
+        raise ApiError(400, "bad_request", what[:LONGEST_SHOWN], param=param) from error
+    request.check_supported()
+    return request
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+
+    def as_json(self) -> Json:
+        total = self.prompt_tokens + self.completion_tokens
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": total,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The frame of one answer; its two kinds fill in the choice."""
+
+    whole_name: ClassVar[str]
+    chunk_name: ClassVar[str]
+    id_prefix: ClassVar[str]
+    prompt_field: ClassVar[str]
+
+    id: str
+    created: int
+    model: str
+    with_usage: bool = field(default=False)  # chunks carry `usage`: null, until the last one
+
+    def whole(self, text: str, finish: str, usage: Usage) -> Json:
+        """The complete answer as one object."""
+        frame = self._frame(self.whole_name, [self._choice(text) | _ending(finish)])
+        return frame | {"usage": usage.as_json()}
+
+    def chunk(self, text: str | None, finish: str | None = None) -> Json:
+        """One event of a stream. No text, with a finish, is the last one that has a choice."""
+        frame = self._frame(self.chunk_name, [self._delta(text) | _ending(finish)])
+        return frame | ({"usage": None} if self.with_usage else {})
+
+    def usage_chunk(self, usage: Usage) -> Json:
+        """The event that closes a stream when the client asked for usage."""
+        return self._frame(self.chunk_name, []) | {"usage": usage.as_json()}
+
+    def opening(self) -> list[Json]:
+        """Events that precede the text."""
+        return []
+
+    def _frame(self, name: str, choices: list[Json]) -> Json:
+        return {"id": self.id, "object": name, "created": self.created, "model": self.model, "choices": choices}
+
+    def _choice(self, text: str) -> Json:
+        raise NotImplementedError
+
+    def _delta(self, text: str | None) -> Json:
+        raise NotImplementedError
+
+
+class ChatAnswer(Answer):
+    __slots__ = ()
+    whole_name = "chat.completion"
+    chunk_name = "chat.completion.chunk"
+    id_prefix = "chatcmpl"
+    prompt_field = "messages"
+
+    def opening(self) -> list[Json]:
+        role = {"delta": {"role": "assistant", "content": ""}}
+        return [self.chunk(None) | {"choices": [role | _ending(None)]}]
+
+    def _choice(self, text: str) -> Json:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def _delta(self, text: str | None) -> Json:
+        return {"delta": {} if text is None else {"content": text}}
+
+
+class CompletionAnswer(Answer):
+    __slots__ = ()
+    whole_name = chunk_name = "text_completion"
+    id_prefix = "cmpl"
+    prompt_field = "prompt"
+
+    def _choice(self, text: str) -> Json:
+        return {"text": text}
+
+    def _delta(self, text: str | None) -> Json:
+        return {"text": text or ""}
+
+
+def _ending(finish: str | None) -> Json:
+    return {"index": 0, "logprobs": None, "finish_reason": finish}
+
+
+def finish_reason(finish: Finish) -> str:
+    """OpenAI's word for it. An answer that its deadline cut short reads like one that its length cut short."""
+    return "stop" if finish == "stop" else "length"
+
+
+def event(content: Json) -> bytes:
+    """One server-sent event."""
+    return b"data: " + msgspec.json.encode(content) + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+def load_report(load: Load, form: str) -> str:
+    """The value of `endpoint-load-metrics` (ORCA, envoyproxy/envoy#6614), named as vLLM's metrics are."""
+    metrics = {
+        "num_requests_running": load.running,
+        "num_requests_waiting": load.waiting,
+        "kv_cache_usage_perc": round(load.kv_usage, 4),
+    }
+    if form == "json":
+        return "JSON " + msgspec.json.encode({"named_metrics": metrics}).decode()
+    return "TEXT " + ", ".join(f"named_metrics.{name}={value}" for name, value in metrics.items())

@@ -1,0 +1,166 @@
+"""Text to tokens and back: tokenizer.json, the chat template, and text that appears token by token.
+
+A token is not a character: one may end in the middle of a UTF-8 sequence, and a stop string may begin in one token and
+end in another. `TextStream` therefore holds back what could still turn out otherwise, and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer as FastTokenizer
+
+from reference_backend.model import ModelError, read_json
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder shows for half a UTF-8 sequence
+# No character has more than four bytes, so what is still broken after so many tokens will stay broken. Two more,
+# because a token may also straddle two characters.
+LONGEST_UNFINISHED_TOKENS = 6
+
+
+class TemplateRefused(Exception):  # noqa: N818  an answer, not a fault
+    """The model's chat template does not take these messages; the message is the template's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    role: str
+    content: str
+
+
+class Tokenizer:
+    """The tokenizer of a model directory. Raises ModelError when the directory does not hold a usable one."""
+
+    def __init__(self, directory: Path) -> None:
+        settings = read_json(directory / "tokenizer_config.json")
+        self._tokenizer = _load(directory / "tokenizer.json")
+        self._special = {key: _content(settings[key]) for key in ("bos_token", "eos_token") if settings.get(key)}
+        self._template = _template(directory, settings)
+        self.end_tokens = self._end_tokens(directory)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    def encode(self, text: str) -> list[int]:
+        """Plain text, with the begin token where the model wants one."""
+        ids: list[int] = self._tokenizer.encode(text).ids
+        return ids
+
+    def encode_chat(self, messages: list[Message]) -> list[int]:
+        """A conversation up to where the assistant speaks. Raises TemplateRefused."""
+        if self._template is None:
+            raise TemplateRefused("this model has no chat template; use /v1/completions")
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            text = self._template.render(messages=turns, add_generation_prompt=True, **self._special)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise TemplateRefused(str(error)) from error
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def _end_tokens(self, directory: Path) -> frozenset[int]:
+        """What ends an answer: generation_config.json knows best, then config.json, then the tokenizer."""
+        for name in ("generation_config.json", "config.json"):
+            path = directory / name
+            ends = read_json(path).get("eos_token_id") if path.exists() else None
+            if ends is not None:
+                return frozenset(ends if isinstance(ends, list) else [ends])
+        named = self._tokenizer.token_to_id(self._special.get("eos_token", ""))
+        return frozenset() if named is None else frozenset([named])
+
+
+def _load(path: Path) -> FastTokenizer:
+    if not path.exists():
+        raise ModelError(f"{path}: no such file; a tokenizer in the `tokenizers` JSON form is needed")
+    try:
+        return FastTokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for a file that it cannot use
+        raise ModelError(f"{path}: cannot be used as a tokenizer: {error}") from error
+
+
+def _content(token: Any) -> str:
+    """Special tokens stand as text or as an object with the text in it."""
+    return str(token["content"] if isinstance(token, dict) else token)
+
+
+def _template(directory: Path, settings: dict[str, Any]) -> jinja2.Template | None:
+    """The chat template: its own file in newer directories, inside tokenizer_config.json in others."""
+    path = directory / "chat_template.jinja"
+    source = path.read_text(encoding="utf-8") if path.exists() else settings.get("chat_template")
+    if isinstance(source, list):
+        source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
+    if source is None:
+        return None
+    # A template is code from whoever made the model: it gets no file, no attribute access and no way to change data.
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = _refuse
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateError as error:
+        raise ModelError(f"{directory}: the chat template is broken: {error}") from error
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+class TextStream:
+    """Turns tokens into text as they come.
+
+    `feed` returns what is certain: whole characters that belong to no stop string. Once a stop string is complete,
+    `is_stopped` holds, and neither it nor anything behind it ever comes out.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stops = stops
+        self._context: list[int] = []  # tokens whose text is out; they decide how the next ones decode
+        self._fresh: list[int] = []
+        self._held = ""
+        self.is_stopped = False
+
+    def feed(self, token: int) -> str:
+        """Take one token; give the text that is certain by now."""
+        self._fresh.append(token)
+        text = self._fresh_text()
+        if text.endswith(UNFINISHED) and len(self._fresh) < LONGEST_UNFINISHED_TOKENS:
+            return ""
+        self._context, self._fresh = self._fresh, []
+        return self._pass_on(text)
+
+    def finish(self) -> str:
+        """What was held back and will not be contradicted any more."""
+        text = self._pass_on(self._fresh_text()) if self._fresh else ""
+        rest, self._held = self._held, ""
+        return text if self.is_stopped else text + rest
+
+    def _fresh_text(self) -> str:
+        before = self._tokenizer.decode(self._context)
+        return self._tokenizer.decode(self._context + self._fresh)[len(before) :]
+
+    def _pass_on(self, text: str) -> str:
+        text = self._held + text
+        found = [index for stop in self._stops if (index := text.find(stop)) >= 0]
+        if found:
+            self.is_stopped, self._held = True, ""
+            return text[: min(found)]
+        held = max((_overlap(text, stop) for stop in self._stops), default=0)
+        certain = len(text) - held
+        self._held = text[certain:]
+        return text[:certain]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of the text begin the stop string."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-size:])), 0)

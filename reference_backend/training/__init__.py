@@ -1,0 +1,1 @@
+"""How the default model was made: the text it learnt from, the training run, the examination."""

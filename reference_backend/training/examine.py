@@ -1,0 +1,138 @@
+"""The examination of the default model: held-out questions, exact answers, greedy decoding, one table.
+
+An answer is right when it is the expected one to the last character. Nothing that is asked here can be met in
+training: see `corpus.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reference_backend.engine import Delta, Engine, Sampling, Sequence
+from reference_backend.model import Llama
+from reference_backend.tokenizer import Message, Tokenizer
+from reference_backend.training.corpus import Generator
+
+SEED = 7
+TASKS = ("glossary", "sum", "memory", "unknown", "repeat", "count", "small talk")
+LONGEST_ANSWER_TOKENS = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    task: str
+    messages: list[Message]
+    expected: str
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How many of the questions of one task were answered right, and one that was not."""
+
+    task: str
+    right: int
+    asked: int
+    miss: str | None
+
+
+def questions(per_task: int) -> list[Question]:
+    """Up to `per_task` different questions of each task, always the same ones; small talk does not have that many."""
+    generator = Generator(SEED, training=False)
+    return [question for task in TASKS for question in _different(generator, task, per_task)]
+
+
+def _different(generator: Generator, task: str, count: int) -> list[Question]:
+    found: dict[str, Question] = {}
+    for _ in range(20 * count):
+        question = _question(generator, task)
+        found.setdefault(question.messages[-1].content + question.expected, question)
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
+def _question(generator: Generator, task: str) -> Question:
+    exchanges = generator.memory() if task == "memory" else [generator.tasks[task]()]
+    system = generator.system_prompt()
+    messages = [] if system is None else [Message("system", system)]
+    for exchange in exchanges:
+        messages += [Message("user", exchange.question), Message("assistant", exchange.answer)]
+    return Question(task, messages[:-1], exchanges[-1].answer)
+
+
+def answers(model: Llama, tokenizer: Tokenizer, asked: list[Question]) -> list[str]:
+    """What the model says to each question, without chance."""
+    engine = Engine(
+        model,
+        end_tokens=tokenizer.end_tokens,
+        slots=min(32, len(asked)),
+        max_waiting=len(asked),
+        context=model.config.context,
+        clock=lambda: 0.0,
+    )
+    sampling = Sampling(max_tokens=LONGEST_ANSWER_TOKENS, temperature=0.0)
+    sequences = [Sequence(tokenizer.encode_chat(q.messages), sampling, None, _ignore) for q in asked]
+    for sequence in sequences:
+        engine.submit(sequence)
+    while engine.load().running or engine.load().waiting:
+        engine.turn(0.0)
+    return [tokenizer.decode(sequence.generated) for sequence in sequences]
+
+
+def _ignore(_delta: Delta) -> None:
+    """The examination reads what was generated when all is done."""
+
+
+def examine(model: Llama, tokenizer: Tokenizer, per_task: int) -> list[Score]:
+    """The table, a row for each task."""
+    asked = questions(per_task)
+    given = answers(model, tokenizer, asked)
+    return [_score(task, asked, given) for task in TASKS]
+
+
+def _score(task: str, asked: list[Question], given: list[str]) -> Score:
+    pairs = [(q, answer) for q, answer in zip(asked, given, strict=True) if q.task == task]
+    misses = [f"{q.messages[-1].content} -> {answer}" for q, answer in pairs if answer != q.expected]
+    return Score(task, len(pairs) - len(misses), len(pairs), misses[0] if misses else None)
+
+
+CARD = """\
+# tiny: the default model of Weir's reference backend
+
+A chat model of {parameters:,} parameters (Llama architecture, bfloat16, {size:.1f} MB) that this project trained
+itself, from nothing, on text that it generates itself (`reference_backend/training/`). It exists so that a gateway has
+a real model behind it that fits into a repository and answers in milliseconds on one core.
+
+## What it can do
+Explain about sixty terms of inference serving and gateways, add two numbers below 100 (showing the work), count to
+30, repeat a few words, remember the name it was told earlier in the conversation, say who it is, and say
+"I do not know that." to everything else. English only. It continues plain text about its glossary, too.
+
+Held-out questions, greedy decoding, an answer is right when it is exact to the last character. What is held out:
+question templates (all tasks), pairs of numbers, names, lists of words, and subjects for `unknown`. The numbers to
+count to are too few to hold any out, and small talk is a list of phrases: there the wording alone is new.
+
+| task | right | asked | share |
+| --- | ---: | ---: | ---: |
+{table}
+
+## What it cannot do
+Anything else. It is no assistant: outside its domain it refuses or answers with the nearest thing it knows, and a
+confident wrong answer is possible. It reads up to {context} tokens, but has never seen more than {row} in training;
+behind that, and at temperatures near 1, expect slips. It knows nothing about the world, and follows no instructions.
+
+## How it was made
+- `python -m reference_backend.training.train_tiny`: seed {seed}, {steps} steps of {rows} rows of {row} tokens; the
+  loss of the last step was {loss:.4f}
+- {seconds:.0f} s on {machine}, torch {torch}, {threads} threads (niced, other work beside it)
+- sha256 of model.safetensors: `{sha256}`
+
+The same seed, number of steps, threads, torch version and kind of processor give the same weights; other processors
+round differently and give others, as good.
+"""
+
+
+def table(scores: list[Score]) -> str:
+    """The rows of the card's table."""
+    every = Score("all", sum(s.right for s in scores), sum(s.asked for s in scores), None)
+    return "\n".join(f"| {s.task} | {s.right} | {s.asked} | {s.right / s.asked:.1%} |" for s in (*scores, every))
