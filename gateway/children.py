@@ -191,10 +191,13 @@ class Supervisor:
                 child.kill()
 
 
-async def run_until_signalled(supervisor: Supervisor, when_ready: Callable[[], Awaitable[None]]) -> None:
-    """Runs it until SIGINT or SIGTERM; a second one kills the children at once. SIGHUP is passed on.
+async def run_until_signalled(
+    supervisor: Supervisor, when_ready: Callable[[], Awaitable[None]], *, pass_on: Sequence[signal.Signals] = ()
+) -> None:
+    """Runs it until SIGINT, SIGTERM or SIGHUP; a second one kills the children at once.
 
-    Returns when nothing is left running; raises what the start raised.
+    Signals in `pass_on` go to the children and end nothing. Returns when nothing is left running; raises what the
+    start raised.
     """
     loop = asyncio.get_running_loop()
     task = asyncio.ensure_future(supervisor.run(when_ready))
@@ -205,9 +208,10 @@ async def run_until_signalled(supervisor: Supervisor, when_ready: Callable[[], A
         else:
             task.cancel()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stop)
-    loop.add_signal_handler(signal.SIGHUP, supervisor.send, signal.SIGHUP)
+    for number in pass_on:
+        loop.add_signal_handler(number, supervisor.send, number)
     with contextlib.suppress(asyncio.CancelledError):
         await task
 
@@ -222,14 +226,14 @@ async def _together(works: Sequence[Coroutine[None, None, None]]) -> None:
         raise errors.exceptions[0] from None
 
 
-def die_with(parent: int) -> Callable[[], None] | None:
-    """What a forked child runs before its program, so that it ends when `parent` does."""
+def die_with(parent: int, number: signal.Signals = signal.SIGKILL) -> Callable[[], None] | None:
+    """What a forked child runs before its program, so that this signal ends it when `parent` is gone."""
     if _libc is None:
         return None
     prctl = _libc.prctl
 
     def ask_kernel() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        prctl(PR_SET_PDEATHSIG, number)
         if os.getppid() != parent:  # it was gone before we asked
             os._exit(1)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 
-from gateway.children import CannotRun
+from gateway.children import CannotRun, ChildFailed
 
 ETCD = "http://127.0.0.1:2379"
 PASS_ON = {"ignore_unknown_options": True, "allow_interspersed_args": False}
@@ -44,6 +44,8 @@ def main(args: Sequence[str] | None = None) -> None:
         _end(f"{error.format_message().rstrip('.')}; see `{command} --help`", 2)
     except click.ClickException as error:
         _end(error.format_message(), error.exit_code)
+    except ChildFailed as error:
+        _end(str(error), 2 if error.exit_code == 2 else 3)
     except CannotRun as error:
         _end(str(error), 3)
     except (click.Abort, KeyboardInterrupt):
@@ -104,6 +106,24 @@ def up(port: int, admin_port: int, backends: int, model: str, no_redis: bool) ->
 @click.option("--worker", type=int, hidden=True, help="Which worker process this is.")
 def serve(config: Path, worker: int | None) -> None:
     """Run the gateway alone, until SIGTERM or Ctrl-C, which drain it."""
+    import uvloop
+
+    from gateway import app
+    from gateway.config import load
+    from gateway.workers import run_workers
+    from policies.problems import InvalidDocument
+
+    try:
+        loaded = load(config, os.environ)
+    except OSError as error:
+        raise CannotRun(f"cannot read {config}: {error.strerror}") from error
+    except InvalidDocument as invalid:
+        raise WrongUse("\nweir: ".join(invalid.lines(str(config)))) from invalid
+    if worker is None and loaded.workers > 1:
+        asyncio.run(run_workers(config, loaded, _say))
+    else:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(app.serve(loaded, worker=worker))
 
 
 @weir.command(
@@ -132,6 +152,39 @@ def bench(arguments: tuple[str, ...]) -> None:
 @etcd_option
 def backends(etcd: str) -> None:
     """Show what discovery sees, and ask each backend how it is."""
+    from rich.console import Console
+
+    from gateway import backends as shown
+
+    seen = asyncio.run(shown.look(_http_url(etcd)))
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(shown.table(seen) if seen else "no backend is registered")
+
+
+@weir.command(
+    epilog="Example: weir register --service llama --url http://10.0.0.5:8000 --model llama-3 -- vllm serve ..."
+)
+@click.option("--service", required=True, metavar="S", help="The service that routes name.")
+@click.option("--url", required=True, metavar="U", help="Where gateways reach the backend.")
+@click.option("--model", "models", multiple=True, metavar="M", help="A model it serves; may be given again.")
+@etcd_option
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def register(service: str, url: str, models: tuple[str, ...], etcd: str, command: tuple[str, ...]) -> None:
+    """Keep a backend registered while COMMAND, or else this command, runs.
+
+    COMMAND stands behind `--`. It gets the signals that this gets, and its exit code is returned.
+    """
+    from random import Random
+
+    from discovery.endpoint import InvalidRegistration, ModelEntry, Registration
+    from gateway import register as registering
+
+    registration = Registration(url=url, models=tuple(ModelEntry(model) for model in models))
+    work = registering.register(_http_url(etcd), service, registration, command, rng=Random(), say=_say)  # noqa: S311  jitter
+    try:
+        sys.exit(asyncio.run(work))
+    except InvalidRegistration as invalid:
+        raise WrongUse(f"no gateway would take this registration: {invalid}") from invalid
 
 
 @weir.group(epilog="Example: weir policy check policy.yaml")
@@ -185,6 +238,19 @@ def token(sub: str, groups: tuple[str, ...], ttl: str, key: Path, issuer: str | 
         print(identity.mint(_read(key), sub=sub, groups=groups, ttl=seconds, wall=time.time(), **names))
     except identity.InvalidKeys as error:
         raise WrongUse(f"--key {key}: {error}") from error
+
+
+def _http_url(text: str) -> str:
+    from gateway.config_fields import parse_http_url
+
+    try:
+        return parse_http_url(text)
+    except ValueError as error:
+        raise WrongUse(f"--etcd: {error}") from error
+
+
+def _say(sentence: str) -> None:
+    print(f"weir: {sentence}", file=sys.stderr, flush=True)
 
 
 def _read(file: Path) -> bytes:

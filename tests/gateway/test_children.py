@@ -147,7 +147,7 @@ async def test_what_ignores_sigterm_is_killed_after_its_grace(tmp_path):
 async def test_the_second_signal_ends_it_now(tmp_path):
     supervisor = Supervisor([[program(tmp_path, "child", STUBBORN, grace=None)]], print)
     ready, when_ready = ready_event()
-    task = asyncio.create_task(run_until_signalled(supervisor, when_ready))
+    task = asyncio.create_task(run_until_signalled(supervisor, when_ready, pass_on=[signal.SIGHUP]))
     await ready.wait()
     os.kill(os.getpid(), signal.SIGHUP)
     await until(lambda: "hup" in (tmp_path / "child").read_text())
