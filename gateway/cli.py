@@ -106,11 +106,7 @@ def up(port: int, admin_port: int, backends: int, model: str, no_redis: bool) ->
 @click.option("--worker", type=int, hidden=True, help="Which worker process this is.")
 def serve(config: Path, worker: int | None) -> None:
     """Run the gateway alone, until SIGTERM or Ctrl-C, which drain it."""
-    import uvloop
-
-    from gateway import app
     from gateway.config import load
-    from gateway.workers import run_workers
     from policies.problems import InvalidDocument
 
     try:
@@ -120,10 +116,16 @@ def serve(config: Path, worker: int | None) -> None:
     except InvalidDocument as invalid:
         raise WrongUse("\nweir: ".join(invalid.lines(str(config)))) from invalid
     if worker is None and loaded.workers > 1:
+        from gateway.workers import run_workers
+
         asyncio.run(run_workers(config, loaded, _say))
-    else:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(app.serve(loaded, worker=worker))
+        return
+    import uvloop
+
+    from gateway import app
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(app.serve(loaded, worker=worker))
 
 
 @weir.command(
