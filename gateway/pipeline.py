@@ -26,7 +26,7 @@ from policies.routing import Router
 if TYPE_CHECKING:
     from aiohttp import web
 
-    from gateway.admission import Admission
+    from gateway.admission import Account
     from gateway.identify import Identifier
     from gateway.local_answers import LocalAnswers
     from gateway.upstream.fleet import Fleet
@@ -66,8 +66,7 @@ class Pipeline:
     def __init__(  # noqa: PLR0913  the parts of the sentence
         self,
         settings: Settings,
-        identifier: Identifier,
-        admission: Admission,
+        identifier: Identifier[Account],
         fleet: Fleet,
         forwarder: Forwarder,
         local: LocalAnswers,
@@ -79,7 +78,6 @@ class Pipeline:
         self.in_force: InForce  # set before the first request, and at each reload
         self._settings = settings
         self._identifier = identifier
-        self._admission = admission
         self._fleet = fleet
         self._forwarder = forwarder
         self._local = local
@@ -129,7 +127,7 @@ class Pipeline:
         if entry is None:
             entry = await self._identifier.identify(call.authorization, trail.started_at)
         principal, account = entry.principal, entry.account
-        trail.consumer, trail.plan = principal.consumer, account.plan_name
+        trail.consumer, trail.plan = principal.consumer, account.plan.name
         trail.auth = trail.lap()
 
         # Admit: one request of the consumer's plan, and a place among its concurrent ones.

@@ -79,7 +79,7 @@ Handle = Callable[[Incoming], Awaitable[web.StreamResponse]]
 Reject = Callable[["ClientConnection", Refusal], None]
 
 
-class DataServer(web.Server[Any]):
+class DataServer(web.Server):
     """The data listener's protocol factory. Its handlers are cancelled when their client leaves."""
 
     def __init__(  # noqa: PLR0913  the limits of contract 4, each its own
@@ -115,7 +115,7 @@ class DataServer(web.Server[Any]):
         return ClientConnection(self, loop=self._loop, **self._kwargs)
 
 
-class ClientConnection(RequestHandler[Any]):
+class ClientConnection(RequestHandler):
     """One client's connection. `relay` is whoever is writing an answer to it."""
 
     __slots__ = ("_counted", "_head_timer", "_server", "forwarded_lines", "relay")

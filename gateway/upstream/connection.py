@@ -9,7 +9,7 @@ The parser is llhttp in its strict mode; what it lets through is checked again i
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import httptools
 
@@ -84,8 +84,7 @@ class Connection(asyncio.Protocol):
     # What the transport does
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101  tells mypy which kind it is
-        self.transport = transport
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's is one in all but its base class
 
     def data_received(self, data: bytes) -> None:
         answer = self.answer

@@ -29,9 +29,10 @@ class Group:
     def __init__(self, serving: tuple[Backend, ...]) -> None:
         self.serving = serving
         healthy = tuple(backend for backend in serving if backend.healthy)
+        probed = tuple(backend for backend in serving if backend.healthy is not None)
         # With most of them unhealthy it is likelier that the checks are wrong than that so few can carry it all
-        self.panicking = panic(len(healthy), len(serving))
-        self.usable = serving if self.panicking else healthy
+        self.panicking = panic(len(healthy), len(probed)) or not healthy
+        self.usable = healthy if not self.panicking else probed if healthy else serving
         self.chooser = Chooser(self.usable)
 
 

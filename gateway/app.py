@@ -1,0 +1,437 @@
+"""The composition root: from a Config to a running gateway. The only place that knows all parts, clocks and dice.
+
+Start: policy, keys and store first, then discovery's first list, then the data listener; readiness follows. A gateway
+whose etcd is away starts all the same and says so on /readyz. Stop: not ready, then no new connections, then the
+requests in flight get their time, then what is left is told that the gateway is shutting down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import gc
+import resource
+import secrets
+import signal
+import ssl
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from importlib.metadata import version as version_of
+from pathlib import Path
+from random import Random
+
+import aiohttp
+import msgspec
+import structlog
+from aiohttp import web
+
+from discovery import source as heard
+from discovery.announce import Announcement
+from discovery.discovery import Discovery, LiveGateways, backends_in, gateways_in
+from discovery.endpoint import ModelEntry, Registration
+from discovery.etcd import EtcdClient, EtcdSettings, EtcdSource
+from discovery.probe import HttpProbe
+from discovery.source import Source, SourceFailure
+from discovery.static import StaticBackend, StaticSource
+from gateway import config
+from gateway.admin import admin_app
+from gateway.admission import UNLIMITED, Account, Admission
+from gateway.attempts import Forwarder
+from gateway.children import CannotRun
+from gateway.config import Config, Etcd
+from gateway.config_fields import Address
+from gateway.gauges import register_gauges
+from gateway.identify import Identifier
+from gateway.keys import KeyStore
+from gateway.local_answers import LocalAnswers
+from gateway.pipeline import InForce, Pipeline, Settings
+from gateway.reload import EtcdPolicy, FilePolicy, PolicySource
+from gateway.server import DataServer
+from gateway.store import RedisStore
+from gateway.upstream.endpoint import Backend
+from gateway.upstream.fleet import Fleet
+from gateway.views import views
+from observability import events
+from observability.fanout import Fanout
+from observability.logs import AccessLog, EventLog, LineWriter, configure
+from observability.metrics import Metrics
+from observability.recent import Recent
+from observability.tracing import SpanExporter, Tracer, otlp_export
+from policies.breaker import State
+from policies.policy import Policy, Principal
+from policies.problems import InvalidDocument
+from policies.routing import Router, plan_of
+
+ACCEPT_SECONDS = 5.0  # how long a gateway that was told to stop still accepts, so that balancers get to know
+DRAIN_SECONDS = 60.0
+FIRST_LIST_SECONDS = 5.0
+LAG_PERIOD_SECONDS = 0.5
+MAX_POLICY_BYTES = 1024 * 1024
+
+_TRANSLATED = {
+    heard.Rejected: lambda e: events.DiscoveryRejected(e.key, e.reason),
+    heard.Resynced: lambda e: events.DiscoveryResynced(e.reason, e.revision),
+    heard.StateChanged: lambda e: events.DiscoveryState(e.state.value),
+    heard.HealthChanged: lambda e: events.BackendHealth(e.service, e.backend, e.healthy, e.reason),
+}
+
+
+class Gateway:
+    """A running gateway, for as long as `running` is entered."""
+
+    def __init__(self, settings: Config, worker: int | None = None) -> None:
+        self.config = settings
+        self.worker = worker
+        self.id = secrets.token_hex(8)
+        self.version = version_of("weir")
+        self.clock = time.perf_counter
+        self.wall = time.time
+        self.rng = Random(secrets.randbits(128))
+        self.metrics = Metrics()
+        self.recent = Recent()
+        self._lags: deque[float] = deque([0.0], maxlen=int(10 / LAG_PERIOD_SECONDS))
+        self.data_address: Address
+        self.admin_address: Address
+        self.pipeline: Pipeline
+        self.fleet: Fleet
+        self.discovery: Discovery
+        self.forwarder: Forwarder
+        self.policy: PolicySource
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[Gateway]:
+        """Start everything; stop it in reverse order. Raises CannotRun, InvalidDocument, SourceFailure."""
+        async with contextlib.AsyncExitStack() as stack:
+            observe = self._observers(stack)
+            background = await stack.enter_async_context(_background())
+
+            etcd = self.config.discovery.etcd
+            self.policy = await self._start_policy(stack, observe, etcd)
+            background(self.policy.run())
+
+            session = await stack.enter_async_context(aiohttp.ClientSession())
+            keys = KeyStore(self.policy.policy.issuers, session, observe, self.rng)
+            background(keys.run())
+            await keys.wait_tried()
+
+            gateways = await self._join_gateways(stack, background, observe, etcd)
+            store = None
+            if self.config.redis is not None:
+                store = RedisStore(self.config.redis.url, rng=self.rng, observe=observe)
+                background(store.run())
+                await store.wait_probed()
+            admission = Admission(store, gateways, self.clock)
+
+            self.fleet = fleet = Fleet(self.clock, self.rng, _tell_breaker(observe))
+            stack.callback(fleet.close)
+            self.discovery = await self._start_discovery(stack, background, observe, etcd, fleet)
+            background(self._tidy())
+
+            identifier: Identifier[Account] = Identifier(keys, lambda principal: self._account(admission, principal))
+            self.forwarder = Forwarder(fleet, self.clock, self.rng)
+            local = LocalAnswers(fleet, lambda: not self.not_ready(), self.version)
+            limits = self.config.limits
+            self.pipeline = Pipeline(
+                Settings(limits.body, limits.body_timeout, self.config.telemetry.sample),
+                identifier, fleet, self.forwarder, local, observe, self.clock, self.wall, self.rng,
+            )  # fmt: skip
+
+            def put_in_force(policy: Policy) -> None:
+                keys.update(policy.issuers)
+                identifier.use(policy)
+                self.pipeline.in_force = InForce(policy, Router(policy))
+
+            put_in_force(self.policy.policy)
+            self.policy.subscribe(put_in_force)
+
+            server = DataServer(
+                self.pipeline.handle,
+                self.pipeline.reject,
+                idle=limits.idle,
+                head_timeout=limits.head_timeout,
+                header_bytes=limits.header,
+                connections=limits.connections,
+            )
+            background(self._measure_lag())
+            register_gauges(
+                self.metrics, self.pipeline, server, fleet, self.discovery, self.policy, store, lambda: max(self._lags)
+            )
+            await self._listen_admin(stack)
+            await self._listen_data(stack, server)
+            gc.collect()
+            gc.freeze()  # what lives as long as the process need not be looked at again
+            yield self
+
+    def not_ready(self) -> tuple[str, ...]:
+        """Why no traffic should come here; empty when it should."""
+        reasons = []
+        if self.pipeline.draining:
+            reasons.append("the gateway is draining")
+        if not self.discovery.watch.revision and self.discovery.watch.state is heard.SyncState.COLD:
+            reasons.append("discovery has not listed the backends yet")
+        return tuple(reasons)
+
+    # Parts
+
+    def _observers(self, stack: contextlib.AsyncExitStack) -> events.Observer:
+        telemetry = self.config.telemetry
+        writer = LineWriter(1)
+        stack.callback(writer.close)
+        configure(writer, console=telemetry.log == "console")
+        observers: list[events.Observer] = [self.metrics, self.recent, AccessLog(writer), EventLog()]
+        self.metrics.counter(
+            "weir_log_dropped_total", "Log lines given up.", (), lambda: [((), float(writer.dropped))]
+        )
+        if telemetry.otlp is not None:
+            exporter = SpanExporter(otlp_export(telemetry.otlp, "weir", self.version))
+            stack.callback(exporter.close)
+            observers.append(Tracer(exporter, telemetry.slow))
+            self.metrics.counter(
+                "weir_otlp_export_failures_total", "Traces lost.", (), lambda: [((), float(exporter.failures))]
+            )
+        return Fanout(observers, self.clock)
+
+    async def _start_policy(
+        self, stack: contextlib.AsyncExitStack, observe: events.Observer, etcd: Etcd | None
+    ) -> PolicySource:
+        place = self.config.policy
+        source: PolicySource
+        if place.file is not None:
+            source = FilePolicy(place.file, observe, self.wall)
+        elif etcd is not None and place.etcd is not None:
+            client = await stack.enter_async_context(EtcdClient(_settings(etcd)))
+            keys = EtcdSource(client, f"{etcd.prefix}/policies/", MAX_POLICY_BYTES)
+            source = EtcdPolicy(
+                keys, place.etcd, Path.cwd(), observe, self.wall, rng=self.rng, observe_discovery=_translate(observe)
+            )
+        else:
+            raise CannotRun("`policy: {etcd: ...}` needs `discovery.etcd`; name a file, or say where etcd is")
+        try:
+            await source.start()
+        except InvalidDocument as invalid:
+            raise CannotRun("\nweir: ".join(invalid.lines(source.name))) from invalid
+        except SourceFailure as failure:
+            raise CannotRun(f"cannot read {source.name}: {failure}; is etcd running?") from failure
+        return source
+
+    async def _join_gateways(
+        self,
+        stack: contextlib.AsyncExitStack,
+        background: Callable[..., None],
+        observe: events.Observer,
+        etcd: Etcd | None,
+    ) -> Callable[[], int]:
+        """Be one of the gateways under /gateways/, and know how many there are."""
+        if etcd is None:
+            return lambda: 1
+        client = await stack.enter_async_context(EtcdClient(_settings(etcd)))
+        watcher = await stack.enter_async_context(EtcdClient(_settings(etcd)))
+        gateways = LiveGateways(gateways_in(watcher, etcd.prefix), rng=self.rng, observe=_translate(observe))
+        background(gateways.run())
+        about = {
+            "admin": str(self._admin_listen()),
+            "data": str(self.config.listen),
+            "started_at": self.wall(),
+            "version": self.version,
+        }
+        key = f"{etcd.prefix}/gateways/{self.id}"
+        await stack.enter_async_context(Announcement(client, key, msgspec.json.encode(about), rng=self.rng))
+        return lambda: gateways.count
+
+    async def _start_discovery(
+        self,
+        stack: contextlib.AsyncExitStack,
+        background: Callable[..., None],
+        observe: events.Observer,
+        etcd: Etcd | None,
+        fleet: Fleet,
+    ) -> Discovery:
+        settings = self.config.discovery
+        source: Source
+        if etcd is not None:
+            source = backends_in(await stack.enter_async_context(EtcdClient(_settings(etcd))), etcd.prefix)
+        else:
+            try:
+                source = StaticSource(map(_static, settings.static or ()))
+            except ValueError as error:
+                raise CannotRun(f"discovery.static: {error}") from error
+        discovery = Discovery(
+            source,
+            probe=await stack.enter_async_context(HttpProbe()),
+            allow_networks=settings.allow_networks,
+            rng=self.rng,
+            observe=_translate(observe),
+            on_load=lambda key, report: fleet.hear_load(key, report.encode("latin-1", "replace")),
+        )
+        discovery.store.subscribe(lambda snapshot: fleet.replace(snapshot.endpoints))
+        discovery.prober.subscribe(fleet.note_health)
+        background(discovery.run())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_LIST_SECONDS):
+                await discovery.wait_listed()
+        return discovery
+
+    def _account(self, admission: Admission, principal: Principal) -> Account:
+        plan = plan_of(self.policy.policy, principal)
+        return admission.account(plan, principal.consumer) if plan is not None else UNLIMITED
+
+    # Listeners
+
+    def _admin_listen(self) -> Address:
+        listen = self.config.admin.listen
+        return replace(listen, port=listen.port + self.worker) if self.worker and listen.port else listen
+
+    async def _listen_admin(self, stack: contextlib.AsyncExitStack) -> None:
+        auth = self.config.admin.auth
+        documents = views(self.fleet, self.discovery, self.policy, self.recent)
+        app = admin_app(self.metrics, self.not_ready, documents, auth.token if auth is not None else None)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        listen = self._admin_listen()
+        try:
+            site = web.TCPSite(runner, listen.host, listen.port)
+            await site.start()
+        except OSError as error:
+            raise _cannot_listen("admin.listen", listen, error) from error
+        self.admin_address = Address(listen.host, runner.addresses[0][1])
+
+    async def _listen_data(self, stack: contextlib.AsyncExitStack, server: DataServer) -> None:
+        listen, tls = self.config.listen, self.config.tls
+        context = None
+        if tls is not None:
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            try:
+                context.load_cert_chain(tls.cert, tls.key)
+            except (OSError, ssl.SSLError) as error:
+                raise CannotRun(f"cannot use tls.cert {tls.cert} with tls.key {tls.key}: {error}") from error
+        try:
+            listener = await asyncio.get_running_loop().create_server(
+                server,  # type: ignore[arg-type]  # aiohttp types its factories more narrowly
+                listen.host,
+                listen.port,
+                ssl=context,
+                backlog=4096,
+                reuse_port=self.worker is not None,
+            )
+        except OSError as error:
+            raise _cannot_listen("listen", listen, error) from error
+        self.data_address = Address(listen.host, listener.sockets[0].getsockname()[1])
+        stack.push_async_callback(self._drain, listener, server)
+
+    # Ends
+
+    async def _drain(self, listener: asyncio.Server, server: DataServer) -> None:
+        self.pipeline.draining = True
+        if server.open_connections:
+            await asyncio.sleep(ACCEPT_SECONDS if self.pipeline.inflight else 0)
+        listener.close()
+        server.pre_shutdown()
+        await self._wait_idle(DRAIN_SECONDS)
+        for relay in tuple(self.forwarder.relays):
+            relay.drain()
+        await self._wait_idle(1.0)
+        await server.shutdown(timeout=1.0)
+
+    async def _wait_idle(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self.pipeline.inflight:
+                    await asyncio.sleep(0.05)
+
+    # Housekeeping
+
+    async def _tidy(self) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            self.fleet.tidy()
+
+    async def _measure_lag(self) -> None:
+        while True:
+            before = self.clock()
+            await asyncio.sleep(LAG_PERIOD_SECONDS)
+            self._lags.append(max(0.0, self.clock() - before - LAG_PERIOD_SECONDS))
+
+
+async def serve(settings: Config, *, worker: int | None = None) -> None:
+    """Run a gateway until SIGTERM or SIGINT, which drain it; a second one ends it at once. Raises CannotRun."""
+    _raise_file_limit()
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+    stop = asyncio.Event()
+
+    def on_signal() -> None:
+        if stop.is_set() and task is not None:
+            task.cancel()
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    gateway = Gateway(settings, worker)
+    try:
+        async with gateway.running():
+            loop.add_signal_handler(signal.SIGHUP, gateway.policy.reload)
+            structlog.get_logger().info(
+                "serving", data=str(gateway.data_address), admin=str(gateway.admin_address), version=gateway.version
+            )
+            await stop.wait()
+    except asyncio.CancelledError:
+        if not stop.is_set():
+            raise
+
+
+@contextlib.asynccontextmanager
+async def _background() -> AsyncIterator[Callable[..., None]]:
+    """A task group whose tasks run until the gateway stops; one that fails ends the gateway."""
+    tasks: list[asyncio.Task[None]] = []
+    try:
+        async with asyncio.TaskGroup() as group:
+            try:
+                yield lambda work: tasks.append(group.create_task(work))
+            finally:
+                for task in tasks:
+                    task.cancel()
+    except BaseExceptionGroup as failures:
+        if len(failures.exceptions) > 1:
+            raise
+        raise failures.exceptions[0] from None
+
+
+def _tell_breaker(observe: events.Observer) -> Callable[[Backend, State], None]:
+    return lambda backend, state: observe(
+        events.BreakerChanged(backend.endpoint.service, backend.endpoint.id, state.value)
+    )
+
+
+def _translate(observe: events.Observer) -> heard.Observe:
+    """Discovery's own events as those that metrics and logs know."""
+
+    def translated(event: heard.DiscoveryEvent) -> None:
+        observe(_TRANSLATED[type(event)](event))
+
+    return translated
+
+
+def _static(one: config.StaticBackend) -> StaticBackend:
+    models = tuple(ModelEntry(name, one.version) for name in one.models)
+    return StaticBackend(one.service, Registration(one.url, models=models, weight=one.weight))
+
+
+def _settings(etcd: Etcd) -> EtcdSettings:
+    return EtcdSettings(etcd.endpoints, etcd.username, etcd.password_file, etcd.ca, etcd.cert, etcd.key)
+
+
+def _cannot_listen(key: str, listen: Address, error: OSError) -> CannotRun:
+    if error.errno == errno.EADDRINUSE:
+        return CannotRun(f"{listen} is in use; stop what listens there, or set another `{key}`")
+    return CannotRun(f"cannot listen on {listen}: {error.strerror or error}; set another `{key}`")
+
+
+def _raise_file_limit() -> None:
+    """As many open files as the system lets us have: each request in flight is two."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,80 @@
+"""What the metrics read from the gateway's parts when they are scraped."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from observability.metrics import BREAKER_VALUES, Metrics
+
+if TYPE_CHECKING:
+    from discovery.discovery import Discovery
+    from gateway.pipeline import Pipeline
+    from gateway.reload import PolicySource
+    from gateway.server import DataServer
+    from gateway.store import RedisStore
+    from gateway.upstream.fleet import Fleet
+
+Samples = Iterable[tuple[tuple[str, ...], float]]
+
+
+def register_gauges(  # noqa: PLR0913  the parts that have something to show
+    metrics: Metrics,
+    pipeline: Pipeline,
+    server: DataServer,
+    fleet: Fleet,
+    discovery: Discovery,
+    policy: PolicySource,
+    store: RedisStore | None,
+    loop_lag: Callable[[], float],
+) -> None:
+    """Tell the metrics where to look."""
+
+    def one(read: Callable[[], float | None]) -> Callable[[], Samples]:
+        def samples() -> Samples:
+            value = read()
+            return [] if value is None else [((), float(value))]
+
+        return samples
+
+    watch = discovery.watch
+    metrics.gauge("weir_inflight", "Requests being served.", (), one(lambda: pipeline.inflight))
+    metrics.gauge("weir_connections", "Open client connections.", (), one(lambda: server.open_connections))
+    metrics.counter(
+        "weir_connections_refused_total",
+        "Client connections closed at once because limits.connections was reached.",
+        (),
+        one(lambda: server.refused_connections),
+    )
+    metrics.gauge("weir_backends", "Backends known to discovery.", ("service", "state"), lambda: _backends(fleet))
+    metrics.gauge(
+        "weir_breaker_state",
+        "Circuit breaker of a backend: 0 closed, 1 half open, 2 open.",
+        ("service", "backend"),
+        lambda: [
+            ((backend.endpoint.service, backend.endpoint.id), BREAKER_VALUES[backend.breaker_state.value])
+            for backend in fleet.backends.values()
+        ],
+    )
+    metrics.gauge("weir_discovery_revision", "Newest revision of etcd that is known.", (), one(lambda: watch.revision))
+    metrics.gauge(
+        "weir_discovery_lag_seconds",
+        "Seconds since discovery last heard from its source.",
+        (),
+        one(lambda: watch.seconds_since_contact),
+    )
+    metrics.gauge(
+        "weir_policy_info", "The policy in force.", ("version",), lambda: [((policy.policy.version,), 1.0)]
+    )
+    if store is not None:
+        metrics.gauge("weir_store_up", "Whether Redis answers: 1 or 0.", (), one(lambda: float(store.up)))
+    metrics.gauge("weir_loop_lag_seconds", "Worst delay of the event loop in the last 10 s.", (), one(loop_lag))
+
+
+def _backends(fleet: Fleet) -> Samples:
+    counts: Counter[tuple[str, str]] = Counter()
+    for backend in fleet.backends.values():
+        health = "unknown" if backend.healthy is None else "healthy" if backend.healthy else "unhealthy"
+        counts[backend.endpoint.service, "draining" if backend.endpoint.draining else health] += 1
+    return [(labels, float(count)) for labels, count in counts.items()]

@@ -1,0 +1,85 @@
+"""What the admin listener shows under /api/: plain documents, made when somebody asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from discovery.discovery import Discovery
+    from gateway.reload import PolicySource
+    from gateway.upstream.endpoint import Backend
+    from gateway.upstream.fleet import Fleet
+    from observability.recent import Recent
+    from policies.policy import Route
+
+
+def views(
+    fleet: Fleet, discovery: Discovery, policy: PolicySource, recent: Recent
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Name of the document -> what makes it."""
+    return {
+        "backends": lambda: {
+            "backends": [_backend(fleet.backends[key]) for key in sorted(fleet.backends)],
+            "discovery": _discovery(discovery),
+        },
+        "routes": lambda: {"routes": [_route(route) for route in policy.policy.routes]},
+        "policy": lambda: _policy(policy),
+        "requests": lambda: {"requests": recent.requests()},
+    }
+
+
+def _discovery(discovery: Discovery) -> dict[str, Any]:
+    watch = discovery.watch
+    return {
+        "state": watch.state.value,
+        "revision": watch.revision,
+        "stale_seconds": round(watch.seconds_since_contact, 3) if watch.seconds_since_contact is not None else None,
+    }
+
+
+def _backend(backend: Backend) -> dict[str, Any]:
+    endpoint = backend.endpoint
+    return {
+        "service": endpoint.service,
+        "id": endpoint.id,
+        "url": f"{endpoint.scheme}://{endpoint.host}:{endpoint.port}{endpoint.base_path}",
+        "models": [{"name": model.name, "version": model.version} for model in endpoint.models],
+        "state": "draining" if endpoint.draining else "serving",
+        "healthy": backend.healthy is True,
+        "breaker": backend.breaker_state.value,
+        "inflight": backend.inflight,
+        "weight": endpoint.weight,
+        "zone": endpoint.zone,
+        "reported_load": backend.reported,
+    }
+
+
+def _route(route: Route) -> dict[str, Any]:
+    match, allow = route.match, route.allow
+    return {
+        "name": route.name,
+        "match": {
+            "path": match.path.pattern if match.path else None,
+            "model": match.model.pattern if match.model else None,
+            "header": dict(match.headers),
+        },
+        "allow": [
+            *(f"group:{name}" for name in sorted(allow.groups)),
+            *(f"consumer:{name}" for name in sorted(allow.consumers)),
+            *(f"scope:{name}" for name in sorted(allow.scopes)),
+            *(f"model:{pattern.pattern}" for pattern in allow.models),
+        ],
+        "to": [{"service": to.service, "version": to.version, "weight": to.weight} for to in route.to],
+        "balance": route.balance.kind.value,
+    }
+
+
+def _policy(source: PolicySource) -> dict[str, Any]:
+    error = source.last_error
+    return {
+        "version": source.policy.version,
+        "loaded_at": source.loaded_at,
+        "source": source.name,
+        "last_error": {"errors": error.errors, "at": error.at} if error else None,
+    }
