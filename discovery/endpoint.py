@@ -212,6 +212,8 @@ def _split(url: str) -> SplitResult:
 
 def _host(url: SplitResult) -> str:
     host = url.hostname or ""
+    if "[" in url.netloc and ":" not in host:
+        raise InvalidRegistration("url: only an IPv6 address stands in brackets")
     if "%" in host:
         raise InvalidRegistration("url: an IPv6 zone id means another thing on each machine")
     address = literal_address(host)

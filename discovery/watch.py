@@ -223,7 +223,7 @@ class Watch:
 
     async def _fail(self, reason: str, failure: SourceFailure) -> Empty:
         """Back to Empty, after a delay."""
-        if self.state is not SyncState.COLD:
+        if self._listed.is_set():
             self._set_state(SyncState.STALE, f"{reason}: {failure}")
         await asyncio.sleep(self._backoff.next_delay())
         return Empty(reason)
@@ -248,6 +248,7 @@ class Watch:
 
     def _change(self, changes: Changes) -> None:
         self._last_contact = _now()
+        had = {event.key for event in changes.events if event.key in self._known}
         latest: dict[str, KeyValue | None] = {}
         for event in changes.events:
             known = self._known.get(event.key, 0)
@@ -259,9 +260,10 @@ class Watch:
             elif self._known.pop(event.key, None) is not None:
                 latest[event.key] = None
             self._revision = event.revision
-        if latest:
-            puts = tuple(item for item in latest.values() if item is not None)
-            self._apply(Delta(puts, tuple(key for key, item in latest.items() if item is None)))
+        puts = tuple(item for item in latest.values() if item is not None)
+        deletes = tuple(key for key, item in latest.items() if item is None and key in had)
+        if puts or deletes:
+            self._apply(Delta(puts, deletes))
 
     def _set_state(self, state: SyncState, reason: str = "") -> None:
         if state is not self.state:

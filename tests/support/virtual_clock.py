@@ -1,18 +1,18 @@
 """An event loop whose time jumps to the next timer whenever everybody waits: an hour takes a millisecond.
 
-In a test module, `event_loop_policy = virtual_time` gives every async test of the module such a loop; `run` does it for
-one coroutine. Real sockets work (they are polled before each jump), threads and processes do not: time would run away.
+`@virtual_time` runs an async test on such a loop, `run` one coroutine. Real sockets work (they are polled before each
+jump); threads and processes do not: time would run away from them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import selectors
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, ParamSpec, TypeVar
 
-import pytest
-
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -39,16 +39,14 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
         return self._clock.now
 
 
-class VirtualClockPolicy(asyncio.DefaultEventLoopPolicy):
-    def new_event_loop(self) -> asyncio.AbstractEventLoop:
-        return VirtualClockLoop()
-
-
 def run(main: Coroutine[Any, Any, T]) -> T:
     with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
         return runner.run(main)
 
 
-@pytest.fixture
-def virtual_time() -> asyncio.AbstractEventLoopPolicy:
-    return VirtualClockPolicy()
+def virtual_time(test: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
+    @functools.wraps(test)
+    def in_virtual_time(*args: P.args, **kwargs: P.kwargs) -> T:
+        return run(test(*args, **kwargs))
+
+    return in_virtual_time
