@@ -31,6 +31,7 @@ def cross_check(root: Node) -> Iterator[Problem]:
         return
     checks = (
         _check_callers(root),
+        _check_told_apart(root),
         _check_unique(root, "issuers", "issuer"),
         _check_unique(root, "routes", "name"),
         _check_consumers(root),
@@ -40,11 +41,26 @@ def cross_check(root: Node) -> Iterator[Problem]:
 
 
 def _check_callers(root: Mapping) -> Iterator[Problem]:
-    issuers = root.get("issuers")
-    has_issuers = issuers is not None and (not isinstance(issuers, Sequence) or issuers.items)
-    if not has_issuers and _text(root, "anonymous") != "true":
+    if not _has_issuers(root) and _text(root, "anonymous") != "true":
         message = "nobody could call: name an issuer under `issuers`, or say `anonymous: true`"
         yield Problem(root.line, root.column, "", message)
+
+
+def _check_told_apart(root: Mapping) -> Iterator[Problem]:
+    """Report what is decided by the consumer where all callers are the same one."""
+    if _has_issuers(root):
+        return
+    for index, route in enumerate(_items(root, "routes")):
+        for key, value in (("stick", "consumer"), ("balance", "hash:consumer")):
+            node = route.get(key) if isinstance(route, Mapping) else None
+            if isinstance(node, Scalar) and node.text == value:
+                message = "would send everything one way: without `issuers` all callers are the consumer `anonymous`"
+                yield Problem(node.line, node.column, dotted(("routes", index, key)), message)
+
+
+def _has_issuers(root: Mapping) -> bool:
+    issuers = root.get("issuers")
+    return issuers is not None and (not isinstance(issuers, Sequence) or bool(issuers.items))
 
 
 def _check_unique(root: Mapping, section: str, key: str) -> Iterator[Problem]:
