@@ -184,7 +184,7 @@ class Metrics:
             case PolicyReloaded():
                 self._reloads.cell(event.result)[0] += 1
             case DiscoveryRejected():
-                self._rejected.cell(event.reason.partition(":")[0])[0] += 1  # what follows the colon differs each time
+                self._rejected.cell(event.reason.partition(":")[0])[0] += 1  # the field that is wrong, without how
             case DiscoveryResynced():
                 self._resyncs.cell(event.reason)[0] += 1
             case KeysRefreshed():

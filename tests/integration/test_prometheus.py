@@ -44,8 +44,8 @@ EVENTS = (
 )
 
 GAUGES = (
-    ("weir_inflight", ("service",), [(("tiny",), 3.0)]),
-    ("weir_backends", ("service", "state"), [(("tiny", "serving"), 2.0), (("tiny", "unhealthy"), 1.0), (("tiny", "draining"), 0.0)]),
+    ("weir_inflight", (), [((), 3.0)]),
+    ("weir_backends", ("service", "state"), [(("tiny", "healthy"), 2.0), (("tiny", "unhealthy"), 1.0), (("tiny", "draining"), 0.0)]),
     ("weir_breaker_state", ("service", "backend"), [(("tiny", "b-1"), BREAKER_VALUES["closed"]), (("tiny", "b-2"), BREAKER_VALUES["open"])]),
     ("weir_discovery_revision", (), [((), 42.0)]),
     ("weir_discovery_lag_seconds", (), [((), 0.5)]),
@@ -191,7 +191,7 @@ FIRES = {
     "WeirStreamsCut": {'weir_requests_total{service="tiny",reason="stream_truncated"}': "0+2x30", 'weir_requests_total{service="tiny",reason="ok"}': "0+90x30"},
     "WeirFirstTokenSlow": {'gen_ai_server_time_to_first_token_seconds_bucket{model="m",le="5"}': "0+1x30", 'gen_ai_server_time_to_first_token_seconds_bucket{model="m",le="10"}': "0+9x30", 'gen_ai_server_time_to_first_token_seconds_bucket{model="m",le="+Inf"}': "0+9x30"},
     "WeirOverheadHigh": {'weir_overhead_seconds_bucket{route="chat",le="0.01"}': "0+1x30", 'weir_overhead_seconds_bucket{route="chat",le="0.025"}': "0+9x30", 'weir_overhead_seconds_bucket{route="chat",le="+Inf"}': "0+9x30"},
-    "WeirServiceWithoutBackend": {'weir_backends{service="tiny",state="serving"}': "0x30", 'weir_backends{service="tiny",state="unhealthy"}': "2x30"},
+    "WeirServiceWithoutBackend": {'weir_backends{service="tiny",state="healthy"}': "0x30", 'weir_backends{service="tiny",state="unhealthy"}': "2x30"},
     "WeirBreakerOpen": {'weir_breaker_state{service="tiny",backend="b-1"}': "2x30"},
     "WeirRetriesHigh": {'weir_retries_total{service="tiny"}': "0+20x30", 'weir_requests_total{service="tiny"}': "0+90x30"},
     "WeirDiscoveryStale": {"weir_discovery_lag_seconds": "0+60x30"},
@@ -214,7 +214,7 @@ CALM = {
     'gen_ai_server_time_to_first_token_seconds_bucket{model="m",le="+Inf"}': "0+9x30",
     'weir_overhead_seconds_bucket{route="chat",le="0.01"}': "0+9x30",
     'weir_overhead_seconds_bucket{route="chat",le="+Inf"}': "0+9x30",
-    'weir_backends{service="tiny",state="serving"}': "2x30",
+    'weir_backends{service="tiny",state="healthy"}': "2x30",
     'weir_backends{service="tiny",state="unhealthy"}': "1x30",
     'weir_breaker_state{service="tiny",backend="b-1"}': "0x30",
     'weir_retries_total{service="tiny"}': "0+1x30",
