@@ -150,10 +150,12 @@ class Child:
         self._say(f"{self._how_it_ended(code)}; starting it again")
 
     def _how_it_ended(self, code: int) -> str:
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return f"{self.program.name} {how}{self._see_log()}"
+        if code < 0:
+            return f"{self.program.name} was ended by {signal.Signals(-code).name}"
+        return f"{self.program.name} ended with exit code {code}{self._see_log()}"
 
     def _see_log(self) -> str:
+        """Where its log is, and the last line of it, which as a rule tells why."""
         if self.program.log is None:
             return ""
         lines = self.program.log.read_text(errors="replace").splitlines()
