@@ -121,9 +121,8 @@ class BucketMachine(RuleBasedStateMachine):
         now = self.now - late
         before = self.bucket.tokens_at(now)
         wait = self.bucket.take(now, n)
-        if late == 0.0 and (wait == 0.0 or n > self.capacity):
-            self.refill(now)
         if wait == 0.0:
+            self.refill(now)
             self.level -= Fraction(n)
             assert before >= n
         else:
