@@ -63,7 +63,7 @@ def plan(options: Options, home: Home, probe: Probe, token: str) -> list[list[Pr
     if options.redis:
         stores.append(redis_program(home, ports))
     backends = [backend_program(options, home, ports, probe, number) for number in range(options.backends)]
-    return [stores, backends, [gateway_program(options, home, ports, probe, token)]]
+    return [stores, [*backends, gateway_program(options, home, ports, probe, token)]]
 
 
 def etcd_program(home: Home, ports: Ports, probe: Probe) -> Program:

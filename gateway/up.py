@@ -1,6 +1,6 @@
 """`weir up`: etcd, Redis, reference backends and the gateway on this machine, until Ctrl-C.
 
-Stages start one after another: stores, backends, gateway. The start is over when the gateway lists a model to a caller
+The stores start first, then backends and gateway. The start is over when the gateway lists a model to a caller
 with a token, so that what the box then prints works as pasted.
 """
 

@@ -26,9 +26,9 @@ def test_ports_are_all_different():
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (Options(), [["etcd", "Redis"], ["backend-1", "backend-2"], ["gateway"]]),
-        (Options(redis=False, backends=1), [["etcd"], ["backend-1"], ["gateway"]]),
-        (Options(backends=0), [["etcd", "Redis"], [], ["gateway"]]),
+        (Options(), [["etcd", "Redis"], ["backend-1", "backend-2", "gateway"]]),
+        (Options(redis=False, backends=1), [["etcd"], ["backend-1", "gateway"]]),
+        (Options(backends=0), [["etcd", "Redis"], ["gateway"]]),
     ],
 )
 def test_stages(tmp_path, options, expected):
@@ -36,7 +36,7 @@ def test_stages(tmp_path, options, expected):
 
 
 def test_the_gateway_is_told_where_its_neighbours_are(tmp_path):
-    [[etcd, _], [backend, _], [gateway]] = plan(Options(port=9000), Home(tmp_path), Probe(None), "token")
+    [[etcd, _], [backend, _, gateway]] = plan(Options(port=9000), Home(tmp_path), Probe(None), "token")
     assert gateway.env["WEIR_LISTEN"] == "127.0.0.1:9000"
     assert f"--listen-client-urls={gateway.env['WEIR_ETCD']}" in etcd.argv
     assert gateway.env["WEIR_ETCD"] in backend.argv
