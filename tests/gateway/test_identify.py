@@ -181,7 +181,7 @@ async def test_memory_ends_with_the_token():
         header = bearer(ttl=60)
         last = WALL + 60 + LEEWAY_SECONDS
         assert await door.enter(header) == "ann"
-        assert await door.enter(header, last - 0.1) == "ann"
+        assert door.is_known(header, last - 0.1)
         assert await door.enter(header, last) == EXPIRED
         assert door.identifier.statistics() == {"verified": 0, "refused": 1}
 

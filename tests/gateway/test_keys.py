@@ -13,6 +13,7 @@ from random import Random
 import aiohttp
 import pytest
 
+from gateway import keys
 from gateway.keys import KeyStore, Timing
 from observability.events import KeysRefreshed
 from policies.identity import ALGORITHMS, generate_signing_key, jwks_of
@@ -33,8 +34,8 @@ def kids(*documents: bytes) -> set[str]:
     return {key["kid"] for key in keys_in(*documents)}
 
 
-def jwks(*keys: dict) -> bytes:
-    return json.dumps({"keys": keys}).encode()
+def jwks(*members: dict) -> bytes:
+    return json.dumps({"keys": members}).encode()
 
 
 BOTH = jwks(*keys_in(OLD, NEW))
@@ -61,8 +62,8 @@ async def running(*issuers: Issuer, timing: Timing = Timing()):  # noqa: B008  f
 
 
 def held(store: KeyStore, of: Issuer) -> set[str] | None:
-    keys = store.keys_of(of)
-    return None if keys is None else set(keys.named)
+    key_set = store.keys_of(of)
+    return None if key_set is None else set(key_set.named)
 
 
 def in_virtual_time(story):
@@ -227,6 +228,39 @@ async def test_outage_keeps_the_keys_until_they_are_too_old_and_asks_gently():
 
 
 @in_virtual_time
+async def test_each_outage_begins_with_quick_tries():
+    async with jwks_server(OLD) as server, running(issuer(server.url)) as (store, _):
+        for _ in range(2):
+            server.status = 503
+            await advance(1800)
+            server.status = 200
+            await advance(31)
+            assert not store.is_failing(issuer(server.url))
+        server.status = 503
+        await store.refetch(issuer(server.url))
+        asked = server.asked
+        await advance(5)
+        assert server.asked >= asked + 2
+
+
+@in_virtual_time
+async def test_each_fetch_is_told():
+    async with jwks_server(OLD) as server, running(issuer(server.url)) as (_, events):
+        await advance(3600)
+        assert events == [KeysRefreshed(IDP, "ok")] * server.asked
+
+
+@in_virtual_time
+async def test_long_body_is_not_read_to_its_end():
+    async with jwks_server() as server:
+        server.answer = idp.flood
+        async with running(issuer(server.url)) as (_, events):
+            assert "longer than 256 KiB" in events[0].reason
+            await advance(1)
+        assert server.finished == 0
+
+
+@in_virtual_time
 async def test_keys_come_when_the_issuer_does():
     async with jwks_server(OLD) as server:
         server.answer = idp.silence
@@ -324,7 +358,8 @@ async def test_issuer_that_left_the_policy_is_forgotten_and_asked_no_more():
         waiter = asyncio.create_task(store.refetch(issuer(server.url)))
         await advance(0.1)
         store.update([])
-        await waiter
+        async with asyncio.timeout(0.1):
+            await waiter
         assert store.keys_of(issuer(server.url)) is None
         assert store.is_failing(issuer(server.url))
         await store.refetch(issuer(server.url))
@@ -375,18 +410,25 @@ class TestFile:
             await self.until(lambda: held(store, issuer(str(path))) == kids(NEW))
             assert {event.result for event in events} <= {"ok", "rejected"}  # an in-place write may be seen half done
 
-    async def test_file_that_goes_bad_and_comes_back_is_told_once_each(self, tmp_path):
+    async def test_file_that_goes_bad_and_comes_back_is_told_once_each(self, tmp_path, monkeypatch):
+        reads = []
+        read_file = keys._read_file
+        monkeypatch.setattr(keys, "_read_file", lambda path: reads.append(path) or read_file(path))
         path = tmp_path / "keys.json"
         path.write_bytes(OLD)
         async with running(issuer(str(path)), timing=self.timing) as (store, events):
+
+            async def look_often() -> None:
+                enough = len(reads) + 4
+                await self.until(lambda: len(reads) >= enough)
+
+            await look_often()
             path.unlink()
-            await self.until(lambda: len(events) == 2)
-            (tmp_path / "bad").write_bytes(b'{"keys": []}')
-            (tmp_path / "bad").replace(path)
-            await self.until(lambda: len(events) == 3)
-            (tmp_path / "good").write_bytes(OLD)
-            (tmp_path / "good").replace(path)
-            await self.until(lambda: len(events) == 4)
+            await look_often()
+            for document in (b'{"keys": []}', OLD):
+                (tmp_path / "next").write_bytes(document)
+                (tmp_path / "next").replace(path)
+                await look_often()
             assert [event.result for event in events] == ["ok", "failed", "rejected", "ok"]
             assert "No such file" in events[1].reason
             assert held(store, issuer(str(path))) == kids(OLD)

@@ -12,7 +12,8 @@ Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class JwksServer:
-    """Serves `document` with `status` and `headers`, unless `answer` is set. `asked` counts the requests."""
+    """Serves `document` with `status` and `headers`, unless `answer` is set. `asked` counts the
+    requests, `finished` those whose answer was sent to its end."""
 
     def __init__(self, document: bytes = b"") -> None:
         self.document = document
@@ -20,13 +21,16 @@ class JwksServer:
         self.headers: dict[str, str] = {}
         self.answer: Answer | None = None
         self.asked = 0
+        self.finished = 0
         self.url = ""
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         self.asked += 1
-        if self.answer is not None:
-            return await self.answer(request)
-        return web.Response(status=self.status, headers=self.headers, body=self.document)
+        if self.answer is None:
+            return web.Response(status=self.status, headers=self.headers, body=self.document)
+        response = await self.answer(request)
+        self.finished += 1
+        return response
 
 
 @asynccontextmanager
