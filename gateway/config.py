@@ -14,7 +14,7 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from gateway.config_fields import (
     Address,
@@ -50,7 +50,7 @@ _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 class AdminAuth(Strict):
     """What the admin listener asks for: `Authorization: Bearer TOKEN`."""
 
-    token: TokenFromFile = field(repr=False)
+    token: Annotated[TokenFromFile, Field(alias="token_file")] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +175,8 @@ class Config(Strict):
     def __post_init__(self) -> None:
         if self.listen == self.admin.listen and self.listen.port:
             raise ValueError(f"`listen` and `admin.listen` are both {self.listen}")
+        if self.policy.etcd is not None and self.discovery.etcd is None:
+            raise ValueError("`policy: {etcd: ...}` needs `discovery.etcd`, which says where etcd is")
 
 
 def load(path: Path, environ: Mapping[str, str]) -> Config:
@@ -207,7 +209,7 @@ def _expand(node: Node, environ: Mapping[str, str], path: FieldPath, problems: l
             Problem(node.line, node.column, dotted(path), f"the environment variable {shown(name)} is not set")
             for name in unset
         )
-        return replace(node, text=_VARIABLE.sub(lambda match: environ.get(match[1], ""), node.text))
+        return replace(node, text=_VARIABLE.sub(lambda match: environ.get(match[1], match[0]), node.text))
     if isinstance(node, Sequence):
         items = [_expand(item, environ, (*path, index), problems) for index, item in enumerate(node.items)]
         return replace(node, items=items)

@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from annotated_types import MinLen
-from pydantic import BeforeValidator, Field, ValidationInfo
+from pydantic import BeforeValidator, ValidationInfo
 
-from policies.fields import listed, parse_text, reader
+from gateway import redis_url
+from policies.fields import one_or_more, parse_text, reader
 from policies.problems import kind_of, shown
 
 Network = IPv4Network | IPv6Network
 
 _ADDRESS = re.compile(r"(?:\[(?P<six>[0-9a-fA-F:.]+)\]|(?P<host>[A-Za-z0-9_.-]+)):(?P<port>[0-9]{1,5})")
-_REDIS = re.compile(r"(?:rediss?(?:\+sentinel|\+cluster)?|unix)://.+")
 _SHORTEST_TOKEN = 16
 
 
@@ -84,10 +83,7 @@ def parse_prefix(text: str) -> str:
 
 def parse_redis_url(text: str) -> str:
     """Return the URL. It may hold a password, so no message repeats it."""
-    if not _REDIS.fullmatch(text):
-        raise ValueError(
-            "is not a Redis URL: expected redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://"
-        )
+    redis_url.read_address(text)
     return text
 
 
@@ -126,11 +122,11 @@ def _read_token(value: object, info: ValidationInfo) -> str:
 ListenAddress = Annotated[Address, reader(parse_address, "an address")]
 AllowedNetwork = Annotated[Network, reader(parse_network, "a network")]
 HttpUrl = Annotated[str, reader(parse_http_url, "an http(s) URL")]
-HttpUrls = Annotated[tuple[HttpUrl, ...], MinLen(1), BeforeValidator(listed)]
+HttpUrls = Annotated[tuple[HttpUrl, ...], BeforeValidator(one_or_more)]
 KeyPrefix = Annotated[str, reader(parse_prefix, "a prefix")]
 RedisUrl = Annotated[str, reader(parse_redis_url, "a Redis URL")]
 OptionalText = Annotated[str, reader(str, "text")]
 PathFromHere = Annotated[Path, BeforeValidator(_resolve)]
 File = Annotated[Path, BeforeValidator(_open_file)]
 FileOrNone = Annotated[Path | None, BeforeValidator(_open_file_or_none)]
-TokenFromFile = Annotated[str, Field(alias="token_file"), BeforeValidator(_read_token)]
+TokenFromFile = Annotated[str, BeforeValidator(_read_token)]

@@ -83,7 +83,7 @@ class PolicySource(ABC):
         return self._policy
 
     def subscribe(self, callback: Callable[[Policy], None]) -> None:
-        """Call back with each new policy once it is in force. The callback must not wait."""
+        """Call back with each policy from now on, once it is in force. The callback must not wait."""
         self._subscribers.append(callback)
 
     def reload(self) -> None:
@@ -217,7 +217,6 @@ class EtcdPolicy(PolicySource):
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._watch.run())
             await super().run()
-        raise AssertionError("a task that never returns returned")
 
     def _apply(self, delta: Delta) -> None:
         for item in delta.puts:

@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
-from annotated_types import MinLen
 from pydantic import BeforeValidator, WithJsonSchema
 
 from policies import policy, units
@@ -67,8 +66,10 @@ def parse_positive(text: str) -> int:
     return count
 
 
-def listed(value: object) -> object:
+def one_or_more(value: object) -> object:
     """Return a list of one for a single text: `audience: weir` is `audience: [weir]`."""
+    if value == []:
+        raise ValueError("must not be empty")
     return [value] if isinstance(value, str) else value
 
 
@@ -76,7 +77,7 @@ _TEXT = {"type": ["string", "number", "boolean"]}
 _TEXTS = {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "minItems": 1}]}
 
 Text = Annotated[str, reader(parse_text, "text"), WithJsonSchema(_TEXT)]
-OneOrMany = Annotated[tuple[Text, ...], MinLen(1), BeforeValidator(listed), WithJsonSchema(_TEXTS)]
+OneOrMany = Annotated[tuple[Text, ...], BeforeValidator(one_or_more), WithJsonSchema(_TEXTS)]
 Name = Annotated[str, reader(parse_name, "a name"), pattern(_NAME.pattern, "integer")]
 Header = Annotated[str, reader(parse_header, "the name of a header"), pattern(_HEADER.pattern)]
 Duration = Annotated[float, reader(units.parse_duration, "a duration"), pattern(rf"{units.NUMBER}(ms|s|m|h)")]

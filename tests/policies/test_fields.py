@@ -47,7 +47,7 @@ def test_read(kind, text, value):
         (fields.Header, "a:b", "`a:b` is not the name of a header"),
         (fields.Positive, "0", "must be at least 1"),
         (fields.Duration, ["1s"], "expected a duration, found a list"),
-        (fields.OneOrMany, [], "at least 1 item"),
+        (fields.OneOrMany, [], "must not be empty"),
     ],
 )
 def test_refused(kind, value, message):
