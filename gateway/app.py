@@ -69,6 +69,7 @@ ACCEPT_SECONDS = 5.0  # how long a gateway that was told to stop still accepts, 
 DRAIN_SECONDS = 60.0
 FIRST_LIST_SECONDS = 5.0
 LAG_PERIOD_SECONDS = 0.5
+GC_ALLOCATIONS = 50_000  # a request makes no cycles, so looking for them after each 700 new objects costs 5 % for nothing
 MAX_POLICY_BYTES = 1024 * 1024
 
 _TRANSLATED = {
@@ -163,6 +164,7 @@ class Gateway:
             await self._listen_data(stack, server)
             gc.collect()
             gc.freeze()  # what lives as long as the process need not be looked at again
+            gc.set_threshold(GC_ALLOCATIONS, 50, 50)
             yield self
 
     def not_ready(self) -> tuple[str, ...]:

@@ -159,6 +159,11 @@ class ClientConnection(RequestHandler):
         elif self._head_timer is not None:
             self._stop_head_timer()
 
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """Skip aiohttp's second look at the parser when nothing was paused: it is asked for with each body read."""
+        if self._reading_paused:
+            super().resume_reading(resume_parser)
+
     def _stop_head_timer(self) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()

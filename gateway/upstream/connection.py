@@ -33,7 +33,7 @@ class Answer(Protocol):
 class Connection(asyncio.Protocol):
     """States: idle (answer is None) => busy (start) => idle (whole answer) or closed (anything else)."""
 
-    __slots__ = ("_head_bytes", "_in_head", "_parser", "answer", "got_bytes", "idle_since", "leftover", "pool", "reused", "transport", "whole")
+    __slots__ = ("_head_bytes", "_in_head", "_keeps_alive", "_parser", "answer", "got_bytes", "idle_since", "leftover", "pool", "reused", "transport", "whole")
 
     transport: asyncio.Transport
 
@@ -47,6 +47,7 @@ class Connection(asyncio.Protocol):
         self.leftover = False  # bytes came after the end of the answer
         self._in_head = True
         self._head_bytes = 0
+        self._keeps_alive = False
         self._parser = httptools.HttpResponseParser(self)
 
     # What the gateway does
@@ -61,7 +62,7 @@ class Connection(asyncio.Protocol):
     def finish(self, now: float) -> None:
         """The answer is over: back to the pool if it was whole and nothing is left over, else close."""
         self.answer = None
-        if self.whole and not self.leftover and not self.transport.is_closing() and self._parser.should_keep_alive():
+        if self.whole and not self.leftover and self._keeps_alive and not self.transport.is_closing():
             self.reused = True
             self.idle_since = now
             self.pool.put_back(self)
@@ -145,4 +146,5 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if self.answer is not None and not self.whole:
             self.whole = True
+            self._keeps_alive = self._parser.should_keep_alive()  # llhttp knows it only now
             self.answer.on_end()

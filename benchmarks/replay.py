@@ -1,0 +1,153 @@
+"""What a unary request costs in our own code: the real gateway, real bytes, no sockets.
+
+    python -m benchmarks.replay [--requests 20000] [--profile]
+
+Client and backend transports are fakes that hand bytes over in memory, so what is measured is parsing, deciding and
+writing heads: everything but the kernel. `--profile` runs cProfile and prints the dearest functions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import cProfile
+import pstats
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from gateway import config as configuration
+from gateway.app import Gateway
+from gateway.server import DataServer
+from gateway.upstream.connection import Connection
+from gateway.upstream.pool import Pool
+from policies import identity
+
+BODY = (
+    b'{"model":"tiny","messages":[{"role":"system","content":"You are a helpful assistant."},{"role":"user","content":'
+    b'"Hello! What is the capital of France, and why?"}],"max_tokens":32}'
+)
+ANSWER_BODY = (
+    b'{"id":"chatcmpl-123","object":"chat.completion","created":1677652288,"model":"tiny","choices":[{"index":0,'
+    b'"message":{"role":"assistant","content":"Hello there, how may I assist you today? I am a mock backend."},'
+    b'"logprobs":null,"finish_reason":"stop"}],"usage":{"prompt_tokens":9,"completion_tokens":12,"total_tokens":21}}'
+)
+ANSWER = (
+    b"HTTP/1.1 200 OK\r\nserver: mock\r\ndate: Mon, 23 Nov 2026 16:00:00 GMT\r\ncontent-type: application/json\r\n"
+    b"connection: keep-alive\r\ncontent-length: %d\r\n\r\n" % len(ANSWER_BODY)
+) + ANSWER_BODY
+
+POLICY = """
+version: 1
+issuers:
+  - {issuer: "https://weir.local", audience: weir, algorithms: [ES256], jwks: jwks.json}
+plans:
+  free: {requests: 1000000/second, concurrency: 100000}
+consumers: [{match: {any: true}, plan: free}]
+routes:
+  - name: chat
+    match: {path: /v1/chat/completions, model: "tiny*"}
+    to: [{service: tiny}]
+"""
+CONFIG = """
+listen: 127.0.0.1:0
+admin: {listen: 127.0.0.1:0}
+policy: policy.yaml
+discovery:
+  static: [{service: tiny, url: "http://127.0.0.1:1", models: [tiny]}, {service: tiny, url: "http://127.0.0.1:2", models: [tiny]}]
+"""
+
+
+class Pipe:
+    """A transport that hands what is written to a function."""
+
+    def __init__(self, deliver: Any) -> None:
+        self._deliver = deliver
+
+    def write(self, data: bytes) -> None:
+        self._deliver(data)
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return ("127.0.0.1", 1) if name == "peername" else default
+
+    def is_closing(self) -> bool:
+        return False
+
+    def set_write_buffer_limits(self, **_: int) -> None: ...
+    def close(self) -> None: ...
+    def abort(self) -> None: ...
+    def pause_reading(self) -> None: ...
+    def resume_reading(self) -> None: ...
+
+
+async def replay(requests: int, profile: cProfile.Profile | None) -> float:
+    loop = asyncio.get_running_loop()
+
+    async def connect(pool: Pool) -> Connection:
+        connection = Connection(pool)
+        connection.connection_made(Pipe(lambda _: loop.call_soon(connection.data_received, ANSWER)))  # type: ignore[arg-type]
+        return connection
+
+    Pool.connect = connect  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        key = identity.generate_signing_key()
+        (home / "jwks.json").write_bytes(identity.jwks_of(key))
+        (home / "policy.yaml").write_text(POLICY)
+        token = identity.mint(
+            key, sub="bench", groups=(), scopes=(), issuer="https://weir.local", audience="weir", ttl=3600, wall=time.time()
+        )
+        gateway = Gateway(configuration.parse(CONFIG.encode(), {}, base=home))
+        async with gateway.running():
+            while len(gateway.fleet.backends) < 2:
+                await asyncio.sleep(0.01)
+            head = (
+                f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:8080\r\nContent-Type: application/json\r\n"
+                f"Authorization: Bearer {token}\r\nContent-Length: {len(BODY)}\r\n\r\n"
+            )
+            return await _drive(gateway, head.encode() + BODY, requests, profile)
+
+
+async def _drive(gateway: Gateway, request: bytes, requests: int, profile: cProfile.Profile | None) -> float:
+    server = DataServer(
+        gateway.pipeline.handle, gateway.pipeline.reject, idle=75, head_timeout=10, header_bytes=32768, connections=10
+    )
+    answered: asyncio.Queue[bytes] = asyncio.Queue()
+    client = server()
+    client.connection_made(Pipe(answered.put_nowait))  # type: ignore[arg-type]
+    for _ in range(500):
+        client.data_received(request)
+        answer = await answered.get()
+    assert answer.startswith(b"HTTP/1.1 200 "), answer
+    best = float("inf")
+    if profile is not None:
+        profile.enable()
+    for _ in range(10):
+        started = time.process_time()
+        for _ in range(requests // 10):
+            client.data_received(request)
+            await answered.get()
+        best = min(best, (time.process_time() - started) / (requests // 10))
+    if profile is not None:
+        profile.disable()
+    return best * 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--profile", action="store_true")
+    options = parser.parse_args()
+    profile = cProfile.Profile() if options.profile else None
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        micros = runner.run(replay(options.requests, profile))
+    print(f"{micros:.1f} us per request, kernel and log writing apart")
+    if profile is not None:
+        pstats.Stats(profile).sort_stats("tottime").print_stats(45)
+
+
+if __name__ == "__main__":
+    main()
