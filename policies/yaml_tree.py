@@ -181,7 +181,9 @@ class _Composer:
         elif self._awaits_key():
             self._take_key(parent, parent.node, node)
         else:
-            self._take_value(parent, parent.node, node)
+            if parent.key is not None:
+                parent.node.entries[parent.key.text] = Entry(parent.key, node)
+            parent.key, parent.drop_value = None, False
 
     def _take_key(self, parent: _Open, mapping: Mapping, node: Node) -> None:
         parent.drop_value = True
@@ -192,12 +194,6 @@ class _Composer:
             self._report((node.line, node.column), f"was already given on line {first.key.line}", path)
         else:
             parent.key, parent.drop_value = node, False
-
-    @staticmethod
-    def _take_value(parent: _Open, mapping: Mapping, node: Node) -> None:
-        if parent.key is not None:
-            mapping.entries[parent.key.text] = Entry(parent.key, node)
-        parent.key, parent.drop_value = None, False
 
     def _awaits_key(self) -> bool:
         if not self._open or isinstance(self._open[-1].node, Sequence):
