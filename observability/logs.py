@@ -86,18 +86,18 @@ class LineWriter:
     def _fill_batch(self) -> bool:
         queues = (self._kept, self._ordinary)
         lines = [queue.popleft() for queue in queues for _ in range(min(len(queue), _BATCH_LINES))]
-        self._batch = memoryview(b"".join(_ascii(line) + b"\n" for line in lines))
+        self._batch = memoryview(_ascii(b"\n".join([*lines, b""])))
         return bool(lines)
 
 
 _NOT_PLAIN = re.compile("[^\0-\x7e]")
 
 
-def _ascii(line: bytes) -> bytes:
+def _ascii(lines: bytes) -> bytes:
     r"""Write what is not ASCII, and DEL, as JSON does (`\u20ac`): a terminal has nothing to obey in it."""
-    if line.isascii() and b"\x7f" not in line:
-        return line
-    return _NOT_PLAIN.sub(lambda char: _escaped(char[0]), line.decode("utf-8", "replace")).encode("ascii")
+    if lines.isascii() and b"\x7f" not in lines:
+        return lines
+    return _NOT_PLAIN.sub(lambda char: _escaped(char[0]), lines.decode("utf-8", "replace")).encode("ascii")
 
 
 def _escaped(char: str) -> str:
