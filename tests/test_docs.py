@@ -1,0 +1,50 @@
+"""What the documents promise is there: codes, metrics, commands, links."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from gateway import cli
+from policies import errors
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+REFERENCE = (ROOT / "docs" / "reference.md").read_text()
+
+
+def refusals(kind=errors.Refusal):
+    for each in kind.__subclasses__():
+        yield each
+        yield from refusals(each)
+
+
+def section(title):
+    return REFERENCE.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+@pytest.mark.parametrize("kind", sorted(refusals(), key=lambda kind: kind.__name__), ids=lambda kind: kind.__name__)
+def test_every_refusal_is_in_the_table(kind):
+    rows = [line.split("|") for line in section("Refusals").splitlines() if line.startswith("| ")]
+    assert any(str(kind.status) in statuses and f"`{kind.code}`" in codes for _, statuses, codes, *_ in rows)
+
+
+def test_every_metric_named_is_exposed():
+    named = set(re.findall(r"`((?:weir|gen_ai)_\w+)", section("Metrics")))
+    sources = (ROOT / "observability/metrics.py", ROOT / "gateway/gauges.py", ROOT / "gateway/app.py")
+    exposed = set(re.findall(r'"((?:weir|gen_ai)_\w+)"', "".join(path.read_text() for path in sources)))
+    assert named <= exposed
+
+
+def test_every_command_is_in_the_table():
+    for name in cli.weir.commands:
+        assert f"`weir {name}" in section("Commands")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(document):
+    links = re.findall(r"\]\(([^)#:]+)\)", document.read_text())
+    missing = [link for link in links if not (document.parent / link).exists()]
+    assert not missing, f"{document.name} links to what is not there: {missing}"
