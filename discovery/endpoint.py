@@ -31,6 +31,8 @@ _DNS_NAME = re.compile(r"(?=.{1,253}\Z)[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-
 # 127.0.0.1 to getaddrinfo (https://url.spec.whatwg.org/#ends-in-a-number-checker).
 _NUMBER = re.compile(r"[0-9]+|0[xX][0-9a-fA-F]*")
 
+Address = IPv4Address | IPv6Address
+
 
 @dataclass(frozen=True, slots=True)
 class Model:
@@ -110,6 +112,7 @@ class Candidate:
     """A registration that reads well; its host is not resolved yet."""
 
     _endpoint: Endpoint  # its address is only a placeholder
+    literal: Address | None  # what the host is, unless it is a name
 
     @property
     def key(self) -> str:
@@ -136,8 +139,7 @@ def decode(key: str, value: bytes) -> Candidate:
     service, name = _names(key)
     wire = _parse(value)
     url = _split(wire.url)
-    host = _host(url)
-    port = _port(url)
+    host, literal = _host(url)
     return Candidate(
         Endpoint(
             key=key,
@@ -145,7 +147,7 @@ def decode(key: str, value: bytes) -> Candidate:
             id=name,
             scheme=url.scheme,
             host=host,
-            port=port,
+            port=_port(url),
             address="",
             base_path=_base_path(url),
             protocols=tuple(_sane_name(f"protocols[{i}]", each) for i, each in enumerate(wire.protocols)),
@@ -155,11 +157,12 @@ def decode(key: str, value: bytes) -> Candidate:
             draining=wire.state == "draining",
             max_concurrency=wire.max_concurrency,
             health_path=_health_path(wire.health),
-        )
+        ),
+        literal,
     )
 
 
-def literal_address(host: str) -> IPv4Address | IPv6Address | None:
+def literal_address(host: str) -> Address | None:
     """The address that `host` is, or None when it is a name. An IPv4 address inside IPv6 is told as IPv4."""
     try:
         address = ip_address(host)
@@ -210,18 +213,19 @@ def _split(url: str) -> SplitResult:
     return parts
 
 
-def _host(url: SplitResult) -> str:
+def _host(url: SplitResult) -> tuple[str, Address | None]:
+    """The host, and the address that it is."""
     host = url.hostname or ""
     if "[" in url.netloc and ":" not in host:
         raise InvalidRegistration("url: only an IPv6 address stands in brackets")
     if "%" in host:
         raise InvalidRegistration("url: an IPv6 zone id means another thing on each machine")
-    address = literal_address(host)
-    if address is not None:
-        return str(address)
+    literal = literal_address(host)
+    if literal is not None:
+        return str(literal), literal
     if not _DNS_NAME.fullmatch(host) or _NUMBER.fullmatch(host.rpartition(".")[2]):
         raise InvalidRegistration("url: the host is neither an IP address nor a DNS name")
-    return host
+    return host, None
 
 
 def _port(url: SplitResult) -> int:

@@ -141,6 +141,8 @@ class Prober:
             del self._targets[key]
         for key, endpoint in snapshot.endpoints.items():
             target = self._targets.get(key)
+            if target is not None and target.endpoint is endpoint:
+                continue  # of thousands nearly all are as they were
             if target is not None and _place(target.endpoint) == _place(endpoint):
                 target.endpoint = endpoint
                 continue

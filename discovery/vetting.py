@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Network
 from typing import Final, NoReturn
 
-from discovery.endpoint import Candidate, Endpoint, InvalidRegistration, decode, literal_address
+from discovery.endpoint import Address, Candidate, Endpoint, InvalidRegistration, decode, literal_address
 from discovery.source import KeyValue, Observe, Rejected
 from discovery.watch import Delta
 
@@ -114,7 +114,7 @@ class Vetting:
     def _accept(self, item: KeyValue) -> Candidate:
         """Everything that can be said without looking up a name. Raises InvalidRegistration."""
         candidate = decode(item.key, item.value)
-        if literal_address(candidate.host) is not None and not self._is_allowed(candidate.host):
+        if candidate.literal is not None and not self._is_allowed(candidate.literal):
             raise InvalidRegistration("url: the address is outside allow_networks")
         if item.key not in self._candidates and len(self._candidates) >= self._max_backends:
             self._forget(item.key)
@@ -123,7 +123,7 @@ class Vetting:
 
     def _place(self, candidate: Candidate, verdict: Verdict) -> None:
         """Adds the pinned endpoint to the verdict, or why there is none; nothing while its name is looked up."""
-        host = self._hosts.get(candidate.host)
+        host = None if candidate.literal is not None else self._hosts[candidate.host]
         address = candidate.host if host is None else host.address
         if address is not None:
             verdict.puts.append(candidate.at(address))
@@ -140,7 +140,7 @@ class Vetting:
     def _keep(self, candidate: Candidate) -> None:
         before = self._candidates.get(candidate.key)
         self._candidates[candidate.key] = candidate
-        if literal_address(candidate.host) is None:
+        if candidate.literal is None:
             self._join_host(candidate)
         if before is not None and before.host != candidate.host:
             self._leave_host(before)
@@ -192,7 +192,7 @@ class Vetting:
         self._tried(host)
         if not found and host.address is not None:
             return
-        allowed = [address for address in found if self._is_allowed(address)]
+        allowed = [text for text in found if self._is_allowed(literal_address(text))]
         if host.address is None or host.address not in allowed:
             host.address = allowed[0] if allowed else None
         host.problem = None if allowed else _problem(found)
@@ -206,8 +206,7 @@ class Vetting:
         if not self._untried:
             self._all_tried.set()
 
-    def _is_allowed(self, text: str) -> bool:
-        address = literal_address(text)
+    def _is_allowed(self, address: Address | None) -> bool:
         if address is None or address.is_unspecified or address.is_multicast:
             return False
         return any(address in network for network in self._allow_networks)

@@ -1,6 +1,6 @@
 """Follows a source for ever: list everything, then watch what changes.
 
-    Empty => Listed      everything was listed and handed on as one difference to what we had
+    Empty => Listed      everything was listed, and how it differs from what we had was handed on
     Empty => Empty       it could not be listed: after a delay
     Listed => Watching   the watch stands
     Listed => Empty      it does not: the history was compacted meanwhile, or the member was lost
@@ -40,8 +40,10 @@ from discovery.source import (
     StateChanged,
     SyncState,
     Unavailable,
-)  # fmt: skip
+)
 from policies.backoff import Backoff
+
+PIECE_KEYS: Final = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +157,7 @@ class Watch:
             listing = await self._list()
         except SourceFailure as failure:
             return await self._fail(state.reason, failure)
-        self._take(listing, state.reason)
+        await self._take(listing, state.reason)
         return Listed(listing.revision)
 
     async def _open(self, state: Listed) -> Watching | Empty:
@@ -199,7 +201,7 @@ class Watch:
 
     async def _relist(self, state: Watching) -> Watching | Listed:
         listing = await self._list()
-        if not self._take(listing, "periodic"):
+        if not await self._take(listing, "periodic"):
             return replace(state, relist_at=self._next_relist())
         await state.stream.aclose()
         return Listed(listing.revision)
@@ -228,7 +230,7 @@ class Watch:
         await asyncio.sleep(self._backoff.next_delay())
         return Empty(reason)
 
-    def _take(self, listing: Listing, reason: str) -> bool:
+    async def _take(self, listing: Listing, reason: str) -> bool:
         """Hands on how the listing differs from what is known; says whether it does."""
         self._last_contact = _now()
         if self._cluster_id not in (0, listing.cluster_id) or listing.revision < self._revision:
@@ -240,11 +242,19 @@ class Watch:
         listed = {item.key: item.revision for item in listing.items}
         deletes = tuple(key for key in self._known if key not in listed)
         self._known, self._revision, self._cluster_id = listed, listing.revision, listing.cluster_id
-        if puts or deletes:
-            self._apply(Delta(puts, deletes))
+        await self._hand_on(puts, deletes)
         self._listed.set()
         self._observe(Resynced(reason, listing.revision))
         return bool(puts or deletes)
+
+    async def _hand_on(self, puts: tuple[KeyValue, ...], deletes: tuple[str, ...]) -> None:
+        """In pieces, so that thousands of keys do not stop the loop; what is new comes before all that is gone."""
+        while len(puts) > PIECE_KEYS:
+            self._apply(Delta(puts[:PIECE_KEYS], ()))
+            puts = puts[PIECE_KEYS:]
+            await asyncio.sleep(0)
+        if puts or deletes:
+            self._apply(Delta(puts, deletes))
 
     def _change(self, changes: Changes) -> None:
         self._last_contact = _now()

@@ -74,7 +74,7 @@ async def test_from_registration_to_health_and_away():
         assert world.discovery.prober.is_passing("a/1")
         await asyncio.sleep(2)
         await world.source.delete("a/1")
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.11)
         assert world.keys == {"a/2"}
         assert world.discovery.prober.health("a/1") is Health.UNKNOWN
         assert "watching revision=" in repr(world.discovery)

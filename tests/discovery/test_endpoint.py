@@ -212,7 +212,7 @@ json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.text()
 registrations = st.dictionaries(st.sampled_from(Registration.__struct_fields__), json_values)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.text(), st.binary() | registrations.map(lambda fields: json.dumps(fields).encode()))
 def test_nothing_else_than_a_refusal_comes_of_any_bytes(key, data):
     with suppress(InvalidRegistration):
