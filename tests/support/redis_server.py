@@ -121,16 +121,16 @@ class RedisServer:
     def flush(self) -> None:
         self.command("FLUSHALL")
 
-    def command(self, *words: str | int) -> Reply:
+    def command(self, *words: str | bytes | int) -> Reply:
         """Sends one command on a connection of its own and returns the answer; raises RedisError."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=5) as connection:
-            parts = [str(word).encode() for word in words]
+            parts = [word if isinstance(word, bytes) else str(word).encode() for word in words]
             head = b"*%d\r\n" % len(parts)
             connection.sendall(head + b"".join(b"$%d\r\n%b\r\n" % (len(part), part) for part in parts))
             with connection.makefile("rb") as file:
                 return read_reply(file)
 
-    def text(self, *words: str | int) -> str:
+    def text(self, *words: str | bytes | int) -> str:
         """As `command`, for answers that are one text."""
         answer = self.command(*words)
         assert isinstance(answer, bytes), answer

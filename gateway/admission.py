@@ -1,0 +1,186 @@
+"""Admission: each consumer's account under its plan, found once per token and asked once per request.
+
+    account = admission.account(plan, consumer)
+    if not account.admit_nowait(now):     # nearly always True, or errors.RateLimited
+        await account.admit(now)          # the shared bucket must be asked: at most 25 ms
+    with account:                         # the concurrency slot, held to the last streamed byte
+        ...
+
+Invariants:
+- There is one account per (plan, consumer) in this process for as long as anybody holds it, so there is one lease and
+  one count of requests in flight. It outlives policy reloads: a changed plan changes its numbers, not its fill level.
+- What is remembered is bounded; forgotten first are accounts that have been idle long enough to be full again.
+- Who gets no slot gets the token back.
+
+The slots (`plans.*.concurrency`) are counted by each replica for itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
+from itertools import islice
+from math import inf
+from types import TracebackType
+from weakref import WeakValueDictionary
+
+from gateway.limit_headers import LimitHeaders
+from gateway.meter import UNKNOWN, LeasedMeter, LeaseStore, LocalMeter, Unmetered
+from policies import errors
+from policies.lease import Limit
+from policies.policy import Plan
+
+MOST_ACCOUNTS = 100_000
+"""Accounts kept when nobody else holds them."""
+
+IDLE_SECONDS = 60.0
+"""An account unused for this long, and for as long as its bucket takes to fill, may be forgotten at no loss."""
+
+SLOT_RETRY_SECONDS = 1.0
+"""When a slot will be free depends on answers that are still being written: a guess."""
+
+Meter = Unmetered | LocalMeter | LeasedMeter
+
+
+class Account:
+    """What one consumer may still send under one plan. Its `with` is the concurrency slot."""
+
+    __slots__ = ("__weakref__", "_headers", "_most", "_now", "_rule", "in_flight", "meter", "plan", "used_at")
+
+    def __init__(self, plan: Plan, meter: Meter, now: Callable[[], float]) -> None:
+        self._now = now
+        self.in_flight = 0
+        self.used_at = now()
+        self.fit(plan, meter)
+
+    def fit(self, plan: Plan, meter: Meter) -> None:
+        """Go on under `plan`; requests in flight keep their slots."""
+        self.plan = plan
+        self.meter = meter
+        self._most = plan.concurrency if plan.concurrency is not None else inf
+        self._rule = f"plans.{plan.name}.requests"
+        self._headers = LimitHeaders(plan)
+
+    def admit_nowait(self, now: float) -> bool:
+        """Take one request token. False: only the shared bucket knows, `await admit()`. Raises errors.RateLimited."""
+        self.used_at = now
+        seconds = self.meter.take_nowait(now)
+        if seconds == 0.0:
+            return True
+        if seconds == UNKNOWN:
+            return False
+        raise self._refusal(seconds)
+
+    async def admit(self, now: float) -> None:
+        """Take one request token, asking the shared bucket for at most 25 ms.
+
+        Raises errors.RateLimited, and errors.StoreUnavailable where the plan says so. Cancelled, it has taken nothing.
+        """
+        self.used_at = now
+        seconds = await self.meter.take()
+        if seconds != 0.0:
+            raise self._refusal(seconds)
+
+    def refund(self) -> None:
+        """The admitted request did no work: its token may be used again."""
+        self.meter.put_back(self._now())
+
+    def __enter__(self) -> None:
+        if self.in_flight >= self._most:
+            self.refund()
+            raise errors.ConcurrencyExceeded(
+                f"This plan allows {self._most} requests at a time.",
+                rule=f"plans.{self.plan.name}.concurrency",
+                retry_after=SLOT_RETRY_SECONDS,
+            )
+        self.in_flight += 1
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.in_flight -= 1
+
+    def headers(self, now: float) -> bytes:
+        """The header lines that tell the limit in force, each ended by CRLF; none where there is no limit."""
+        return self._headers.lines(self.meter.remaining(now))
+
+    def is_idle(self, now: float) -> bool:
+        """Whether a new account would be the same as this one."""
+        idle = now - self.used_at
+        if self.in_flight or idle < IDLE_SECONDS:
+            return False
+        return self.plan.requests is None or idle >= self.plan.burst / self.plan.requests.per_second
+
+    def _refusal(self, seconds: float) -> errors.RateLimited:
+        return errors.RateLimited(self._headers.refusal, rule=self._rule, retry_after=seconds)
+
+    def __repr__(self) -> str:
+        return f"<Account plan {self.plan.name}, {self.in_flight} in flight, {self.meter!r}>"
+
+
+UNLIMITED = Account(Plan(name=""), Unmetered(), lambda: 0.0)
+"""The account of everybody who has no plan."""
+
+
+class Admission:
+    """All accounts of this process. Without a store its limits are this process's own."""
+
+    def __init__(self, store: LeaseStore | None, live_gateways: Callable[[], int], now: Callable[[], float]) -> None:
+        self._store = store
+        self._live_gateways = live_gateways
+        self._now = now
+        self._accounts: WeakValueDictionary[tuple[str, str], Account] = WeakValueDictionary()
+        self._kept: OrderedDict[tuple[str, str], Account] = OrderedDict()
+
+    def account(self, plan: Plan, consumer: str) -> Account:
+        """The account of `consumer` under `plan`, which is the newest form of the plan of that name."""
+        key = (plan.name, consumer)
+        account = self._accounts.get(key)
+        if account is None:
+            account = Account(plan, self._meter(plan, consumer), self._now)
+            self._accounts[key] = account
+            self._forget()
+        elif account.plan != plan:
+            self._refit(account, plan, consumer)
+        self._kept[key] = account
+        self._kept.move_to_end(key)
+        return account
+
+    def _meter(self, plan: Plan, consumer: str) -> Meter:
+        if plan.requests is None:
+            return Unmetered()
+        limit = Limit(plan.burst, plan.requests)
+        if self._store is None:
+            return LocalMeter(limit, self._now)
+        key = bucket_key(plan.name, consumer)
+        return LeasedMeter(self._store, key, plan, limit, live_gateways=self._live_gateways, now=self._now)
+
+    def _refit(self, account: Account, plan: Plan, consumer: str) -> None:
+        meter = account.meter
+        if plan.requests is None or isinstance(meter, Unmetered):
+            meter = self._meter(plan, consumer)
+        else:
+            meter.reconfigure(plan, Limit(plan.burst, plan.requests))
+        account.fit(plan, meter)
+
+    def _forget(self) -> None:
+        """Make room for one: looks at the two oldest, so each account that comes lets two idle ones go."""
+        now = self._now()
+        for key in list(islice(self._kept, 2)):
+            if self._kept[key].is_idle(now):
+                del self._kept[key]
+            else:
+                self._kept.move_to_end(key)
+        while len(self._kept) >= MOST_ACCOUNTS:
+            self._kept.popitem(last=False)
+
+    def __repr__(self) -> str:
+        return f"<Admission {len(self._accounts)} accounts, {self._store!r}>"
+
+
+def bucket_key(plan: str, consumer: str) -> bytes:
+    """Where the store keeps the bucket. Names are hashed: they are private, of any length, and chosen by others.
+
+    The braces make Redis Cluster hash the digest alone.
+    """
+    name = f"{len(plan)}|{plan}|{consumer}".encode("utf-8", "surrogatepass")
+    return b"weir:v1:bucket:{%b}" % hashlib.sha256(name).hexdigest()[:32].encode()
