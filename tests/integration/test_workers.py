@@ -1,0 +1,111 @@
+"""`weir serve` with two workers: one port, no failed request while one of them dies, one line when it cannot start."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import aiohttp
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+pytestmark = pytest.mark.integration
+
+POLICY = """\
+version: 1
+anonymous: true
+routes:
+  - name: all
+    to: [{service: llm}]
+"""
+
+
+def ports_in_a_row(count):
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as one:
+            first = one.getsockname()[1]
+        try:
+            for port in range(first, first + count):
+                socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            continue
+        return first
+
+
+async def serve(folder, backend, data, admin):
+    (folder / "policy.yaml").write_text(POLICY)
+    (folder / "weir.yaml").write_text(
+        f"listen: 127.0.0.1:{data}\nadmin: {{listen: '127.0.0.1:{admin}'}}\nworkers: 2\npolicy: policy.yaml\n"
+        f"discovery:\n  static: [{{service: llm, url: 'http://127.0.0.1:{backend}', models: [m]}}]\n"
+    )
+    command = (sys.executable, "-m", "gateway.cli", "serve", "--config", str(folder / "weir.yaml"))
+    return await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+
+
+def children_of(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+async def answer(request):
+    return web.json_response({})
+
+
+@pytest.fixture
+async def backend():
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answer)
+    async with TestServer(app) as server:
+        yield server.port
+
+
+async def ask(session, port):
+    async with session.post(f"http://127.0.0.1:{port}/v1/chat/completions", json={"model": "m"}) as reply:
+        return reply.status
+
+
+async def until_answered(session, port):
+    while True:
+        try:
+            if await ask(session, port) == 200:
+                return
+        except aiohttp.ClientError:
+            pass
+        await asyncio.sleep(0.05)
+
+
+async def until_said(process, text, times=1):
+    for _ in range(times):
+        while text not in await process.stderr.readline():
+            pass
+
+
+async def test_a_worker_that_dies_is_replaced_while_the_other_serves(tmp_path, backend):
+    port = ports_in_a_row(3)
+    process = await serve(tmp_path, backend, data=port, admin=port + 1)
+    fresh = aiohttp.TCPConnector(force_close=True)  # each request may meet either worker
+    async with asyncio.timeout(60), aiohttp.ClientSession(connector=fresh) as session:
+        await until_said(process, b"is ready", times=2)
+        await until_answered(session, port)
+        before = children_of(process.pid)
+        os.kill(before[0], signal.SIGKILL)
+        await until_said(process, b"was ended by SIGKILL; starting it again")
+        assert [await ask(session, port) for _ in range(50)] == [200] * 50
+        while len(children_of(process.pid)) < 2:
+            await asyncio.sleep(0.02)
+        assert before[1] in children_of(process.pid)
+        process.send_signal(signal.SIGTERM)
+        assert await process.wait() == 0
+
+
+async def test_a_port_in_use_ends_all_of_it_with_3(tmp_path, backend):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        process = await serve(tmp_path, backend, data=taken.getsockname()[1], admin=ports_in_a_row(2))
+        _, told = await process.communicate()
+    assert process.returncode == 3
+    assert b"is in use; stop what listens there, or set another `listen`" in told
+    assert b"Traceback" not in told
