@@ -67,6 +67,15 @@ class ModelConfig:
     qk_norm: bool
     tied: bool
 
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "context"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} query heads cannot share {self.kv_heads} key-value heads")
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even number")
+
 
 def read_config(directory: Path) -> ModelConfig:
     """Read config.json. Raises ModelError for what this server cannot run, before any weight is read."""
@@ -114,7 +123,7 @@ def _config(raw: dict[str, Any]) -> ModelConfig:
         layers=int(raw["num_hidden_layers"]),
         heads=heads,
         kv_heads=int(raw.get("num_key_value_heads") or heads),
-        head_dim=int(raw.get("head_dim") or hidden // heads),
+        head_dim=int(raw.get("head_dim") or hidden // max(heads, 1)),
         context=int(raw["max_position_embeddings"]),
         norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta", 10_000.0)),

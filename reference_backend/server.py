@@ -225,8 +225,6 @@ class Api:
                 content = await request.read()
         except TimeoutError as error:
             raise ApiError(408, "client_timeout", "the request's body came too slowly") from error
-        except web.RequestPayloadError as error:
-            raise ApiError(400, "bad_request", "the request's body is broken") from error
         body = protocol.decode(content, form)
         self._check_model(body.model)
         return body

@@ -30,8 +30,9 @@ from reference_backend.training.corpus import GLOSSARY, Exchange, Generator
 from reference_backend.training.examine import CARD, examine, table
 
 SEED = 20_270
-STEPS = 2_000
+STEPS = 1_200
 ROWS, ROW_TOKENS = 8, 512
+EXAMINED = 300  # questions of each task for the card
 PEAK_RATE, WARM_UP_STEPS = 6e-3, 60
 END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -85,14 +86,17 @@ def train_tokenizer() -> Tokenizer:
 class Rows:
     """An endless supply of training rows: token ids, and the same ids shifted by one where they are to be learnt."""
 
-    def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, seed: int, count: int) -> None:
         self.tokenizer = tokenizer
+        self.count = count
         self.generator = Generator(seed, training=True)
         self.random = random.Random(seed)  # noqa: S311  text, not secrets
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         while True:
-            rows = [self._plain_text() if self.random.random() < 0.04 else self._conversation() for _ in range(ROWS)]
+            rows = [
+                self._plain_text() if self.random.random() < 0.04 else self._conversation() for _ in range(self.count)
+            ]
             ids, learnt = (torch.tensor(column) for column in zip(*rows, strict=True))
             yield ids[:, :-1], torch.where(learnt.bool(), ids, -100)[:, 1:]
 
@@ -132,11 +136,10 @@ def _padded(ids: list[int], learnt: list[int]) -> tuple[list[int], list[int]]:
     return ids + padding, learnt + padding
 
 
-def train(directory: Path, steps: int = STEPS) -> list[float]:
+def train(directory: Path, steps: int = STEPS, rows: int = ROWS) -> list[float]:
     """Train for `steps` and leave a complete model directory behind. Returns the loss of each step."""
     directory.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(SEED)
-    torch.use_deterministic_algorithms(mode=True)
     tokenizer = train_tokenizer()
     write_settings(directory, tokenizer)
     model = Llama(read_config(directory))
@@ -148,7 +151,7 @@ def train(directory: Path, steps: int = STEPS) -> list[float]:
     optimizers = _optimizers(model)
     losses: list[float] = []
     started = time.perf_counter()
-    for step, (ids, targets) in zip(range(steps), Rows(tokenizer, SEED), strict=False):
+    for step, (ids, targets) in zip(range(steps), Rows(tokenizer, SEED, rows), strict=False):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * _schedule(step, steps)
@@ -215,7 +218,7 @@ def write_card(directory: Path, *, steps: int, loss: float, seconds: float, thre
     card = CARD.format(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         size=len(weights) / 1e6,
-        table=table(examine(model, tokenizer, per_task=300)),
+        table=table(examine(model, tokenizer, per_task=EXAMINED)),
         context=model.config.context,
         rows=ROWS,
         row=ROW_TOKENS,
@@ -246,6 +249,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    torch.use_deterministic_algorithms(mode=True)
     started = time.perf_counter()
     losses = train(options.out, options.steps)
     seconds = time.perf_counter() - started
