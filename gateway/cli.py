@@ -134,10 +134,6 @@ def serve(config: Path, worker: int | None) -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def backend(arguments: tuple[str, ...]) -> None:
     """Run one reference backend, registered in etcd."""
-    if importlib.util.find_spec("torch") is None:
-        raise CannotRun(
-            "the reference backend needs torch; install it with `pip install weir[backend]` (or `make setup`)"
-        )
     _become("reference_backend", arguments)
 
 

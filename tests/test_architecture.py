@@ -49,7 +49,6 @@ WITHOUT_MIRROR = {
     "discovery/source.py": "types alone",
     "policies/errors.py": "nouns alone; tests/gateway/test_rescue.py has the table of what becomes of each",
     "policies/policy.py": "values alone; tests/policies/test_document.py makes every one of them",
-    "reference_backend/training/train_tiny.py": "runs for many minutes; the tests examine the model that it made",
 }
 
 
