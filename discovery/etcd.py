@@ -17,12 +17,17 @@ the stream. What holds here:
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 from urllib.parse import urlsplit
+
+# gRPC reads it when it is loaded. We fork only to run another program at once, for which gRPC needs to do nothing;
+# what it would do instead closes descriptors of calls that are under way, and says so on stderr at each fork.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import grpc
 from aetcd import rpc

@@ -198,6 +198,17 @@ async def test_a_wiped_etcd_is_another_cluster(own_server, prefix):
             assert "cluster_changed" in follower.resyncs
 
 
+async def test_starting_other_programs_disturbs_no_watch(server, prefix, capfd):
+    async with following(prefix, server.url) as follower, EtcdClient(EtcdSettings((server.url,))) as client:
+        for i in range(5):
+            process = await asyncio.create_subprocess_exec("true", preexec_fn=lambda: None)  # forks for real
+            await process.wait()
+            await client.put(prefix + "a", b"%d" % i)
+            await eventually(lambda i=i: follower.mirror == {"a": b"%d" % i})
+        assert follower.resyncs == ["start"]
+    assert capfd.readouterr().err == ""
+
+
 async def test_a_dead_endpoint_is_passed_over(server, prefix):
     async with following(prefix, "http://127.0.0.1:1", server.url) as follower:
         assert follower.resyncs == ["start"]
