@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable
 from functools import lru_cache
 from random import Random
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 from gateway.headers import header_safe, request_head
@@ -18,31 +19,26 @@ from gateway.relay import Ending, Relay
 from observability.events import Attempt
 from policies import errors
 from policies.breaker import Outcome
-from policies.deadline import Kind, remaining_ms
+from policies.deadline import Kind, Phase, next_due, remaining_ms
 from policies.retry import Failure, RetryBudget, delay_before, may_retry
 from policies.routing import pick_target
 
 if TYPE_CHECKING:
+    from gateway.answer import AnswerHead
     from gateway.call import Call
     from gateway.server import ClientConnection
     from gateway.trail import Trail
     from gateway.upstream.connection import Connection
     from gateway.upstream.endpoint import Backend, Lease
     from gateway.upstream.fleet import Fleet, Group
+    from gateway.upstream.pool import Pool
     from policies.policy import Route, Target
 
 consumer_line = lru_cache(maxsize=4096)(header_safe)
 
-# What the breaker hears. Not in the table: IGNORED, for what says nothing about the backend's health.
-_OUTCOMES = {
-    "ok": Outcome.SUCCESS,
-    "upstream_reset": Outcome.FAILURE,
-    "upstream_timeout": Outcome.FAILURE,
-    "upstream_protocol": Outcome.FAILURE,
-    "upstream_error": Outcome.FAILURE,
-    "stream_truncated": Outcome.FAILURE,
-    "connect_fail": Outcome.FAILURE,
-}
+_FAILURES = frozenset(
+    {"upstream_reset", "upstream_timeout", "upstream_protocol", "upstream_error", "stream_truncated", "connect_fail"}
+)
 
 
 class Forwarder:
@@ -55,35 +51,32 @@ class Forwarder:
         self._budgets: dict[tuple[str, float], RetryBudget] = {}
         self.relays: set[Relay] = set()  # answers on their way
 
-    async def forward(
-        self, call: Call, trail: Trail, route: Route, consumer: str, client: ClientConnection
-    ) -> None:
+    async def forward(self, call: Call, trail: Trail, route: Route, consumer: str, client: ClientConnection) -> None:
         """Answer the call from a backend. Raises a Refusal while nothing has gone out to the client."""
         group = self._group(call, trail, route, consumer)
         budget = self._budget(route)
         budget.deposit(trail.mark)
         hash_key = _hash_key(call, route, consumer)
         tried: tuple[Backend, ...] = ()
-        made = 0
+        last: _Attempt | None = None
         while True:
             try:
                 lease = self._fleet.lease(group, route, tried, hash_key)
             except errors.Refusal:
-                if made:  # nobody is left to retry with: what the last one said stands
-                    raise self._refusal(ending, relay_head, route) from None
-                raise
+                if last is None:
+                    raise
+                raise _refusal(last, route) from None  # nobody is left to retry with: what the last one did stands
             trail.pick += trail.lap()
-            with lease:
-                ending, relay_head = await self._attempt(lease, call, trail, route, consumer, client)
-            made += 1
+            with lease, _Attempt(lease, call, trail, route, client, self._rng.getrandbits(64) or 1) as last:
+                ending = await last.run(self.relays, consumer)
             failure = ending.failure
             if failure is None:
                 return
-            trail.end_reason = ending.reason
             if ending.reason == "drain":
                 raise errors.Draining("The gateway is shutting down.", retry_after=1.0)
+            made = len(trail.attempts)
             if not may_retry(failure, route.retry, made, budget, self._clock()):
-                raise self._refusal(ending, relay_head, route)
+                raise _refusal(last, route)
             tried += (lease.backend,)
             delay = delay_before(failure, made - 1, self._rng)
             if delay:
@@ -108,128 +101,146 @@ class Forwarder:
             budget = self._budgets[key] = RetryBudget(route.retry.budget)
         return budget
 
-    async def _attempt(
-        self, lease: Lease, call: Call, trail: Trail, route: Route, consumer: str, client: ClientConnection
-    ) -> tuple[Ending, Relay | None]:
-        """One try at one backend, with a second connection for free when a pooled one turns out to be dead."""
-        backend = lease.backend
-        span_id = self._rng.getrandbits(64) or 1
-        started, connect_before = trail.mark, trail.connect
-        ending, relay = Ending("client_abort"), None
-        try:
-            for reuse in (True, False):
-                connection = backend.pool.take(trail.mark) if reuse else None
-                if connection is None:
-                    connection, ending = await self._connect(backend, trail, route)
-                    if connection is None:
-                        return ending, None
-                ending, relay = await self._exchange(connection, backend, call, trail, route, consumer, client, span_id)
-                if ending.failure is not Failure.STALE:
-                    break
-            return ending, relay
-        finally:
-            self._note(lease, relay, trail, ending, span_id, started, trail.connect - connect_before)
 
-    async def _connect(self, backend: Backend, trail: Trail, route: Route) -> tuple[Connection | None, Ending]:
+class _Attempt:
+    """One try at one backend. On the way out of its `with` the breaker, the balancer and the trail hear how it ended."""
+
+    __slots__ = ("_before", "_call", "_client", "_route", "_span_id", "_started", "_trail", "ending", "lease", "relay")
+
+    def __init__(
+        self, lease: Lease, call: Call, trail: Trail, route: Route, client: ClientConnection, span_id: int
+    ) -> None:
+        self.lease = lease
+        self.relay: Relay | None = None
+        self.ending = _LEFT
+        self._call = call
+        self._trail = trail
+        self._route = route
+        self._client = client
+        self._span_id = span_id
+        self._started = trail.mark
+        self._before = (trail.connect, trail.upstream)
+
+    async def run(self, relays: set[Relay], consumer: str) -> Ending:
+        """Until the answer has ended. A pooled connection that turns out to be dead is replaced once, for free."""
+        pool, trail = self.lease.backend.pool, self._trail
+        connection = pool.take(trail.mark)
+        if connection is not None:
+            await self._exchange(connection, relays, consumer)
+            if self.ending.failure is not Failure.STALE:
+                return self.ending
+        connection = await self._connect(pool)
+        if connection is not None:
+            await self._exchange(connection, relays, consumer)
+        return self.ending
+
+    async def _connect(self, pool: Pool) -> Connection | None:
+        trail, timeout = self._trail, self._route.timeout
+        due, _ = next_due(Phase.CONNECTING, timeout, trail.start, trail.mark)
         try:
-            async with asyncio.timeout(min(route.timeout.connect, trail.start + route.timeout.total - trail.mark)):
-                connection = await backend.pool.connect()
+            async with asyncio.timeout(due - trail.mark):
+                return await pool.connect()
         except TimeoutError:
-            return None, Ending("connect_fail", Failure.CONNECT_TIMEOUT)
+            self.ending = Ending("connect_fail", Failure.CONNECT_TIMEOUT)
         except OSError:
-            return None, Ending("connect_fail", Failure.CONNECT_FAIL)
+            self.ending = Ending("connect_fail", Failure.CONNECT_FAIL)
         finally:
             trail.connect += trail.lap()
-        return connection, Ending("ok")
+        return None
 
-    async def _exchange(  # noqa: PLR0913  the facts of one exchange
-        self,
-        connection: Connection,
-        backend: Backend,
-        call: Call,
-        trail: Trail,
-        route: Route,
-        consumer: str,
-        client: ClientConnection,
-        span_id: int,
-    ) -> tuple[Ending, Relay]:
+    async def _exchange(self, connection: Connection, relays: set[Relay], consumer: str) -> None:
+        call, trail, backend, timeout = self._call, self._trail, self.lease.backend, self._route.timeout
         lines = b"x-request-id: %b\r\nx-weir-policy: %b\r\n%bx-weir-attempts: %d\r\n" % (
             call.request_id.encode(),
             trail.policy.encode(),
             backend.name_line,
             len(trail.attempts) + 1,
         )
-        relay = Relay(call, trail, client, connection, route.timeout, lines)
-        self.relays.add(relay)
+        head = request_head(
+            call,
+            backend.head_lines,
+            backend.endpoint.base_path,
+            self._client.forwarded_lines,
+            consumer_line(consumer),
+            self._span_id,
+            remaining_ms(timeout, trail.start, trail.mark),
+        )
+        self.relay = relay = Relay(call, trail, self._client, connection, timeout, lines)
+        self.ending = _LEFT
+        relays.add(relay)
         try:
-            deadline = remaining_ms(route.timeout, trail.start, trail.mark)
-            head = request_head(
-                call,
-                backend.head_lines,
-                backend.endpoint.base_path,
-                client.forwarded_lines,
-                consumer_line(consumer),
-                span_id,
-                deadline,
-            )
             connection.start(relay, head + call.body)
-            ending = await relay.wait()
+            await relay.wait()
         finally:
-            self.relays.discard(relay)
+            relays.discard(relay)
             relay.release()
-        if not relay.committed:
-            trail.upstream += trail.lap()
-        return ending, relay
+            if relay.ending is not None:  # also when its own cut of the client's connection cancelled us
+                self.ending = relay.ending
+            if not relay.committed:
+                trail.upstream += trail.lap()
 
-    def _note(  # noqa: PLR0913
-        self, lease: Lease, relay: Relay | None, trail: Trail, ending: Ending, span_id: int, started: float, connect: float
+    def __enter__(self) -> _Attempt:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Tell the breaker, the balancer and the trail how the attempt ended."""
-        backend, now = lease.backend, self._clock()
-        head = relay.head if relay is not None else None
-        if ending.reason == "ok" and head is not None and head.status >= 400:
-            lease.outcome = Outcome.IGNORED
-        elif ending.failure is not Failure.NOT_STARTED:
-            lease.outcome = _OUTCOMES.get(ending.reason, Outcome.IGNORED)
+        trail, ending, backend = self._trail, self.ending, self.lease.backend
+        head = self.relay.head if self.relay is not None else None
+        connect_before, upstream_before = self._before
+        self.lease.outcome = _outcome(ending, head)
         if head is not None and head.load_report:
-            backend.hear_load(head.load_report, now)
+            backend.hear_load(head.load_report, trail.mark)
         if ending.failure is Failure.BUSY:
-            backend.hear_busy(now)
+            backend.hear_busy(trail.mark)
         elif ending.reason == "ok":
-            backend.ewma.observe(trail.upstream, now)
-        if ending.failure is None:
-            trail.end_reason = ending.reason
+            backend.ewma.observe(trail.upstream - upstream_before, trail.mark)
+        trail.end_reason = ending.reason
         trail.attempts.append(
             Attempt(
                 backend.endpoint.id,
                 backend.endpoint.service,
-                started - trail.start,
-                connect,
-                now - started,
+                self._started - trail.start,
+                trail.connect - connect_before,
+                trail.clock() - self._started,
                 ending.reason,
                 head.status if head is not None else 0,
-                span_id,
+                self._span_id,
             )
         )
 
-    def _refusal(self, ending: Ending, relay: Relay | None, route: Route) -> errors.Refusal:
-        """What the client is told when the last attempt failed."""
-        failure = ending.failure
-        head = relay.head if relay is not None else None
-        after = _retry_after(head.retry_after) if head is not None else None
-        if failure in (Failure.CONNECT_FAIL, Failure.CONNECT_TIMEOUT):
-            return errors.NoBackend("No backend of this route could be reached.", retry_after=1.0)
-        if failure is Failure.BUSY:
-            return errors.BackendsBusy("The backends of this route are busy.", rule=f"routes.{route.name}", retry_after=after or 1.0)
-        if failure is Failure.NOT_STARTED or (head is not None and head.status == 503 and after is not None):
-            return errors.Overloaded("The backends of this route take no more requests now.", retry_after=after or 1.0)
-        if failure is Failure.FIRST_BYTE_TIMEOUT:
-            if relay is not None and relay.overdue is Kind.TOTAL:
-                rule = f"routes.{route.name}.timeout.total"
-                return errors.DeadlineExceeded("The request took longer than its route allows.", rule=rule)
-            rule = f"routes.{route.name}.timeout.first_byte"
-            return errors.UpstreamTimeout("The backend did not begin to answer in time.", rule=rule)
-        return errors.UpstreamFailed("The backend failed before its answer was there.")
+
+_LEFT = Ending("client_abort")
+
+
+def _outcome(ending: Ending, head: AnswerHead | None) -> Outcome:
+    """What the breaker hears. 4xx, 429, clients that left and a backend that says it did not start count neither way."""
+    if ending.reason == "ok":
+        return Outcome.SUCCESS if head is None or head.status < 400 else Outcome.IGNORED
+    if ending.failure is Failure.NOT_STARTED:
+        return Outcome.IGNORED
+    return Outcome.FAILURE if ending.reason in _FAILURES else Outcome.IGNORED
+
+
+def _refusal(attempt: _Attempt, route: Route) -> errors.Refusal:
+    """What the client is told when the last attempt failed."""
+    failure, relay = attempt.ending.failure, attempt.relay
+    head = relay.head if relay is not None else None
+    after = _retry_after(head.retry_after) if head is not None else None
+    if failure in (Failure.CONNECT_FAIL, Failure.CONNECT_TIMEOUT):
+        return errors.NoBackend("No backend of this route could be reached.", retry_after=1.0)
+    if failure is Failure.BUSY:
+        rule = f"routes.{route.name}"
+        return errors.BackendsBusy("The backends of this route are busy.", rule=rule, retry_after=after or 1.0)
+    if failure is Failure.NOT_STARTED or (head is not None and head.status == 503 and after is not None):
+        return errors.Overloaded("The backends of this route take no more requests now.", retry_after=after or 1.0)
+    if failure is Failure.FIRST_BYTE_TIMEOUT:
+        if relay is not None and relay.overdue is Kind.TOTAL:
+            rule = f"routes.{route.name}.timeout.total"
+            return errors.DeadlineExceeded("The request took longer than its route allows.", rule=rule)
+        rule = f"routes.{route.name}.timeout.first_byte"
+        return errors.UpstreamTimeout("The backend did not begin to answer in time.", rule=rule)
+    return errors.UpstreamFailed("The backend failed before its answer was there.")
 
 
 def _hash_key(call: Call, route: Route, consumer: str) -> str:

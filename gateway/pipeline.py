@@ -99,7 +99,8 @@ class Pipeline:
         except errors.Refusal as refusal:
             self._refuse(refusal, trail, incoming)
         except asyncio.CancelledError:
-            trail.end_reason = "client_abort"
+            if trail.end_reason == "internal":  # else the answer had ended already
+                trail.end_reason = "client_abort"
             raise
         except Exception:  # a bug of ours must cost one request and be seen
             self._log.exception("request failed", request_id=trail.call.request_id if trail.call else "")
@@ -172,11 +173,11 @@ class Pipeline:
             incoming.connection.abort()
             return
         unread = not incoming.payload.is_eof()
-        malformed = call is None or refusal.status in (400, 408, 413, 431)
-        if call is not None and (unread or malformed):
+        in_doubt = isinstance(refusal, errors.BadRequest) and not trail.consumer  # where does the next request begin?
+        if call is not None and (unread or in_doubt):
             call.keep_alive = False
         self._write_refusal(refusal, trail, incoming.connection, close=call is None or not call.keep_alive)
-        if trail.end_reason in ("internal", "ok"):
+        if trail.end_reason in ("internal", "client_abort", "ok"):
             trail.end_reason = _END_REASONS_BY_CODE.get(refusal.code) or _END_REASONS.get(refusal.status, "parse_error")
 
     def _write_refusal(

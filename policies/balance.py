@@ -176,7 +176,7 @@ class Chooser(Generic[C]):
         rotation = self._rotation
         if self._turn < 0:
             self._turn = int(rng.random() * len(rotation))  # choosers made together do not start together
-        skipped = None
+        skipped, after = None, 0
         for _ in rotation:
             candidate = rotation[self._turn]
             self._turn = (self._turn + 1) % len(rotation)
@@ -184,7 +184,10 @@ class Chooser(Generic[C]):
                 continue
             if now - candidate.since >= _SLOW_START_SECONDS or rng.random() < _warmth(now - candidate.since):
                 return candidate
-            skipped = candidate
+            if skipped is None:
+                skipped, after = candidate, self._turn
+        if skipped is not None:
+            self._turn = after  # all are young: it is the turn of the first, and the next request's of the second
         return skipped
 
     def _owner(self, hash_key: str, refused: Collection[C]) -> C | None:

@@ -186,5 +186,8 @@ class Breaker:
 
 
 def may_eject(ejected: int, total: int, eject_at_most: float) -> bool:
-    """Whether one more of `total` backends may be ejected: the share is kept to, and one always stays."""
-    return ejected + 1 < total and (ejected + 1) / total <= eject_at_most
+    """Whether one more of `total` backends may be ejected: up to the share, but always one (as Envoy's max_ejection_percent).
+
+    So a backend that is alone can be left alone too: failing fast is better than sending to what fails.
+    """
+    return ejected < total and (ejected == 0 or (ejected + 1) / total <= eject_at_most)

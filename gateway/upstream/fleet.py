@@ -104,6 +104,8 @@ class Fleet:
         self._count_open()
 
     def _breaker_changed(self, backend: Backend, state: State) -> None:
+        if state is State.CLOSED:
+            backend.since = self._clock()  # it comes back slowly
         self._count_open()
         self._tell_breaker(backend, state)
 

@@ -324,3 +324,11 @@ def test_peak_ewma_takes_an_old_reading_of_the_clock_as_the_newest():
 )
 def test_panic_is_fewer_than_half(healthy, total, answer):
     assert panic(healthy, total) is answer
+
+
+def test_round_robin_among_young_candidates_still_takes_turns() -> None:
+    young = backends(2, since=0.0)
+    chooser = Chooser(young)
+    rng = Random(1)
+    chosen = Counter(chooser.choose(Balance(BalanceKind.ROUND_ROBIN), rng, 0.1).key for _ in range(1000))
+    assert min(chosen.values()) > 350

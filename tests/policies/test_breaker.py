@@ -212,24 +212,27 @@ def test_repr_shows_the_state():
     ("ejected", "total", "at_most", "answer"),
     [
         (0, 0, 1.0, False),
-        (0, 1, 1.0, False),
+        (0, 1, 1.0, True),
+        (0, 1, 0.5, True),
         (0, 2, 0.5, True),
         (1, 2, 0.5, False),
-        (1, 2, 1.0, False),
+        (1, 2, 1.0, True),
         (0, 3, 0.5, True),
         (1, 3, 0.5, False),
         (1, 4, 0.5, True),
         (2, 4, 0.5, False),
         (2, 4, 1.0, True),
-        (3, 4, 1.0, False),
-        (0, 4, 0.1, False),
+        (3, 4, 1.0, True),
+        (0, 4, 0.1, True),
+        (1, 4, 0.1, False),
         (0, 10, 0.1, True),
         (28, 100, 0.29, True),
         (29, 100, 0.29, False),
-        (0, 10, 0.0, False),
+        (0, 10, 0.0, True),
+        (1, 10, 0.0, False),
     ],
 )
-def test_may_eject_keeps_the_share_and_the_last_one(ejected, total, at_most, answer):
+def test_may_eject_keeps_the_share_but_always_allows_one(ejected, total, at_most, answer):
     assert may_eject(ejected, total, at_most) is answer
 
 
