@@ -1,10 +1,15 @@
-"""The whole gateway in this process, before backends of the test's choice, with discovery.static and a policy given as text."""
+"""The whole gateway in this process, with a policy given as text, before backends of the test's choice: known from the
+start (`running_gateway`) or found in a real etcd (`etcd_gateway`, `announced`)."""
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
+from random import Random
 
+from discovery.announce import Announcement, backend_announcement
+from discovery.endpoint import DEFAULT_PREFIX, ModelEntry, Registration
+from discovery.etcd import EtcdClient, EtcdSettings
 from gateway import config as configuration
 from gateway.app import Gateway
 
@@ -37,18 +42,50 @@ async def running_gateway(
     """A gateway whose backends have been probed. `config` is more text for weir.yaml."""
     backends = "".join(f'    - {{service: tiny, url: "{url}", models: {models}}}\n' for url in urls) or "    []\n"
     (home / "policy.yaml").write_text(policy)
-    text = (
-        "listen: 127.0.0.1:0\nadmin: {listen: 127.0.0.1:0}\npolicy: policy.yaml\n"
-        f"discovery:\n  static:\n{backends}{config}"
-    )
-    gateway = Gateway(configuration.parse(text.encode(), {}, base=home))
-    async with gateway.running():
+    async with _gateway(home, f"discovery:\n  static:\n{backends}{config}").running() as gateway:
         async with asyncio.timeout(5):
             while len(gateway.fleet.backends) < len(urls) or (
                 healthy and any(backend.healthy is None for backend in gateway.fleet.backends.values())
             ):
                 await asyncio.sleep(0.01)
         yield gateway
+
+
+@contextlib.asynccontextmanager
+async def etcd_gateway(
+    home: Path,
+    etcd: str,
+    prefix: str = DEFAULT_PREFIX,
+    *,
+    policy: str | None = OPEN_POLICY,
+    place: str = "policy.yaml",
+    config: str = "",
+) -> AsyncIterator[Gateway]:
+    """A gateway that finds its backends in the etcd of this URL. `policy` None: `place` has one already."""
+    if policy is not None:
+        (home / place).write_text(policy)
+    discovery = f'discovery: {{etcd: {{endpoints: ["{etcd}"], prefix: {prefix}}}}}\n'
+    async with _gateway(home, discovery + config, place).running() as gateway:
+        yield gateway
+
+
+def _gateway(home: Path, config: str, place: str = "policy.yaml") -> Gateway:
+    text = f"listen: 127.0.0.1:0\nadmin: {{listen: 127.0.0.1:0}}\npolicy: {place}\n{config}"
+    return Gateway(configuration.parse(text.encode(), {}, base=home))
+
+
+@contextlib.asynccontextmanager
+async def announced(
+    etcd: str, key: str, url: str, prefix: str = DEFAULT_PREFIX, *, models: tuple[str, ...] = ("tiny",)
+) -> AsyncIterator[Announcement]:
+    """A backend "service/id" that etcd knows of, as `weir register` would make it known."""
+    registration = Registration(url, models=tuple(map(ModelEntry, models)))
+    client = EtcdClient(EtcdSettings((etcd,)))
+    announcement = backend_announcement(client, key, registration, rng=Random(0), prefix=prefix)
+    async with client, announcement:
+        async with asyncio.timeout(10):
+            await announcement.wait_held()
+        yield announcement
 
 
 async def until(condition, seconds: float = 5.0) -> None:
