@@ -26,6 +26,7 @@ from gateway.upstream.connection import Connection
 from gateway.upstream.pool import Pool
 from policies import identity
 
+BATCH = 250  # the best of many short batches is what other work on the machine disturbs least
 BODY = (
     b'{"model":"tiny","messages":[{"role":"system","content":"You are a helpful assistant."},{"role":"user","content":'
     b'"Hello! What is the capital of France, and why?"}],"max_tokens":32}'
@@ -125,12 +126,12 @@ async def _drive(gateway: Gateway, request: bytes, requests: int, profile: cProf
     best = float("inf")
     if profile is not None:
         profile.enable()
-    for _ in range(10):
+    for _ in range(requests // BATCH):
         started = time.process_time()
-        for _ in range(requests // 10):
+        for _ in range(BATCH):
             client.data_received(request)
             await answered.get()
-        best = min(best, (time.process_time() - started) / (requests // 10))
+        best = min(best, (time.process_time() - started) / BATCH)
     if profile is not None:
         profile.disable()
     return best * 1e6

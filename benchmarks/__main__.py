@@ -1,0 +1,108 @@
+"""`weir bench`: measures Weir beside the other gateways that are installed here.
+
+    weir bench --only unary,stream --peers weir,envoy_full --rounds 3 --seconds 5
+    weir bench profile        # what each part of a unary request costs in our own code
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from benchmarks import report
+from benchmarks.bench import WORKLOADS, Outcome, run
+from benchmarks.gateways import ALL, BY_NAME
+from benchmarks.gateways.gateway import Gateway
+from benchmarks.processes import Failed
+from benchmarks.rig import Rig
+
+RESULTS = Path(__file__).parent / "results"
+OPEN_FILES = 20_000  # 2,000 streams are 4,000 sockets of a gateway
+
+
+class Names(click.ParamType):
+    """Names of a list, with commas between; all of it when not given."""
+
+    name = "names"
+
+    def __init__(self, known: tuple[str, ...]) -> None:
+        self._known = known
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
+        names = [name.strip() for name in value.split(",") if name.strip()]
+        unknown = [name for name in names if name not in self._known]
+        if unknown:
+            self.fail(f"there is no {', '.join(unknown)}; there are {', '.join(self._known)}", param, ctx)
+        return names
+
+
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--only", type=Names(tuple(WORKLOADS)), default=",".join(WORKLOADS), metavar="LIST", help="Workloads.")
+@click.option("--peers", type=Names(tuple(BY_NAME)), default=",".join(BY_NAME), metavar="LIST", help="Gateways.")
+@click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Of each gateway, in turn.")
+@click.option("--seconds", type=click.IntRange(1, 600), default=5, show_default=True, help="Of each round.")
+@click.option("--json", "file", type=click.Path(path_type=Path), help="Default: a new file in benchmarks/results/.")
+@click.pass_context
+def bench(context: click.Context, only: list[str], peers: list[str], rounds: int, seconds: int, file: Path | None) -> None:
+    """Measure this gateway beside the others found on this machine.
+
+    A gateway that is not installed is named as absent; `make bench-peers` installs them. Two CPU cores are needed,
+    and nothing else to do for them.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 180)
+    absent = {name: reason for name in peers if (reason := BY_NAME[name].absent())}
+    gateways = [each for each in ALL if each.name in peers and each.name not in absent]
+    for name, reason in absent.items():
+        console.print(f"absent: {name}, {reason}")
+    started = time.time()
+    outcomes = measure(gateways, only, rounds, seconds, console)
+    for outcome in outcomes:
+        console.print(report.table(outcome))
+    told = report.document(outcomes, gateways, absent, started=round(started), rounds=rounds, seconds=seconds)
+    place = file or RESULTS / time.strftime("%Y%m%d-%H%M%S.json", time.localtime(started))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(json.dumps(told, indent=1))
+    console.print(f"written to {place}")
+
+
+@bench.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def profile(arguments: tuple[str, ...]) -> None:
+    """What a unary request costs in our own code, without sockets."""
+    from benchmarks import replay
+
+    sys.argv = ["weir bench profile", *arguments]
+    replay.main()
+
+
+def measure(gateways: list[Gateway], only: list[str], rounds: int, seconds: float, console: Console) -> list[Outcome]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, OPEN_FILES)), hard))
+    with tempfile.TemporaryDirectory(prefix="weir-bench-") as folder, Rig(Path(folder)) as rig:
+        return [run(rig, WORKLOADS[name], gateways, rounds, seconds, console.print) for name in only]
+
+
+def main() -> None:
+    try:
+        bench.main(prog_name="weir bench", standalone_mode=False)
+    except click.ClickException as error:
+        print(f"weir: {error.format_message()}", file=sys.stderr)
+        sys.exit(2)
+    except Failed as error:
+        print(f"weir: {error}", file=sys.stderr)
+        sys.exit(3)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

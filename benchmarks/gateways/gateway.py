@@ -1,0 +1,75 @@
+"""What the rig asks of a gateway that is to be measured."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from benchmarks.credentials import Credentials
+
+PEERS = Path(__file__).parent.parent / "peers"
+
+OPEN, LIMITED, REFUSED = "open", "limited", "refused"
+"""The consumers of the workloads: one without a limit that it could meet, one with LIMIT, one that is out of tokens."""
+LIMIT_PER_SECOND, BURST = 1000, 100
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where a gateway is put: the port to listen on, and what is around it. `folder` is its own."""
+
+    folder: Path
+    port: int
+    admin_port: int
+    backends: tuple[str, ...]
+    otlp: str
+    credentials: Credentials
+    etcd: str
+    redis: str
+
+    @property
+    def backend_ports(self) -> tuple[int, ...]:
+        return tuple(int(url.rpartition(":")[2]) for url in self.backends)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How to start it."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+class Gateway(Protocol):
+    """One gateway with its configuration. `features` says what of Weir's work it does too."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def features(self) -> str: ...
+
+    def absent(self) -> str | None:
+        """Why it cannot be started here; None when it can."""
+
+    def launch(self, site: Site) -> Launch | None:
+        """Write its configuration and tell how to start it. None: requests go to the backend itself."""
+
+    def headers(self, site: Site, consumer: str) -> dict[str, str]:
+        """What a request of this consumer carries."""
+
+
+def bearer(site: Site, consumer: str) -> dict[str, str]:
+    """The headers of a chat request with the consumer's token."""
+    return {
+        "Content-Type": "application/json",
+        "Authorization": f"Bearer {site.credentials.token(consumer)}",
+    }
+
+
+def program(name: str) -> str | None:
+    """A program of the system, those of administrators included."""
+    return shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin")

@@ -1,0 +1,85 @@
+"""Weir with every policy on: JWT, limits in Redis, breaker, balancing over backends from etcd, metrics, traces at 1 %."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.credentials import AUDIENCE, ISSUER
+from benchmarks.etcd import Etcd
+from benchmarks.gateways.gateway import BURST, LIMIT_PER_SECOND, LIMITED, REFUSED, Launch, Site, bearer
+from benchmarks.payloads import MODEL
+from benchmarks.processes import HOST
+
+SERVICE = "bench"
+CANARY = "canary"
+
+POLICY = f"""\
+version: 1
+issuers:
+  - {{issuer: "{ISSUER}", audience: {AUDIENCE}, algorithms: [RS256], jwks: jwks.json}}
+plans:
+  open: {{requests: 1000000/second, burst: 100000, concurrency: 20000}}
+  limited: {{requests: {LIMIT_PER_SECOND}/second, burst: {BURST}}}
+  refused: {{requests: 1/day, burst: 1}}
+consumers:
+  - {{match: {{consumer: {LIMITED}}}, plan: limited}}
+  - {{match: {{consumer: {REFUSED}}}, plan: refused}}
+  - {{match: {{any: true}}, plan: open}}
+routes:
+  - name: chat
+    match: {{path: /v1/chat/completions, model: "{MODEL}*"}}
+    to: [{{service: {SERVICE}}}]
+  - name: canary
+    match: {{path: /v1/chat/completions, model: {CANARY}}}
+    to: [{{service: {CANARY}}}]
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Weir:
+    name: str = "weir"
+    features: str = (
+        "JWT RS256 with token cache, limits shared through Redis, breaker, least load over backends from etcd, "
+        "metrics, 1 % traces, usage metering, access log"
+    )
+
+    def absent(self) -> str | None:
+        return None
+
+    def launch(self, site: Site) -> Launch | None:
+        (site.folder / "policy.yaml").write_text(POLICY)
+        (site.folder / "jwks.json").write_bytes(site.credentials.jwks)
+        config = {
+            "listen": f"{HOST}:{site.port}",
+            "admin": {"listen": f"{HOST}:{site.admin_port}"},
+            "policy": "policy.yaml",
+            "discovery": {"etcd": {"endpoints": [site.etcd], "prefix": prefix(site)}},
+            "redis": {"url": site.redis},
+            "telemetry": {"otlp": site.otlp, "sample": 0.01},
+        }
+        (site.folder / "weir.yaml").write_text(json.dumps(config, indent=2))  # YAML holds JSON
+        etcd = Etcd(site.etcd)
+        for number, url in enumerate(site.backends):
+            etcd.put(backend_key(site, SERVICE, f"b{number}"), registration(url, MODEL))
+        root = str(Path(__file__).parent.parent.parent)
+        command = (sys.executable, "-m", "gateway.cli", "serve", "--config", str(site.folder / "weir.yaml"))
+        return Launch(command, {"PYTHONPATH": root})
+
+    def headers(self, site: Site, consumer: str) -> dict[str, str]:
+        return bearer(site, consumer)
+
+
+def prefix(site: Site) -> str:
+    """Each start has its own part of etcd."""
+    return f"/bench/{site.port}"
+
+
+def backend_key(site: Site, service: str, name: str) -> str:
+    return f"{prefix(site)}/backends/{service}/{name}"
+
+
+def registration(url: str, model: str, *, weight: int = 1) -> str:
+    return json.dumps({"url": url, "protocols": ["openai"], "models": [{"name": model}], "weight": weight})

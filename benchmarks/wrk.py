@@ -1,0 +1,116 @@
+"""Closed-loop load by wrk (https://github.com/wg/wrk): each connection sends the next request when it has its answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+from benchmarks.processes import HOST, Failed
+
+SCRIPT = Template("""\
+wrk.method = "POST"
+wrk.body = [==[$body]==]
+$headers
+done = function(summary, latency, requests)
+  local e = summary.errors
+  io.write(string.format(
+    '\\nJSON {"requests": %d, "micros": %d, "refused": %d, "broken": %d, "p50": %f, "p99": %f}\\n',
+    summary.requests, summary.duration, e.status, e.connect + e.read + e.write + e.timeout,
+    latency:percentile(50), latency:percentile(99)))
+end
+""")
+GRACE_SECONDS = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where requests go and what they carry. `headers` may name any consumer's token."""
+
+    port: int
+    path: str
+    headers: Mapping[str, str]
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What wrk counted. `refused` have a status from 400 on; `broken` were never answered."""
+
+    requests: int
+    seconds: float
+    refused: int
+    broken: int
+    p50_ms: float
+    p99_ms: float
+
+    @property
+    def per_second(self) -> float:
+        return self.requests / self.seconds
+
+    @property
+    def failed(self) -> int:
+        return self.refused + self.broken
+
+
+class Wrk:
+    """A wrk that runs; `result` waits for it."""
+
+    def __init__(self, target: Target, *, connections: int, seconds: float, folder: Path) -> None:
+        wrk = shutil.which("wrk")
+        if wrk is None:
+            raise Failed("wrk is not there, and it makes the load; apt-get install wrk")
+        headers = "\n".join(f"wrk.headers[{lua(name)}] = {lua(value)}" for name, value in target.headers.items())
+        script = folder / "request.lua"
+        script.write_text(SCRIPT.substitute(body=target.body.decode(), headers=headers))
+        # wrk takes whole seconds only.
+        command = [wrk, "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout", "10s", "-s", str(script)]
+        self._deadline = seconds + GRACE_SECONDS
+        self._popen = subprocess.Popen(
+            [*command, f"http://{HOST}:{target.port}{target.path}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={"PATH": os.environ["PATH"]},
+        )
+
+    def is_running(self) -> bool:
+        return self._popen.poll() is None
+
+    def result(self) -> Load:
+        try:
+            output, _ = self._popen.communicate(timeout=self._deadline)
+        except subprocess.TimeoutExpired:
+            self._popen.kill()
+            raise Failed("wrk did not end") from None
+        return parse(output)
+
+
+def run(target: Target, *, connections: int, seconds: float, folder: Path) -> Load:
+    return Wrk(target, connections=connections, seconds=seconds, folder=folder).result()
+
+
+def parse(output: str) -> Load:
+    """The line that our script writes. Raises Failed with wrk's own last line when there is none."""
+    for line in output.splitlines():
+        if line.startswith("JSON "):
+            told = json.loads(line[5:])
+            return Load(
+                requests=told["requests"],
+                seconds=told["micros"] / 1e6,
+                refused=told["refused"],
+                broken=told["broken"],
+                p50_ms=told["p50"] / 1e3,
+                p99_ms=told["p99"] / 1e3,
+            )
+    raise Failed(f"wrk: {(output.strip().splitlines() or ['no output'])[-1]}")
+
+
+def lua(text: str) -> str:
+    """A Lua string in quotes."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
