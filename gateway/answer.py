@@ -47,36 +47,66 @@ class AnswerHead:
         self.chunked = self.encoded = self.malformed = self.not_started = False
         self.content_type = self.load_report = self.retry_after = b""
         self.lines: list[bytes] = []
-        for name, value in headers:
-            self._sort(name, value)
+        for header in headers:
+            kind, line = _known.get(header) or _remember(header)
+            if line:
+                self.lines.append(line)
+            if kind != _PLAIN:
+                self._sort(kind, header[1])
 
-    def _sort(self, name: bytes, value: bytes) -> None:
-        passing = passing_name(name)
-        if passing is None:
-            self._sort_inner(name.lower(), value)
-            return
-        if not is_sane_value(value):
+    def _sort(self, kind: int, value: bytes) -> None:
+        if kind == _MALFORMED:
             self.malformed = True
-            return
-        if passing == b"content-type":
-            self.content_type = value.lower()
-        elif passing == b"content-encoding":
-            self.encoded = value.lower() != b"identity"
-        self.lines.append(b"%b: %b\r\n" % (passing, value))
-
-    def _sort_inner(self, name: bytes, value: bytes) -> None:
-        if name == b"content-length":
+        elif kind == _CONTENT_LENGTH:
             self.malformed |= self.length is not None or not value.isdigit() or len(value) > 18
             self.length = 0 if self.malformed else int(value)
-        elif name == b"transfer-encoding":
+        elif kind == _TRANSFER_ENCODING:
             self.malformed |= self.chunked or value.lower() != b"chunked"
             self.chunked = True
-        elif name == b"endpoint-load-metrics":
+        elif kind == _CONTENT_TYPE:
+            self.content_type = value.lower()
+        elif kind == _CONTENT_ENCODING:
+            self.encoded = value.lower() != b"identity"
+        elif kind == _LOAD_REPORT:
             self.load_report = value
-        elif name == b"x-backend-not-started":
+        elif kind == _NOT_STARTED:
             self.not_started = True
-        elif name == b"retry-after":
+        elif kind == _RETRY_AFTER:
             self.retry_after = value
+
+
+# What a header means to us besides passing or not.
+_PLAIN, _MALFORMED, _CONTENT_LENGTH, _TRANSFER_ENCODING, _CONTENT_TYPE, _CONTENT_ENCODING = range(6)
+_LOAD_REPORT, _NOT_STARTED, _RETRY_AFTER = range(6, 9)
+_KINDS: Final = {
+    b"content-length": _CONTENT_LENGTH,
+    b"transfer-encoding": _TRANSFER_ENCODING,
+    b"content-type": _CONTENT_TYPE,
+    b"content-encoding": _CONTENT_ENCODING,
+    b"endpoint-load-metrics": _LOAD_REPORT,
+    b"x-backend-not-started": _NOT_STARTED,
+    b"retry-after": _RETRY_AFTER,
+}
+_known: dict[tuple[bytes, bytes], tuple[int, bytes]] = {}
+
+
+def _look_at(header: tuple[bytes, bytes]) -> tuple[int, bytes]:
+    """What a header means, and its line for the client (b"" when it does not pass)."""
+    name, value = header
+    passing = passing_name(name)
+    if passing is None:
+        return _KINDS.get(name.lower(), _PLAIN), b""
+    if not is_sane_value(value):
+        return _MALFORMED, b""
+    return _KINDS.get(passing, _PLAIN), b"%b: %b\r\n" % (passing, value)
+
+
+def _remember(header: tuple[bytes, bytes]) -> tuple[int, bytes]:
+    """Backends say the same few headers all day. The memory is bounded: it starts anew when it is full."""
+    if len(_known) >= 1024:
+        _known.clear()
+    known = _known[header] = _look_at(header)
+    return known
 
 
 def judge(call: Call, head: AnswerHead) -> Mode | Failure:

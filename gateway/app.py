@@ -40,6 +40,7 @@ from gateway import config
 from gateway.admin import admin_app
 from gateway.admission import UNLIMITED, Account, Admission
 from gateway.attempts import Forwarder
+from gateway.call import Ids
 from gateway.children import CannotRun
 from gateway.config import Config, Etcd
 from gateway.config_fields import Address
@@ -132,12 +133,13 @@ class Gateway:
             background(self._tidy())
 
             identifier: Identifier[Account] = Identifier(keys, lambda principal: self._account(admission, principal))
-            self.forwarder = Forwarder(fleet, self.clock, self.rng)
+            ids = Ids(self.rng)
+            self.forwarder = Forwarder(fleet, self.clock, self.rng, ids)
             local = LocalAnswers(fleet, lambda: not self.not_ready(), self.version)
             limits = self.config.limits
             self.pipeline = Pipeline(
                 Settings(limits.body, limits.body_timeout, self.config.telemetry.sample),
-                identifier, fleet, self.forwarder, local, observe, self.clock, self.wall, self.rng,
+                identifier, fleet, self.forwarder, local, observe, self.clock, self.wall, self.rng, ids,
             )  # fmt: skip
 
             def put_in_force(policy: Policy) -> None:

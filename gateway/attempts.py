@@ -20,12 +20,13 @@ from observability.events import Attempt
 from policies import errors
 from policies.breaker import Outcome
 from policies.deadline import Kind, Phase, next_due, remaining_ms
+from policies.policy import BalanceKind
 from policies.retry import Failure, RetryBudget, delay_before, may_retry
 from policies.routing import pick_target
 
 if TYPE_CHECKING:
     from gateway.answer import AnswerHead
-    from gateway.call import Call
+    from gateway.call import Call, Ids
     from gateway.server import ClientConnection
     from gateway.trail import Trail
     from gateway.upstream.connection import Connection
@@ -44,10 +45,11 @@ _FAILURES = frozenset(
 class Forwarder:
     """Sends calls to backends of the fleet and relays what they answer."""
 
-    def __init__(self, fleet: Fleet, clock: Callable[[], float], rng: Random) -> None:
+    def __init__(self, fleet: Fleet, clock: Callable[[], float], rng: Random, ids: Ids) -> None:
         self._fleet = fleet
         self._clock = clock
         self._rng = rng
+        self._ids = ids
         self._budgets: dict[tuple[str, float], RetryBudget] = {}
         self.relays: set[Relay] = set()  # answers on their way
 
@@ -67,7 +69,7 @@ class Forwarder:
                     raise
                 raise _refusal(last, route) from None  # nobody is left to retry with: what the last one did stands
             trail.pick += trail.lap()
-            with lease, _Attempt(lease, call, trail, route, client, self._rng.getrandbits(64) or 1) as last:
+            with lease, _Attempt(lease, call, trail, route, client, self._ids.span()) as last:
                 ending = await last.run(self.relays, consumer)
             failure = ending.failure
             if failure is None:
@@ -193,7 +195,7 @@ class _Attempt:
             backend.hear_load(head.load_report, trail.mark)
         if ending.failure is Failure.BUSY:
             backend.hear_busy(trail.mark)
-        elif ending.reason == "ok":
+        elif ending.reason == "ok" and self._route.balance.kind is _PEAK_EWMA:
             backend.ewma.observe(trail.upstream - upstream_before, trail.mark)
         trail.end_reason = ending.reason
         trail.attempts.append(
@@ -211,6 +213,7 @@ class _Attempt:
 
 
 _LEFT = Ending("client_abort")
+_PEAK_EWMA = BalanceKind.PEAK_EWMA
 
 
 def _outcome(ending: Ending, head: AnswerHead | None) -> Outcome:

@@ -147,7 +147,30 @@ class Call:
         return None
 
 
-def begin(message: Any, rng: Random, sample: float) -> Call:
+class Ids:
+    """Ids of requests, traces and spans: random, and cheap enough for each request.
+
+    A span's id is a random number of this process's plus a count: unique within a trace, which is all that is asked.
+    """
+
+    __slots__ = ("_next_span", "_rng")
+
+    def __init__(self, rng: Random) -> None:
+        self._rng = rng
+        self._next_span = rng.getrandbits(63)
+
+    def trace(self) -> int:
+        return self._rng.getrandbits(128) or 1
+
+    def span(self) -> int:
+        self._next_span = span = (self._next_span + 1) & 0x7FFFFFFFFFFFFFFF or 1
+        return span
+
+    def is_sampled(self, share: float) -> bool:
+        return self._rng.random() < share
+
+
+def begin(message: Any, ids: Ids, sample: float) -> Call:
     """A Call from a parsed head (aiohttp's RawRequestMessage), not vetted yet but fit to be refused and recorded."""
     call = Call()
     call.method = message.method
@@ -155,9 +178,9 @@ def begin(message: Any, rng: Random, sample: float) -> Call:
     call.path = message.path.partition("?")[0]
     call.protocol = _protocol_of(call.path)
     call.raw_headers = message.raw_headers
-    call.request_id = f"{rng.getrandbits(128):032x}"
-    call.trace_id, call.span_id, call.parent_span_id = rng.getrandbits(128) or 1, rng.getrandbits(64) or 1, 0
-    call.sampled = rng.random() < sample
+    call.trace_id, call.span_id, call.parent_span_id = ids.trace(), ids.span(), 0
+    call.request_id = "%032x" % call.trace_id  # noqa: UP031  until the client names one; twice as fast as an f-string
+    call.sampled = ids.is_sampled(sample)
     call.body, call.model, call.version, call.stream = b"", None, None, False
     call.keep_alive = not message.should_close
     call.http10 = message.version == (1, 0)

@@ -16,7 +16,7 @@ import structlog
 
 from gateway.attempts import Forwarder
 from gateway.body import check_length, read_body
-from gateway.call import accept, begin, peek
+from gateway.call import Ids, accept, begin, peek
 from gateway.rescue import refusal_bytes
 from gateway.server import CLOSED, KEPT, ClientConnection, Incoming
 from gateway.trail import Trail
@@ -74,6 +74,7 @@ class Pipeline:
         clock: Callable[[], float],
         wall: Callable[[], float],
         rng: Random,
+        ids: Ids,
     ) -> None:
         self.in_force: InForce  # set before the first request, and at each reload
         self._settings = settings
@@ -85,6 +86,7 @@ class Pipeline:
         self._clock = clock
         self._wall = wall
         self._rng = rng
+        self._ids = ids
         self.inflight = 0
         self.draining = False
         self._log = structlog.get_logger()
@@ -115,7 +117,7 @@ class Pipeline:
         settings = self._settings
 
         # Accept: a head that two readers could not understand differently.
-        call = trail.call = begin(incoming.message, self._rng, settings.sample)
+        call = trail.call = begin(incoming.message, self._ids, settings.sample)
         accept(call, incoming.message)
         if self.draining:
             call.keep_alive = False
@@ -165,7 +167,7 @@ class Pipeline:
         trail = Trail(self._clock, self._wall(), self.in_force.policy.version)
         self._write_refusal(refusal, trail, connection, close=True)
         trail.end_reason = "client_slow" if refusal.status == 408 else "parse_error"
-        self._observe(trail.ended(f"{self._rng.getrandbits(128):032x}"))
+        self._observe(trail.ended(f"{self._ids.trace():032x}"))
 
     def _refuse(self, refusal: errors.Refusal, trail: Trail, incoming: Incoming) -> None:
         call = trail.call
@@ -184,7 +186,7 @@ class Pipeline:
         self, refusal: errors.Refusal, trail: Trail, connection: ClientConnection, *, close: bool
     ) -> None:
         call = trail.call
-        request_id = call.request_id if call is not None else f"{self._rng.getrandbits(128):032x}"
+        request_id = call.request_id if call is not None else f"{self._ids.trace():032x}"
         lines = b"x-request-id: %b\r\nx-weir-policy: %b\r\n%b%b" % (
             request_id.encode(),
             trail.policy.encode(),

@@ -103,7 +103,7 @@ class Relay:
         self._stalled_since = 0.0
         self.overdue: Kind | None = None  # which timeout has run out
         due, _ = next_due(Phase.WAITING, timeouts, trail.start, trail.mark)
-        self._timer = self._loop.call_later(max(0.0, due - trail.mark), self._tick)
+        self._timer = self._wake_in(due - trail.mark)
         client.relay = self
 
     def __repr__(self) -> str:
@@ -206,13 +206,12 @@ class Relay:
         self._connection.pause()
 
     def resume(self) -> None:
+        self._connection.resume()
+        if self.ending is not None:
+            self._finish()
         if self._stalled_since:
             self._activity = self.trail.clock()
             self._stalled_since = 0.0
-        if self.ending is None:
-            self._connection.resume()
-        else:
-            self._finish()
 
     def drain(self) -> None:
         """The gateway ends and cannot wait any longer."""
@@ -227,11 +226,15 @@ class Relay:
             due, kind = next_due(Phase.WAITING, self.timeouts, self.trail.start, self.trail.mark)
         else:
             due, kind = next_due(Phase.STREAMING, self.timeouts, self.trail.start, self._activity)
-        if self._stalled_since and kind is not Kind.TOTAL:
-            due, kind = self._stalled_since + CLIENT_STALL_SECONDS, None
+        if self._stalled_since:  # then it is the client who is waited for, but `total` goes on
+            stall_due, total_due = self._stalled_since + CLIENT_STALL_SECONDS, self.trail.start + self.timeouts.total
+            due, kind = min(stall_due, total_due), Kind.TOTAL
+            if stall_due < total_due and now >= stall_due:
+                self._give_up("client_slow")
+                return
         if now >= due:
             self.overdue = kind
-            self._give_up("upstream_timeout" if kind else "client_slow")
+            self._give_up("upstream_timeout")
             return
         quiet_until = self._activity + KEEP_ALIVE_SECONDS
         if self._scanner is not None and self.committed and not self._stalled_since:
@@ -239,7 +242,11 @@ class Relay:
                 self._send(self._framed(_KEEP_ALIVE))
                 quiet_until = now + KEEP_ALIVE_SECONDS
             due = min(due, quiet_until)
-        self._timer = self._loop.call_later(max(0.001, due - now), self._tick)
+        self._timer = self._wake_in(due - now)
+
+    def _wake_in(self, seconds: float) -> asyncio.TimerHandle:
+        """Look again then, or sooner: a head, a pause or a comment's time may come in between and set no timer."""
+        return self._loop.call_later(max(0.001, min(seconds, self.timeouts.idle, KEEP_ALIVE_SECONDS)), self._tick)
 
     def _give_up(self, reason: str) -> None:
         if self.ending is not None:  # all but the client's reading is done
@@ -259,8 +266,10 @@ class Relay:
         if head.status < 400:
             trail.tokens_in, trail.tokens_out = sse.usage_of(body)
         head.length, head.chunked = len(body), False
-        self._out = [body] if body else []
-        self._commit_and_flush(last=True)
+        self.committed = True
+        answer = self._head_bytes() + body
+        trail.first_token = trail.mark - trail.start
+        self._send(answer)
         self._end("ok")
 
     def _end_events(self, scanner: sse.Scanner) -> None:
@@ -292,8 +301,8 @@ class Relay:
             event = error_event(self.call.protocol, _refusal_of(reason, self.overdue), self.call.request_id)
             if event:
                 self._send(self._framed(event))
-        if self.call.http10 and self._is_unframed():
-            client.abort()  # ending cleanly would make it look whole
+        if reason == "client_slow" or (self.call.http10 and self._is_unframed()):
+            client.abort()  # it would never take the rest; or ending cleanly would make it look whole
         else:
             client.cut()
             self._stalled_since = 0.0
@@ -317,13 +326,16 @@ class Relay:
 
     def _finish(self) -> None:
         self._over = True
+        if self.committed and (self._mode is not Mode.HOLD or self._stalled_since):
+            self.trail.waited = self.trail.clock() - self.trail.mark  # for the backend's next piece, or for the client
         if self._done is not None and not self._done.done():
             self._done.set_result(None)
 
     # Bytes out
 
     def _is_unframed(self) -> bool:
-        return self.head is not None and self.head.length is None
+        """No length is told to the client: the backend told none, or events of ours may come among its own."""
+        return self.head is not None and (self.head.length is None or self._scanner is not None)
 
     def _commit_and_flush(self, *, last: bool = False) -> None:
         out = self._out
@@ -357,7 +369,7 @@ class Relay:
         assert head is not None  # noqa: S101  only an answer that has one is committed
         trail.upstream += trail.lap()
         trail.status = head.status
-        if head.length is not None:
+        if not self._is_unframed():
             framing = b"content-length: %d\r\n" % head.length
         elif self._chunks:
             framing = b"transfer-encoding: chunked\r\n"

@@ -3,14 +3,14 @@ from random import Random
 import pytest
 from aiohttp.http_exceptions import HttpProcessingError
 
-from gateway.call import accept, action_of, begin, peek
+from gateway.call import Ids, accept, action_of, begin, peek
 from policies import errors
 from tests.support.http_message import parse
 
 
 def call_of(request: bytes):
     message = parse(request)
-    call = begin(message, Random(1), 0.0)
+    call = begin(message, Ids(Random(1)), 0.0)
     accept(call, message)
     return call
 
