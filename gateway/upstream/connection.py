@@ -33,7 +33,10 @@ class Answer(Protocol):
 class Connection(asyncio.Protocol):
     """States: idle (answer is None) => busy (start) => idle (whole answer) or closed (anything else)."""
 
-    __slots__ = ("_head_bytes", "_in_head", "_keeps_alive", "_parser", "answer", "got_bytes", "idle_since", "leftover", "pool", "reused", "transport", "whole")
+    __slots__ = (
+        "_head_bytes", "_in_head", "_is_paused", "_keeps_alive", "_parser", "answer", "got_bytes", "idle_since", "leftover",
+        "pool", "reused", "transport", "whole",
+    )  # fmt: skip
 
     transport: asyncio.Transport
 
@@ -48,6 +51,7 @@ class Connection(asyncio.Protocol):
         self._in_head = True
         self._head_bytes = 0
         self._keeps_alive = False
+        self._is_paused = False
         self._parser = httptools.HttpResponseParser(self)
 
     # What the gateway does
@@ -62,12 +66,23 @@ class Connection(asyncio.Protocol):
     def finish(self, now: float) -> None:
         """The answer is over: back to the pool if it was whole and nothing is left over, else close."""
         self.answer = None
-        if self.whole and not self.leftover and self._keeps_alive and not self.transport.is_closing():
+        if self._is_fit_for_another():
+            self.resume()  # its answer's client may have been slow to the end
             self.reused = True
             self.idle_since = now
             self.pool.put_back(self)
         else:
             self.close()
+
+    def _is_fit_for_another(self) -> bool:
+        """The answer was whole, nothing came behind it, and the backend has been sent all of the request."""
+        return (
+            self.whole
+            and not self.leftover
+            and self._keeps_alive
+            and not self.transport.is_closing()
+            and not self.transport.get_write_buffer_size()
+        )
 
     def close(self) -> None:
         """Drop the connection at once: the backend sees that nobody listens any more."""
@@ -75,11 +90,13 @@ class Connection(asyncio.Protocol):
         self.transport.abort()
 
     def pause(self) -> None:
-        if not self.transport.is_closing():
+        if not self._is_paused and not self.transport.is_closing():
+            self._is_paused = True
             self.transport.pause_reading()
 
     def resume(self) -> None:
-        if not self.transport.is_closing():
+        if self._is_paused and not self.transport.is_closing():
+            self._is_paused = False
             self.transport.resume_reading()
 
     # What the transport does
@@ -97,6 +114,8 @@ class Connection(asyncio.Protocol):
             self._head_bytes += len(data)
         try:
             self._parser.feed_data(data)
+        except httptools.HttpParserCallbackError:
+            raise  # a bug of ours: the event loop logs it and closes the connection
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self._unreadable(answer)
             return

@@ -1,0 +1,192 @@
+import pytest
+
+from gateway.upstream.connection import MAX_HEAD_BYTES
+from gateway.upstream.pool import Pool
+from tests.support.upstream import Listener, connected, endpoint
+
+OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nhi"
+CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+@pytest.fixture
+def pool() -> Pool:
+    return Pool(endpoint())
+
+
+def exchange(connection, *pieces: bytes) -> Listener:
+    listener = Listener()
+    connection.start(listener, b"GET / HTTP/1.1\r\n\r\n")
+    for piece in pieces:
+        connection.data_received(piece)
+    return listener
+
+
+def test_a_whole_answer_is_told_piece_by_piece_and_the_connection_goes_back(pool) -> None:
+    connection = connected(pool)
+    listener = exchange(connection, OK[:20], OK[20:-1], OK[-1:])
+    assert connection.transport.written == b"GET / HTTP/1.1\r\n\r\n"
+    assert listener.heard == ["flush", 200, b"h", "flush", b"i", "end", "flush"]
+    assert listener.headers == [(b"content-length", b"2")]
+    connection.finish(1.0)
+    assert pool.take(1.0) is connection
+    assert connection.reused
+
+
+def test_one_connection_carries_many_answers(pool) -> None:
+    connection = connected(pool)
+    for answer in (OK, CHUNKED + b"2\r\nhi\r\n0\r\n\r\n", OK):
+        listener = exchange(connection, answer)
+        assert listener.heard == [200, b"hi", "end", "flush"]
+        connection.finish(0.0)
+        assert pool.take(0.0) is connection
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 2\r\n\r\nhi", id="the backend closes"),
+        pytest.param(b"HTTP/1.0 200 OK\r\ncontent-length: 2\r\n\r\nhi", id="an old backend"),
+        pytest.param(OK + OK, id="an answer that nobody asked for"),
+        pytest.param(OK + b"HTT", id="half of one"),
+        pytest.param(OK + b"junk", id="junk"),
+        pytest.param(OK[:-1], id="half an answer"),
+        pytest.param(b"", id="nothing"),
+        pytest.param(b"HTTP/1.1 200 OK\r\n\r\nto the end", id="an answer that only the end of the connection ends"),
+        pytest.param(b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n", id="an upgrade"),
+    ],
+)
+def test_what_is_not_a_whole_answer_alone_costs_the_connection(pool, answer) -> None:
+    connection = connected(pool)
+    exchange(connection, *([answer] if answer else []))
+    connection.finish(0.0)
+    assert connection.transport.closed == "abort"
+    assert pool.take(0.0) is None
+
+
+def test_an_answer_that_came_before_the_request_was_sent_costs_the_connection(pool) -> None:
+    connection = connected(pool)
+    connection.transport.unsent = 30_000_000
+    exchange(connection, OK)
+    connection.finish(0.0)
+    assert pool.take(0.0) is None
+
+
+def test_junk_behind_an_answer_does_not_break_it(pool) -> None:
+    listener = exchange(connected(pool), OK + b"junk")
+    assert listener.heard == [200, b"hi", "end", "flush"]
+
+
+def test_bytes_on_an_idle_connection_close_it(pool) -> None:
+    connection = connected(pool)
+    exchange(connection, OK)
+    connection.finish(0.0)
+    connection.data_received(OK)
+    assert connection.transport.closed == "abort"
+    connection.transport.lose()
+    assert pool.take(0.0) is None
+
+
+def test_a_connection_that_the_backend_closed_while_idle_is_forgotten(pool) -> None:
+    connection = connected(pool)
+    exchange(connection, OK)
+    connection.finish(0.0)
+    assert connection.eof_received() is False
+    connection.transport.lose()
+    assert pool.take(0.0) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "told"),
+    [
+        (b"", None, ["eof"]),
+        (b"", ConnectionResetError(), ["upstream_reset"]),
+        (OK[:-1], None, [200, b"h", "flush", "eof"]),
+        (CHUNKED + b"5\r\nhel", ConnectionResetError(), [200, b"hel", "flush", "upstream_reset"]),
+        (OK, None, [200, b"hi", "end", "flush"]),
+        (OK, ConnectionResetError(), [200, b"hi", "end", "flush"]),
+    ],
+)
+def test_how_a_connection_ends_is_told_unless_the_answer_was_whole(pool, answer, error, told) -> None:
+    connection = connected(pool)
+    listener = exchange(connection, *([answer] if answer else []))
+    connection.transport.lose(error)
+    assert listener.heard == told
+    connection.finish(0.0)
+    assert pool.take(0.0) is None
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"SSH-2.0-OpenSSH\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-length: 3\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nx: a\x00b\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nz\r\n",
+        b"HTTP/9.9 200 OK\r\n\r\n",
+        b"\x15\x03\x01\x00\x02\x02\x46",
+    ],
+)
+def test_what_is_no_http_breaks_the_answer(pool, answer) -> None:
+    connection = connected(pool)
+    listener = exchange(connection, answer)
+    assert listener.heard[-1] == "upstream_protocol"
+    connection.finish(0.0)
+    assert connection.transport.closed == "abort"
+
+
+@pytest.mark.parametrize("piece", [b"x: y\r\n", b"x" * 999], ids=["many headers", "one long header"])
+def test_a_head_that_does_not_end_is_bounded(pool, piece) -> None:
+    connection = connected(pool)
+    listener = exchange(connection, b"HTTP/1.1 200 OK\r\nx: ")
+    for _ in range(2 * MAX_HEAD_BYTES // len(piece)):
+        connection.data_received(piece)
+        if "upstream_protocol" in listener.heard:
+            break
+    assert connection._head_bytes <= MAX_HEAD_BYTES + len(piece)
+    assert listener.heard[-1] == "upstream_protocol"
+
+
+def test_the_head_bound_is_of_each_answer_and_not_of_its_body(pool) -> None:
+    connection = connected(pool)
+    for _ in range(3):
+        size = 2 * MAX_HEAD_BYTES
+        listener = exchange(connection, b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % size, b"x" * size)
+        assert listener.heard[-2:] == ["end", "flush"]
+        connection.finish(0.0)
+        assert pool.take(0.0) is connection
+
+
+def test_trailers_and_chunk_extensions_are_heard_by_nobody(pool) -> None:
+    answer = CHUNKED + b"2;evil=1\r\nhi\r\n0\r\nx-evil: 1\r\n\r\n"
+    listener = exchange(connected(pool), answer)
+    assert listener.heard == [200, b"hi", "end", "flush"]
+    assert listener.headers == [(b"transfer-encoding", b"chunked")]
+
+
+def test_a_connection_that_was_paused_reads_again_when_it_goes_back(pool) -> None:
+    connection = connected(pool)
+    exchange(connection, OK)
+    connection.pause()
+    connection.pause()
+    assert connection.transport.is_reading_paused
+    connection.finish(0.0)
+    assert pool.take(0.0) is connection
+    assert not connection.transport.is_reading_paused
+
+
+def test_pausing_a_connection_that_is_closing_does_nothing(pool) -> None:
+    connection = connected(pool)
+    connection.close()
+    connection.pause()
+    connection.resume()
+    assert not connection.transport.is_reading_paused
+
+
+def test_a_bug_of_ours_is_not_blamed_on_the_backend(pool) -> None:
+    connection = connected(pool)
+    listener = Listener()
+    listener.on_body = lambda data: 1 / 0
+    connection.start(listener, b"")
+    with pytest.raises(Exception, match="on_body"):
+        connection.data_received(OK)
+    assert "upstream_protocol" not in listener.heard

@@ -1,0 +1,93 @@
+"""The two ends of an upstream connection without a network: a transport that only remembers, and who hears an answer."""
+
+import asyncio
+
+from discovery.endpoint import Endpoint, Model
+from gateway.upstream.connection import Connection
+
+
+class MemoryTransport(asyncio.Transport):
+    """Remembers what was written. `fill()` is a peer that takes nothing; closing is told at once, as `abort` is."""
+
+    def __init__(self, protocol: asyncio.BaseProtocol, peer: tuple[str, int] = ("127.0.0.1", 50000)) -> None:
+        super().__init__({"peername": peer})
+        self.protocol = protocol
+        self.written = b""
+        self.unsent = 0
+        self.is_reading_paused = False
+        self.closed = ""  # how: close | abort
+        protocol.connection_made(self)
+
+    def write(self, data) -> None:
+        assert not self.closed, "written to after its end"
+        self.written += data
+
+    def get_write_buffer_size(self) -> int:
+        return self.unsent
+
+    def set_write_buffer_limits(self, high=None, low=None) -> None:
+        self.limits = (low, high)
+
+    def is_closing(self) -> bool:
+        return bool(self.closed)
+
+    def pause_reading(self) -> None:
+        assert not self.is_reading_paused
+        self.is_reading_paused = True
+
+    def resume_reading(self) -> None:
+        assert self.is_reading_paused
+        self.is_reading_paused = False
+
+    def close(self) -> None:
+        self._end("close")
+
+    def abort(self) -> None:
+        self._end("abort")
+
+    def _end(self, how: str) -> None:
+        if not self.closed:
+            self.closed = how
+
+    def lose(self, error: Exception | None = None) -> None:
+        """The connection is gone: the protocol hears of it."""
+        self.closed = self.closed or "peer"
+        self.protocol.connection_lost(error)
+
+
+def endpoint(key: str = "tiny/a", **fields) -> Endpoint:
+    service, _, name = key.partition("/")
+    told = {"scheme": "http", "host": "127.0.0.1", "port": 9000, "address": "127.0.0.1", "models": (Model("tiny", "1"),)}
+    return Endpoint(key, service, name, **(told | fields))
+
+
+class Listener:
+    """An `Answer` that writes down what it hears."""
+
+    def __init__(self) -> None:
+        self.heard: list[object] = []
+        self.headers: list[tuple[bytes, bytes]] = []
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append((name, value))
+
+    def on_head(self, status: int) -> None:
+        self.heard.append(status)
+
+    def on_body(self, data: bytes) -> None:
+        self.heard.append(data)
+
+    def on_end(self) -> None:
+        self.heard.append("end")
+
+    def on_flush(self) -> None:
+        self.heard.append("flush")
+
+    def on_broken(self, reason: str) -> None:
+        self.heard.append(reason)
+
+
+def connected(pool) -> Connection:
+    connection = Connection(pool)
+    MemoryTransport(connection)
+    return connection
