@@ -77,6 +77,9 @@ class Pipe:
     def is_closing(self) -> bool:
         return False
 
+    def get_write_buffer_size(self) -> int:
+        return 0
+
     def set_write_buffer_limits(self, **_: int) -> None: ...
     def close(self) -> None: ...
     def abort(self) -> None: ...
@@ -130,7 +133,8 @@ async def _drive(gateway: Gateway, request: bytes, requests: int, profile: cProf
         started = time.process_time()
         for _ in range(BATCH):
             client.data_received(request)
-            await answered.get()
+            answer = await answered.get()
+        assert answer.startswith(b"HTTP/1.1 200 "), answer
         best = min(best, (time.process_time() - started) / BATCH)
     if profile is not None:
         profile.disable()
