@@ -133,9 +133,13 @@ class Engine:
         return Load(len(running), len(self._waiting), used / (self.slots * self.context))
 
     def submit(self, sequence: Sequence) -> None:
-        """Hand in a sequence whose prompt and `max_tokens` fit the context. Raises EngineBusy at the bound."""
+        """Hand in a sequence whose prompt and `max_tokens` fit the context.
+
+        Raises EngineBusy at the bound, or after a failure.
+        """
         with self._changed:
-            if len(self._running) + len(self._waiting) >= self.slots + self.max_waiting:
+            is_full = len(self._running) + len(self._waiting) >= self.slots + self.max_waiting
+            if is_full or self.has_failed:
                 raise EngineBusy
             self._waiting.append(sequence)
             self._changed.notify()
@@ -163,7 +167,8 @@ class Engine:
                 published = self.turn(self.clock())
             except Exception:  # a broken model must not leave its clients waiting for ever
                 log.exception("the engine failed and takes no more work")
-                self.has_failed = True
+                with self._changed:
+                    self.has_failed = True  # nobody comes in behind those who are told now
                 publish([(sequence, Delta(None, "failed")) for sequence in (*self._running, *self._waiting)])
                 return
             if published:

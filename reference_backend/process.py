@@ -40,6 +40,7 @@ ACCEPT_WHILE_DRAINING = 0.5  # seconds: about twice what a watcher needs to hear
 FINISH_WITHIN = 60.0  # seconds for what is in flight
 SMALL_PARAMETERS = 50_000_000  # below, a second thread costs more in waiting than it gives in arithmetic
 WILDCARDS = ("", "0.0.0.0", "::")  # noqa: S104  they are what is looked for
+LONGEST_CONTEXT = 8192  # tokens, unless asked for: memory for the cache is set aside at the start
 MODELS = Path(__file__).parent / "models"
 EPILOG = """\
 example:
@@ -142,19 +143,28 @@ def _url(text: str) -> str:
 
 
 def load(options: Options, clock: Callable[[], float]) -> tuple[Engine, Tokenizer]:
-    """Read the model and have it produce one token. Raises ModelError."""
-    model = load_model(options.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    """Read the model and have it produce one token. Raises ModelError, CannotStartError."""
+    if not options.model.is_dir():
+        known = ", ".join(sorted(path.name for path in MODELS.iterdir()))
+        raise CannotStartError(
+            f"no model at {options.model}; --model takes a Hugging Face directory, or one of: {known}"
+        )
+    tokenizer = Tokenizer(options.model)
+    try:
+        model = load_model(options.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        engine = Engine(
+            model,
+            end_tokens=tokenizer.end_tokens,
+            slots=options.max_running,
+            max_waiting=options.max_waiting,
+            context=min(options.context or LONGEST_CONTEXT, model.config.context),
+            clock=clock,
+        )
+    except RuntimeError as error:  # so torch says that memory is not enough
+        reason = str(error).partition("\n")[0]
+        raise CannotStartError(f"the model does not fit: {reason}; try a smaller --context or --max-running") from error
     if sum(parameter.numel() for parameter in model.parameters()) < SMALL_PARAMETERS:
         torch.set_num_threads(1)
-    tokenizer = Tokenizer(options.model)
-    engine = Engine(
-        model,
-        end_tokens=tokenizer.end_tokens,
-        slots=options.max_running,
-        max_waiting=options.max_waiting,
-        context=min(options.context or 8192, model.config.context),
-        clock=clock,
-    )
     engine.submit(EngineSequence([0], Sampling(max_tokens=1), None, lambda _delta: None))
     engine.turn(clock())
     return engine, tokenizer

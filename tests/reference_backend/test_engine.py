@@ -252,3 +252,5 @@ async def test_a_model_that_breaks_fails_everybody_and_takes_no_more(monkeypatch
     subject.close()
     assert {each: delta.finish for each, delta in published} == dict.fromkeys(waiting, "failed")
     assert subject.has_failed
+    with pytest.raises(EngineBusy):
+        subject.submit(sequence())

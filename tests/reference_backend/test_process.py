@@ -1,0 +1,91 @@
+"""The command line: what it takes, what it refuses, and with which exit code."""
+
+import socket
+import time
+
+import pytest
+
+pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
+
+from reference_backend import process as command  # noqa: E402
+from tests.support.tiny_model import DIRECTORY  # noqa: E402
+
+
+def run(arguments):
+    return command.main(arguments, clock=time.monotonic, wall=time.time)
+
+
+def test_tiny_is_known_by_name():
+    options = command.parse(["--model", "tiny"])
+    assert (options.model, options.name, options.service) == (DIRECTORY, "tiny", "tiny")
+    assert (options.host, options.port, options.version, options.etcd) == ("127.0.0.1", 0, "", None)
+
+
+def test_a_path_is_a_model_named_after_its_directory(tmp_path, monkeypatch):
+    (tmp_path / "Llama-3").mkdir()
+    monkeypatch.chdir(tmp_path / "Llama-3")
+    options = command.parse(["--model", ".", "--service", "chat", "--version", "2"])
+    assert (options.name, options.service, options.version) == ("Llama-3", "chat", "2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--model"),
+        (["--model", "tiny", "--port", "70000"], "70000 is not a port"),
+        (["--model", "tiny", "--port", "http"], "'http' is not a whole number"),
+        (["--model", "tiny", "--max-running", "0"], "at least 1"),
+        (["--model", "tiny", "--etcd", "localhost:2379"], "is not a URL like http://127.0.0.1:2379"),
+        (["--model", "tiny", "--etcd", "http://[::1"], "is not a URL"),
+        (["--model", "tiny", "--etcd", "http://e:2379", "--host", "0.0.0.0"], "--announce-url"),
+        (["--model", "tiny", "--wizard"], "unrecognized arguments: --wizard"),
+    ],
+)
+def test_wrong_use_is_exit_code_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        command.parse(arguments)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_has_an_example(capsys):
+    with pytest.raises(SystemExit) as end:
+        command.parse(["--help"])
+    assert end.value.code == 0
+    assert "python -m reference_backend --model tiny --port 9000" in capsys.readouterr().out
+
+
+def test_a_model_that_is_not_there_is_exit_code_3(tmp_path, capsys):
+    assert run(["--model", str(tmp_path / "gone")]) == 3
+    error = capsys.readouterr().err
+    assert "gone; --model takes a Hugging Face directory, or one of: tiny" in error
+    assert error.count("\n") == 1
+
+
+def test_a_model_that_does_not_fit_is_exit_code_3(capsys):
+    assert run(["--model", "tiny", "--max-running", str(10**12)]) == 3
+    error = capsys.readouterr().err
+    assert "the model does not fit: " in error
+    assert error.count("\n") == 1
+
+
+def test_a_port_in_use_is_exit_code_3(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert run(["--model", "tiny", "--port", str(port)]) == 3
+    error = capsys.readouterr().err
+    assert f"cannot listen on 127.0.0.1:{port}" in error
+    assert "choose another --port" in error
+    assert error.count("\n") == 1
+
+
+def test_a_name_that_cannot_be_registered_is_exit_code_2(capsys):
+    arguments = ["--model", "tiny", "--service", "no/such", "--etcd", "http://127.0.0.1:1"]
+    assert run(arguments) == 2
+    assert "cannot be registered: " in capsys.readouterr().err
+
+
+def test_the_context_is_no_longer_than_the_models():
+    engine, _ = command.load(command.parse(["--model", "tiny", "--context", "100000"]), time.monotonic)
+    assert engine.context == engine.model.config.context
+    assert engine.load().running == 0

@@ -1,0 +1,305 @@
+"""The API over a real socket, with the default model behind it."""
+
+import asyncio
+import io
+import json
+
+import aiohttp
+import pytest
+
+pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
+
+from reference_backend import server  # noqa: E402
+from reference_backend.protocol import DONE  # noqa: E402
+from reference_backend.server import LARGEST_BODY, InFlight, Phase  # noqa: E402
+from tests.support.tiny_model import CREATED, running_api  # noqa: E402
+
+QUESTION = {"model": "tiny", "temperature": 0, "messages": [{"role": "user", "content": "What is a KV cache?"}]}
+ANSWER = "A KV cache keeps the keys and values of earlier tokens, so that each new token costs one step and not a whole pass."
+ENDLESS = QUESTION | {"ignore_eos": True, "max_tokens": 400, "stream": True}
+
+
+async def post(url, body, path="/v1/chat/completions", **headers):
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(url + path, data=io.BytesIO(json.dumps(body).encode()), headers=headers) as response,
+    ):
+        return response.status, response.headers, await response.read()
+
+
+async def error_of(url, body, path="/v1/chat/completions", **headers):
+    status, _, content = await post(url, body, path, **headers)
+    return status, json.loads(content)["error"]["code"]
+
+
+async def collect(lines, content):
+    async for line in content:
+        lines.append(line)
+
+
+def events(content):
+    """The JSON of each event; the closing one must be there."""
+    assert content.endswith(DONE)
+    lines = content.removesuffix(DONE).split(b"\n\n")
+    return [json.loads(line.removeprefix(b"data: ")) for line in lines if line]
+
+
+async def test_a_chat_is_answered_whole():
+    async with running_api() as backend:
+        status, headers, content = await post(backend.url, QUESTION)
+    answer = json.loads(content)
+    assert (status, headers["content-type"]) == (200, "application/json")
+    assert answer["choices"][0]["message"]["content"] == ANSWER
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert (answer["created"], answer["model"], answer["object"]) == (CREATED, "tiny", "chat.completion")
+    assert answer["usage"]["completion_tokens"] > 20
+    assert "endpoint-load-metrics" not in headers
+
+
+async def test_a_chat_is_streamed_token_by_token():
+    async with running_api() as backend:
+        status, headers, content = await post(
+            backend.url, QUESTION | {"stream": True, "stream_options": {"include_usage": True}}
+        )
+    first, *middle, last, usage = events(content)
+    assert (status, headers["content-type"]) == (200, "text/event-stream")
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert "".join(each["choices"][0]["delta"]["content"] for each in middle) == ANSWER
+    assert len(middle) > 20
+    assert (last["choices"][0]["delta"], last["choices"][0]["finish_reason"]) == ({}, "stop")
+    assert usage["choices"] == []
+    assert usage["usage"]["total_tokens"] == usage["usage"]["prompt_tokens"] + usage["usage"]["completion_tokens"]
+    assert all(each["usage"] is None for each in (first, *middle, last))
+
+
+async def test_a_completion_continues_the_prompt():
+    body = {"model": "tiny", "prompt": "A canary is a new version", "temperature": 0, "max_tokens": 5}
+    async with running_api() as backend:
+        _, _, content = await post(backend.url, body, "/v1/completions")
+        _, _, streamed = await post(backend.url, body | {"stream": True}, "/v1/completions")
+    choice = json.loads(content)["choices"][0]
+    assert choice["finish_reason"] == "length"
+    assert " that gets a small".startswith(choice["text"][:8])
+    assert "".join(each["choices"][0]["text"] for each in events(streamed)) == choice["text"]
+    assert all("usage" not in each for each in events(streamed))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_stop_string_across_tokens_ends_the_answer(stream):
+    body = QUESTION | {"stop": ["ys and val", "never"], "stream": stream, "max_tokens": 100}
+    async with running_api() as backend:
+        _, _, content = await post(backend.url, body)
+        await backend.wait_idle()
+    if stream:
+        choices = [each["choices"][0] for each in events(content)]
+        assert (
+            "".join(each["delta"].get("content", "") for each in choices) == ANSWER.split("ys and val", maxsplit=1)[0]
+        )
+        assert choices[-1]["finish_reason"] == "stop"
+        return
+    choice = json.loads(content)["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (
+        ANSWER.split("ys and val", maxsplit=1)[0],
+        "stop",
+    )
+
+
+async def test_equal_seeds_give_equal_answers():
+    body = QUESTION | {"temperature": 2, "max_tokens": 20}
+    async with running_api() as backend:
+        texts = [
+            json.loads((await post(backend.url, body | {"seed": seed}))[2])["choices"][0]["message"]["content"]
+            for seed in (1, 1, 2)
+        ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "expected"),
+    [
+        ("/v1/chat/completions", QUESTION | {"model": "gpt-7"}, (404, "model_not_found")),
+        ("/v1/chat/completions", QUESTION | {"n": 2}, (400, "bad_request")),
+        ("/v1/chat/completions", [], (400, "bad_request")),
+        (
+            "/v1/chat/completions",
+            QUESTION | {"messages": [{"role": "user", "content": "many words " * 600}]},
+            (400, "context_length_exceeded"),
+        ),
+        (
+            "/v1/chat/completions",
+            QUESTION | {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            (400, "unsupported_content"),
+        ),
+        ("/v1/completions", {"model": "tiny", "prompt": ""}, (400, "bad_request")),
+        ("/v1/completions", {"model": "tiny", "prompt": "a" * LARGEST_BODY}, (413, "too_large")),
+        ("/v1/images/generations", {}, (404, "not_found")),
+        ("/v1/models", {}, (405, "method_not_allowed")),
+    ],
+)
+async def test_what_cannot_be_done_is_refused_in_json(path, body, expected):
+    async with running_api() as backend:
+        assert await error_of(backend.url, body, path) == expected
+        assert backend.engine.load().running == 0
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ({"content-encoding": "gzip"}, (415, "unsupported_encoding")),
+        ({"x-weir-deadline-ms": "soon"}, (400, "bad_request")),
+        ({"x-weir-deadline-ms": "-5"}, (400, "bad_request")),
+        ({"x-weir-deadline-ms": "9" * 40}, (400, "bad_request")),
+        ({"x-weir-deadline-ms": "0"}, (504, "deadline")),
+    ],
+)
+async def test_headers_are_judged_too(headers, expected):
+    async with running_api() as backend:
+        assert await error_of(backend.url, QUESTION, **headers) == expected
+
+
+async def test_a_deadline_cuts_an_answer_that_has_begun():
+    now = [0.0]
+    async with running_api(clock=lambda: now[0]) as backend, aiohttp.ClientSession() as session:
+        headers = {"x-weir-deadline-ms": "1000"}
+        async with session.post(f"{backend.url}/v1/chat/completions", json=ENDLESS, headers=headers) as response:
+            first = await response.content.readuntil(b"\n\n")
+            now[0] = 1.0
+            rest = events(first + await response.read())
+    assert rest[-1]["choices"][0]["finish_reason"] == "length"
+    assert len(rest) < 400
+
+
+async def test_models_are_listed():
+    card = {"id": "tiny", "object": "model", "created": CREATED, "owned_by": "weir"}
+    async with running_api() as backend, aiohttp.ClientSession() as session:
+        async with session.get(f"{backend.url}/v1/models") as response:
+            assert await response.json() == {"object": "list", "data": [card]}
+        async with session.get(f"{backend.url}/v1/models/tiny") as response:
+            assert await response.json() == card
+        async with session.get(f"{backend.url}/v1/models/%F0%9F%98%80") as response:
+            assert response.status == 404
+
+
+@pytest.mark.parametrize(("phase", "status"), [(Phase.READY, 200), (Phase.DRAINING, 503), (Phase.CLOSED, 503)])
+async def test_health_is_readiness(phase, status):
+    async with running_api() as backend, aiohttp.ClientSession() as session:
+        backend.api.phase = phase
+        found = {}
+        for path in ("/health", "/v2/health/ready", "/v2/health/live"):
+            async with session.get(backend.url + path) as response:
+                found[path] = (response.status, await response.json())
+    assert found == {
+        "/health": (status, {"status": phase.value}),
+        "/v2/health/ready": (status, {"ready": status == 200}),
+        "/v2/health/live": (200, {"live": True}),
+    }
+
+
+async def test_only_a_closed_backend_refuses_and_says_that_nothing_was_begun():
+    async with running_api() as backend:
+        backend.api.phase = Phase.DRAINING
+        assert (await post(backend.url, QUESTION))[0] == 200
+        backend.api.phase = Phase.CLOSED
+        status, headers, content = await post(backend.url, QUESTION)
+    assert (status, json.loads(content)["error"]["code"]) == (503, "draining")
+    assert (headers["x-backend-not-started"], headers["retry-after"]) == ("true", "1")
+
+
+async def test_a_full_backend_refuses_at_once_and_reports_its_load():
+    async with running_api(start=False, slots=1, max_waiting=0) as backend, aiohttp.ClientSession() as session:
+        first = asyncio.ensure_future(session.post(f"{backend.url}/v1/chat/completions", json=QUESTION))
+        async with asyncio.timeout(5):
+            while not backend.engine.load().waiting:
+                await asyncio.sleep(0.002)
+        status, headers, content = await post(backend.url, QUESTION, **{"endpoint-load-metrics-format": "JSON"})
+        first.cancel()
+    assert (status, json.loads(content)["error"]["code"]) == (429, "queue_full")
+    assert (headers["x-backend-not-started"], headers["retry-after"]) == ("true", "1")
+    report = json.loads(headers["endpoint-load-metrics"].removeprefix("JSON "))["named_metrics"]
+    assert report == {"num_requests_running": 0, "num_requests_waiting": 1, "kv_cache_usage_perc": 0.0}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_leaves_frees_its_slot(stream):
+    async with running_api(slots=1) as backend, aiohttp.ClientSession() as session:
+        request = session.post(f"{backend.url}/v1/chat/completions", json=ENDLESS | {"stream": stream})
+        leaving = asyncio.ensure_future(request)
+        async with asyncio.timeout(5):
+            while not backend.engine.load().running:
+                await asyncio.sleep(0.002)
+            if stream:
+                response = await leaving
+                await response.content.readuntil(b"\n\n")
+                response.close()
+            leaving.cancel()
+        await backend.wait_idle()
+        await asyncio.wait_for(backend.api.in_flight.wait_idle(), 5)
+        assert (await post(backend.url, QUESTION))[0] == 200
+
+
+async def test_a_client_that_leaves_while_it_waits_leaves_the_queue():
+    async with running_api(slots=1) as backend, aiohttp.ClientSession() as session:
+        url = f"{backend.url}/v1/chat/completions"
+        async with session.post(url, json=ENDLESS | {"max_tokens": 500}) as running:
+            waiting = asyncio.ensure_future(session.post(url, json=QUESTION))
+            async with asyncio.timeout(5):
+                while not backend.engine.load().waiting:
+                    await asyncio.sleep(0.002)
+                waiting.cancel()
+                while backend.engine.load().waiting:
+                    await asyncio.sleep(0.002)
+            assert backend.engine.load().running == 1
+            running.close()
+        await backend.wait_idle()
+
+
+async def test_a_model_that_breaks_in_a_stream_never_looks_complete(monkeypatch):
+    async with running_api() as backend, aiohttp.ClientSession() as session:
+        async with session.post(f"{backend.url}/v1/chat/completions", json=ENDLESS) as response:
+            lines = [await response.content.readline()]
+            monkeypatch.setattr(backend.engine, "model", None)
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await collect(lines, response.content)
+        *_, last, blank = lines
+        assert blank == b"\n"
+        assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "engine_failed"
+        assert DONE.strip() not in b"".join(lines)
+        assert await error_of(backend.url, QUESTION) == (503, "draining")
+        async with session.get(f"{backend.url}/health") as health:
+            assert (health.status, await health.json()) == (503, {"status": "failed"})
+
+
+async def test_a_model_that_breaks_before_the_answer_is_a_500_in_json(monkeypatch):
+    async with running_api() as backend:
+        monkeypatch.setattr(backend.engine, "model", None)
+        assert await error_of(backend.url, QUESTION) == (500, "engine_failed")
+
+
+async def test_a_bug_of_ours_is_told_without_a_traceback(monkeypatch):
+    async with running_api() as backend:
+        monkeypatch.setattr(backend.api, "_tokenizer", None)
+        status, _, content = await post(backend.url, QUESTION)
+    assert (status, json.loads(content)["error"]["message"]) == (500, "internal error")
+
+
+@pytest.mark.parametrize("rest", [b"", b'"mod\r\nzz\r\n'], ids=["slow", "broken"])
+async def test_a_body_that_does_not_come_is_given_up(rest, monkeypatch):
+    monkeypatch.setattr(server, "BODY_SECONDS", 0.05)
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    async with running_api() as backend:
+        reader, writer = await asyncio.open_connection(*backend.url.removeprefix("http://").split(":"))
+        writer.write(head + b"5\r\n{" + rest)
+        answer = await asyncio.wait_for(reader.readline(), 5)
+        writer.close()
+    assert answer in (b"HTTP/1.1 408 Request Timeout\r\n", b"HTTP/1.0 400 Bad Request\r\n")
+
+
+async def test_in_flight_waits_for_the_last():
+    in_flight = InFlight()
+    await in_flight.wait_idle()
+    with in_flight, in_flight:
+        assert in_flight.count == 2
+        idle = asyncio.ensure_future(in_flight.wait_idle())
+        await asyncio.sleep(0)
+        assert not idle.done()
+    await asyncio.wait_for(idle, 1)
