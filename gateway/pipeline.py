@@ -130,15 +130,15 @@ class Pipeline:
         if entry is None:
             entry = await self._identifier.identify(call.authorization, trail.started_at)
         principal, account = entry.principal, entry.account
-        trail.consumer, trail.plan = principal.consumer, account.plan.name
+        trail.consumer, trail.plan, trail.payer = principal.consumer, account.plan.name, account
         trail.auth = trail.lap()
 
         # Admit: one request of the consumer's plan, and a place among its concurrent ones.
         if not account.admit_nowait(trail.mark):
             await account.admit(trail.mark)
         with account:
-            trail.account = account.headers(trail.mark)
             trail.limit = trail.lap()
+            trail.account = account.headers(trail.mark)
 
             # Read what is asked for. Only now: who may not send makes us read nothing.
             check_length(call, settings.body_bytes)
@@ -174,6 +174,8 @@ class Pipeline:
         if trail.bytes_out:  # an answer is half out: all that is left is to end it as broken
             incoming.connection.abort()
             return
+        if trail.payer is not None:  # how far over the limit, too
+            trail.account = trail.payer.headers(trail.clock())
         unread = not incoming.payload.is_eof()
         in_doubt = isinstance(refusal, errors.BadRequest) and not trail.consumer  # where does the next request begin?
         if call is not None and (unread or in_doubt):

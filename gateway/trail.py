@@ -6,9 +6,13 @@ Phases follow each other without gaps (`lap` ends one and begins the next), so t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from gateway.call import Call
 from observability.events import Attempt, RequestEnded
+
+if TYPE_CHECKING:
+    from gateway.admission import Account
 
 
 class Trail:
@@ -16,8 +20,8 @@ class Trail:
 
     __slots__ = (
         "account", "attempts", "auth", "body", "bytes_out", "call", "clock", "code", "connect", "consumer",
-        "end_reason", "first_token", "limit", "mark", "model", "path", "pick", "plan", "policy", "queue", "route",
-        "rule", "service", "start", "started_at", "status", "tokens_in", "tokens_out", "upstream", "waited",
+        "end_reason", "first_token", "limit", "mark", "model", "path", "payer", "pick", "plan", "policy", "queue",
+        "route", "rule", "service", "start", "started_at", "status", "tokens_in", "tokens_out", "upstream", "waited",
     )  # fmt: skip
 
     def __init__(self, clock: Callable[[], float], started_at: float, policy: str) -> None:
@@ -29,7 +33,8 @@ class Trail:
         self.waited = 0.0  # of upstream and after it: spent waiting for the backend or the client, not for us
         self.first_token = -1.0
         self.call: Call | None = None
-        self.account = b""  # rate limit header lines
+        self.payer: Account | None = None
+        self.account = b""  # its rate limit header lines
         self.consumer = self.plan = self.code = self.rule = self.service = ""
         self.route = self.model = self.path = "other"
         self.status = 0
