@@ -18,14 +18,12 @@ from gateway.attempts import Forwarder
 from gateway.body import check_length, read_body
 from gateway.call import Ids, accept, begin, peek
 from gateway.rescue import refusal_bytes
-from gateway.server import CLOSED, KEPT, ClientConnection, Incoming
+from gateway.server import ClientConnection, Incoming
 from gateway.trail import Trail
 from policies import access, errors
 from policies.routing import Router
 
 if TYPE_CHECKING:
-    from aiohttp import web
-
     from gateway.admission import Account
     from gateway.identify import Identifier
     from gateway.local_answers import LocalAnswers
@@ -91,8 +89,11 @@ class Pipeline:
         self.draining = False
         self._log = structlog.get_logger()
 
-    async def handle(self, incoming: Incoming) -> web.StreamResponse:
-        """Serve one request and tell what became of it. The answer has gone out when this returns."""
+    async def handle(self, incoming: Incoming) -> bool:
+        """Serve one request and tell what became of it. The answer has gone out when this returns.
+
+        True: the connection may carry another request.
+        """
         in_force = self.in_force
         trail = Trail(self._clock, self._wall(), in_force.policy.version)
         self.inflight += 1
@@ -111,7 +112,7 @@ class Pipeline:
             self.inflight -= 1
             self._observe(trail.ended(""))
         call = trail.call
-        return KEPT if call is not None and call.keep_alive and not self.draining else CLOSED
+        return call is not None and call.keep_alive and not self.draining
 
     async def _serve(self, incoming: Incoming, trail: Trail, in_force: InForce) -> None:
         settings = self._settings

@@ -68,7 +68,7 @@ class Relay:
 
     __slots__ = (
         "_activity", "_client", "_connection", "_done", "_held", "_held_bytes", "_loop", "_mode", "_out", "_over", "_scanner",
-        "_stalled_since", "_timer", "call", "committed", "ending", "head", "headers", "lines", "overdue", "timeouts",
+        "_stalled_since", "_timer", "call", "committed", "ending", "head", "lines", "overdue", "timeouts",
         "trail",
     )  # fmt: skip
 
@@ -85,7 +85,6 @@ class Relay:
         self.trail = trail
         self.timeouts = timeouts
         self.lines = lines  # header lines about this attempt: x-weir-*
-        self.headers: list[tuple[bytes, bytes]] = []
         self.head: AnswerHead | None = None
         self.committed = False  # the head has gone out: there is no second answer
         self.ending: Ending | None = None
@@ -126,13 +125,10 @@ class Relay:
 
     # What the connection tells
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers.append((name, value))
-
-    def on_head(self, status: int) -> None:
+    def on_head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         if self.ending is not None:
             return
-        self.head = head = AnswerHead(status, self.headers)
+        self.head = head = AnswerHead(status, headers)
         verdict = judge(self.call, head)
         if isinstance(verdict, Failure):
             self._fail(verdict)
@@ -221,23 +217,22 @@ class Relay:
     # Time
 
     def _tick(self) -> None:
+        if self._over:
+            return
         now = self.trail.clock()
         if self.head is None:
             due, kind = next_due(Phase.WAITING, self.timeouts, self.trail.start, self.trail.mark)
         else:
             due, kind = next_due(Phase.STREAMING, self.timeouts, self.trail.start, self._activity)
-        if self._stalled_since:  # then it is the client who is waited for, but `total` goes on
-            stall_due, total_due = self._stalled_since + CLIENT_STALL_SECONDS, self.trail.start + self.timeouts.total
-            due, kind = min(stall_due, total_due), Kind.TOTAL
-            if stall_due < total_due and now >= stall_due:
-                self._give_up("client_slow")
-                return
+        is_stalled = self._stalled_since > 0.0
+        if is_stalled:  # then it is the client who is waited for
+            due = min(self._stalled_since + CLIENT_STALL_SECONDS, self.trail.start + self.timeouts.total)
         if now >= due:
-            self.overdue = kind
-            self._give_up("upstream_timeout")
+            self.overdue = None if is_stalled else kind
+            self._give_up("client_slow" if is_stalled else "upstream_timeout")
             return
         quiet_until = self._activity + KEEP_ALIVE_SECONDS
-        if self._scanner is not None and self.committed and not self._stalled_since:
+        if self._scanner is not None and self.committed and not is_stalled:
             if now >= quiet_until:
                 self._send(self._framed(_KEEP_ALIVE))
                 quiet_until = now + KEEP_ALIVE_SECONDS
@@ -369,7 +364,7 @@ class Relay:
         assert head is not None  # noqa: S101  only an answer that has one is committed
         trail.upstream += trail.lap()
         trail.status = head.status
-        if not self._is_unframed():
+        if head.length is not None and self._scanner is None:
             framing = b"content-length: %d\r\n" % head.length
         elif self._chunks:
             framing = b"transfer-encoding: chunked\r\n"

@@ -1,19 +1,21 @@
 """Accept, the connection's half: aiohttp's low-level server, and what it needs to be safe in front of hostile clients.
 
-aiohttp parses requests and keeps connections. Here is what we do differently: a deadline for the head, JSON for what
-cannot be parsed (without an echo of it and without a traceback), a limit of connections, and answers that are written
-to the transport by whoever has them: the `StreamResponse` handed back to aiohttp has nothing left to do.
+aiohttp accepts, parses and holds back what comes too fast. Here is what we do differently: a deadline for the head, JSON
+for what cannot be parsed (without an echo of it and without a traceback), a limit of connections, and a loop of our own
+over the requests of a connection, because answers are written straight to its transport. That loop leans on attributes
+of aiohttp's RequestHandler that are not public: pyproject.toml admits only the minor version it was written against.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from aiohttp import http_parser, web
 from aiohttp.http_exceptions import LineTooLong
-from aiohttp.web_protocol import RequestHandler
+from aiohttp.web_protocol import RequestHandler, RequestPayloadError, _ErrInfo
 
 from policies.errors import BadRequest, ClientTimeout, HeaderTooLarge, Refusal
 
@@ -31,50 +33,23 @@ if http_parser.HttpRequestParser.__module__ != "aiohttp._http_parser":  # pragma
     raise ImportError(msg)
 
 
-class Written(web.StreamResponse):
-    """An answer that has already gone out, and whether the connection may carry another request."""
-
-    def __init__(self, *, keep_alive: bool) -> None:
-        super().__init__()
-        self._keeps_alive = keep_alive
-
-    @property
-    def keep_alive(self) -> bool | None:
-        return self._keeps_alive
-
-    async def prepare(self, request: web.BaseRequest) -> None:  # type: ignore[override]  # there is no writer
-        """Do nothing: the head has been written."""
-
-    async def write_eof(self, data: bytes = b"") -> None:  # type: ignore[override]  # takes no data
-        """Do nothing: the body has been written."""
-
-
-KEPT = Written(keep_alive=True)
-CLOSED = Written(keep_alive=False)
-
-
 class Incoming:
     """A parsed head and its body to come: what aiohttp's `BaseRequest` would be, less all that is not needed here."""
 
-    __slots__ = ("_task", "connection", "message", "payload")
+    __slots__ = ("connection", "message", "payload")
 
-    def __init__(
-        self, message: Any, payload: StreamReader, connection: ClientConnection, _writer: Any, task: asyncio.Task[None]
-    ) -> None:
+    def __init__(self, message: Any, payload: StreamReader, connection: ClientConnection) -> None:
         self.message = message
         self.payload = payload
         self.connection = connection
-        self._task = task  # aiohttp clears it at the end
 
     def _cancel(self, exc: BaseException) -> None:
         """Tell a reader of the body that the client has gone (aiohttp's hook)."""
         self.payload.set_exception(exc)
 
-    def _finish(self) -> None:
-        """Nothing to clean up (aiohttp's hook)."""
 
-
-Handle = Callable[[Incoming], Awaitable[web.StreamResponse]]
+# Serves one request; tells whether its connection may carry another.
+Handle = Callable[[Incoming], Awaitable[bool]]
 # Answers a head that never became a request; writes the refusal and tells the observers.
 Reject = Callable[["ClientConnection", Refusal], None]
 
@@ -93,17 +68,16 @@ class DataServer(web.Server):
         connections: int,
     ) -> None:
         super().__init__(
-            handle,  # type: ignore[arg-type]  # our request factory makes Incoming
-            request_factory=Incoming,  # type: ignore[arg-type]
+            handle,  # type: ignore[arg-type]  # ClientConnection.start calls it, not aiohttp's
             handler_cancellation=True,
             access_log=None,
             auto_decompress=False,
             keepalive_timeout=idle,
-            lingering_time=LINGER_SECONDS,
             max_line_size=header_bytes,
             max_field_size=header_bytes,
             max_headers=100,
         )
+        self.handle = handle
         self.reject = reject
         self.head_timeout = head_timeout
         self.header_bytes = header_bytes
@@ -202,14 +176,72 @@ class ClientConnection(RequestHandler):
         if self.relay is not None:
             self.relay.resume()
 
-    # What aiohttp does with a head that it cannot parse
+    # Request after request
 
-    def _make_error_handler(self, err_info: Any) -> Any:
-        async def refuse(_request: Incoming) -> web.StreamResponse:
-            self._server.reject(self, _refusal_of(err_info.exc, self._server.header_bytes))
-            return CLOSED
+    async def start(self) -> None:
+        """Serve the requests of this connection one after another, until either side has had enough.
 
-        return refuse
+        In place of aiohttp's loop, which makes a task, a writer and a response object for each request: answers are
+        written by whoever has them, and this task, which is the connection's own, is what a client's leaving cancels.
+        """
+        handle, reject = self._server.handle, self._server.reject
+        try:
+            while not self._force_close:
+                message, payload = await self._next_message()
+                if isinstance(message, _ErrInfo):
+                    reject(self, _refusal_of(message.exc, self._server.header_bytes))
+                    break
+                keeps = await self._serve(handle, Incoming(message, payload, self))
+                if not payload.is_eof():
+                    await self._linger(payload)
+                if not keeps or self._close or self._upgraded or not payload.is_eof():
+                    break
+                self._await_next()
+        except asyncio.CancelledError:
+            self.force_close()
+            raise
+        finally:
+            if self.transport is not None and not self._force_close:
+                self._task_handler = None
+                self.transport.close()
+
+    async def _next_message(self) -> tuple[Any, StreamReader]:
+        if not self._messages:
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        message, payload = self._messages.popleft()
+        if self._parser is not None:
+            self._parser.message_consumed()
+        if self._buffer_paused and len(self._messages) <= self._msg_queue_resume_size:
+            self._resume_reading_if_drained()
+        return message, payload
+
+    async def _serve(self, handle: Handle, incoming: Incoming) -> bool:
+        self._current_request = incoming  # type: ignore[assignment]  # aiohttp calls nothing but its _cancel
+        self._request_in_progress = True
+        try:
+            return await handle(incoming)
+        finally:
+            self._current_request = None
+            self._request_in_progress = False
+            if self._handler_waiter is not None and not self._handler_waiter.done():  # shutdown() waits for us
+                self._handler_waiter.set_result(None)
+
+    async def _linger(self, payload: StreamReader) -> None:
+        """Read and throw away a body that nobody wanted: a close with bytes unread would take the answer with it."""
+        with contextlib.suppress(TimeoutError, RequestPayloadError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                while not payload.is_eof():
+                    await payload.readany()
+
+    def _await_next(self) -> None:
+        """Begin the idle time before the next request."""
+        self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+        if self._keepalive_handle is None:
+            self._keepalive_handle = self._loop.call_at(self._next_keepalive_close_time, self._process_keepalive)
 
 
 def _refusal_of(error: BaseException | None, header_bytes: int) -> Refusal:

@@ -23,6 +23,7 @@ from policies.policy import Plan, Policy, Principal, Route, Target
 _GLOB: Final = re.compile(
     r"\(\?s:((?:[^\\.^$*+?{}\[\]|()]|\\[^0-9A-Za-z])*)((?:[.\[(](?:[^\\|]|\\.)*)?)\)\\[Zz]", re.DOTALL
 )
+_MOST_KNOWN: Final = 1024  # clients choose what is asked for: what comes later is found the long way
 _ANYTHING: Final = ".*"
 _ESCAPED: Final = re.compile(r"\\(.)", re.DOTALL)
 
@@ -32,7 +33,7 @@ T = TypeVar("T")
 class Router:
     """The routes of `policy`, ready to be asked."""
 
-    __slots__ = ("_by_path",)
+    __slots__ = ("_by_path", "_known")
 
     def __init__(self, policy: Policy) -> None:
         alike: dict[str | None, list[tuple[int, Route]]] = {}
@@ -43,6 +44,7 @@ class Router:
             (numbered[0][1].match.path, _Index((route.match.model, (number, route)) for number, route in numbered))
             for numbered in alike.values()
         )
+        self._known: dict[tuple[str, str | None], Route] = {}  # found without looking at a header
 
     def route(self, path: str, model: str | None, header: Callable[[str], str | None]) -> Route:
         """Return the first route that matches. `header` returns a value by lower-case name.
@@ -50,14 +52,21 @@ class Router:
         Raises NoRoute; ModelNotFound when routes have the path and none takes the model; BadRequest when each of them
         asks for a model and the request names none.
         """
+        known = self._known.get((path, model))
+        if known is not None:
+            return known
         by_model = self._by_path.matching(path)
         if len(by_model) == 1:
             found = by_model[0].matching(model)
         else:
             found = sorted((numbered for index in by_model for numbered in index.matching(model)), key=_number)
-        for _, route in found:
+        for place, (_, route) in enumerate(found):
             headers = route.match.headers
-            if not headers or _has_headers(headers, header):
+            if not headers:
+                if not place and len(self._known) < _MOST_KNOWN:
+                    self._known[path, model] = route
+                return route
+            if _has_headers(headers, header):
                 return route
         if not by_model:
             raise errors.NoRoute("No route has this path.")

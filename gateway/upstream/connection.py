@@ -22,8 +22,7 @@ MAX_HEAD_BYTES = 64 * 1024
 class Answer(Protocol):
     """Who hears what a connection receives. Called synchronously; must not raise."""
 
-    def on_header(self, name: bytes, value: bytes) -> None: ...
-    def on_head(self, status: int) -> None: ...
+    def on_head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None: ...
     def on_body(self, data: bytes) -> None: ...
     def on_end(self) -> None: ...
     def on_flush(self) -> None: ...
@@ -34,7 +33,7 @@ class Connection(asyncio.Protocol):
     """States: idle (answer is None) => busy (start) => idle (whole answer) or closed (anything else)."""
 
     __slots__ = (
-        "_head_bytes", "_in_head", "_is_paused", "_keeps_alive", "_parser", "answer", "got_bytes", "idle_since", "leftover",
+        "_head_bytes", "_headers", "_in_head", "_is_paused", "_keeps_alive", "_parser", "answer", "got_bytes", "idle_since", "leftover",
         "pool", "reused", "transport", "whole",
     )  # fmt: skip
 
@@ -50,6 +49,7 @@ class Connection(asyncio.Protocol):
         self.leftover = False  # bytes came after the end of the answer
         self._in_head = True
         self._head_bytes = 0
+        self._headers: list[tuple[bytes, bytes]] = []
         self._keeps_alive = False
         self._is_paused = False
         self._parser = httptools.HttpResponseParser(self)
@@ -60,7 +60,7 @@ class Connection(asyncio.Protocol):
         """Send a request; from here on `answer` hears what comes."""
         self.answer = answer
         self.got_bytes = self.whole = self.leftover = False
-        self._in_head, self._head_bytes = True, 0
+        self._in_head, self._head_bytes, self._headers = True, 0, []
         self.transport.write(head_and_body)
 
     def finish(self, now: float) -> None:
@@ -149,14 +149,15 @@ class Connection(asyncio.Protocol):
             self.leftover = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self.answer is not None and not self.whole and self._in_head:
-            self.answer.on_header(name, value)
+        if self._in_head:  # after it they are trailers, which end here
+            self._headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         if self.answer is None or self.whole:
             return
         self._in_head = False
-        self.answer.on_head(self._parser.get_status_code())
+        headers, self._headers = self._headers, []
+        self.answer.on_head(self._parser.get_status_code(), headers)
 
     def on_body(self, data: bytes) -> None:
         if self.answer is not None and not self.whole:

@@ -68,10 +68,8 @@ class Listener:
         self.heard: list[object] = []
         self.headers: list[tuple[bytes, bytes]] = []
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers.append((name, value))
-
-    def on_head(self, status: int) -> None:
+    def on_head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        self.headers += headers
         self.heard.append(status)
 
     def on_body(self, data: bytes) -> None:
