@@ -1,7 +1,7 @@
 """`weir bench`: measures Weir beside the other gateways that are installed here.
 
-    weir bench --only unary,stream --peers weir,envoy_full --rounds 3 --seconds 5
-    weir bench profile        # what each part of a unary request costs in our own code
+weir bench --only unary,stream --peers weir,envoy_full --rounds 3 --seconds 5
+weir bench profile        # what each part of a unary request costs in our own code
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from benchmarks import report
+from benchmarks import replay, report
 from benchmarks.bench import WORKLOADS, Outcome, run
 from benchmarks.gateways import ALL, BY_NAME
 from benchmarks.gateways.gateway import Gateway
@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parent / "results"
 OPEN_FILES = 20_000  # 2,000 streams are 4,000 sockets of a gateway
 
 
-class Names(click.ParamType):
+class Names(click.ParamType[list[str]]):
     """Names of a list, with commas between; all of it when not given."""
 
     name = "names"
@@ -50,7 +50,9 @@ class Names(click.ParamType):
 @click.option("--seconds", type=click.IntRange(1, 600), default=5, show_default=True, help="Of each round.")
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Default: a new file in benchmarks/results/.")
 @click.pass_context
-def bench(context: click.Context, only: list[str], peers: list[str], rounds: int, seconds: int, file: Path | None) -> None:
+def bench(
+    context: click.Context, only: list[str], peers: list[str], rounds: int, seconds: int, file: Path | None
+) -> None:
     """Measure this gateway beside the others found on this machine.
 
     A gateway that is not installed is named as absent; `make bench-peers` installs them. Two CPU cores are needed,
@@ -78,8 +80,6 @@ def bench(context: click.Context, only: list[str], peers: list[str], rounds: int
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def profile(arguments: tuple[str, ...]) -> None:
     """What a unary request costs in our own code, without sockets."""
-    from benchmarks import replay
-
     sys.argv = ["weir bench profile", *arguments]
     replay.main()
 

@@ -164,7 +164,9 @@ def canary_lags(rig: Rig, running: Running, load: Wrk) -> Iterator[float]:
             etcd.put(key, registration(url, CANARY))
             while not _chosen(connection, target.path, target.body, target.headers).endswith(name):
                 if time.perf_counter() - put > CANARY_SECONDS:
-                    raise Failed(f"{running.gateway.name} did not choose a backend {CANARY_SECONDS:.0f} s after its put")
+                    raise Failed(
+                        f"{running.gateway.name} did not choose a backend {CANARY_SECONDS:.0f} s after its put"
+                    )
             yield time.perf_counter() - put
             etcd.delete(key)
 

@@ -19,8 +19,8 @@ def chat_request(*, model: str = MODEL, stream: bool = False) -> bytes:
 
 ANSWER = (
     b'{"id":"chatcmpl-123","object":"chat.completion","created":1677652288,"model":"tiny","choices":[{"index":0,'
-    b'"message":{"role":"assistant","content":"Paris: the kings lived there."},'
-    b'"logprobs":null,"finish_reason":"stop"}],"usage":{"prompt_tokens":27,"completion_tokens":7,"total_tokens":34}}'
+    b'"message":{"role":"assistant","content":"Paris, since the year 987 or so: that is where the king had his court."'
+    b'},"logprobs":null,"finish_reason":"stop"}],"usage":{"prompt_tokens":27,"completion_tokens":7,"total_tokens":34}}'
 )
 
 

@@ -60,17 +60,25 @@ class Process:
                 env={**os.environ, **(env or {})},
                 cwd=log.parent,
                 start_new_session=True,
-                preexec_fn=prepare,
+                preexec_fn=prepare,  # noqa: PLW1509  no thread of ours runs while programs are started
             )
 
     def __repr__(self) -> str:
         return f"<Process {self.name} pid {self._popen.pid} code {self._popen.returncode}>"
 
+    @property
+    def pid(self) -> int:
+        """Its own id, and that of its session."""
+        return self._popen.pid
+
+    def has_ended(self) -> bool:
+        return self._popen.poll() is not None
+
     def usage(self) -> Usage:
         """CPU and memory of everything that it started and still runs. Raises Failed when it has ended."""
-        if self._popen.poll() is not None:
+        if self.has_ended():
             raise Failed(f"{self.name} ended with code {self._popen.returncode}{self.last_words()}")
-        found = [stat for stat in _stats() if stat.session == self._popen.pid]
+        found = [stat for stat in _stats() if stat.session == self.pid]
         return Usage(sum(stat.ticks for stat in found) / TICKS, sum(stat.pages for stat in found) * PAGE)
 
     def last_words(self) -> str:
@@ -87,7 +95,7 @@ class Process:
 
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._popen.pid, number)
+            os.killpg(self.pid, number)
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,9 @@ listen: 127.0.0.1:0
 admin: {listen: 127.0.0.1:0}
 policy: policy.yaml
 discovery:
-  static: [{service: tiny, url: "http://127.0.0.1:1", models: [tiny]}, {service: tiny, url: "http://127.0.0.1:2", models: [tiny]}]
+  static:
+    - {service: tiny, url: "http://127.0.0.1:1", models: [tiny]}
+    - {service: tiny, url: "http://127.0.0.1:2", models: [tiny]}
 """
 
 
@@ -80,9 +82,6 @@ class Pipe:
 
     def is_closing(self) -> bool:
         return False
-
-    def get_write_buffer_size(self) -> int:
-        return 0
 
     def get_write_buffer_size(self) -> int:
         return 0
@@ -109,7 +108,14 @@ async def replay(requests: int, profile: cProfile.Profile | None) -> float:
         (home / "jwks.json").write_bytes(identity.jwks_of(key))
         (home / "policy.yaml").write_text(POLICY)
         token = identity.mint(
-            key, sub="bench", groups=(), scopes=(), issuer="https://weir.local", audience="weir", ttl=3600, wall=time.time()
+            key,
+            sub="bench",
+            groups=(),
+            scopes=(),
+            issuer="https://weir.local",
+            audience="weir",
+            ttl=3600,
+            wall=time.time(),
         )
         gateway = Gateway(configuration.parse(CONFIG.encode(), {}, base=home))
         async with gateway.running():
@@ -137,12 +143,12 @@ async def _drive(gateway: Gateway, request: bytes, requests: int, profile: cProf
     if profile is not None:
         profile.enable()
     for _ in range(requests // BATCH):
-        started = time.process_time()
+        started = time.thread_time()
         for _ in range(BATCH):
             client.data_received(request)
             answer = await answered.get()
         assert answer.startswith(b"HTTP/1.1 200 "), answer
-        best = min(best, (time.process_time() - started) / BATCH)
+        best = min(best, (time.thread_time() - started) / BATCH)
     if profile is not None:
         profile.disable()
     return best * 1e6

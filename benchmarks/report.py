@@ -23,7 +23,7 @@ FORMAT = 1
 
 
 def document(outcomes: Sequence[Outcome], gateways: Sequence[Gateway], absent: Mapping[str, str], **run: Any) -> Any:
-    """The JSON form. Each figure has median, low, high, all values and its unit; `against_weir` are ratios of medians."""
+    """The JSON form: each figure with median, low, high, all values and unit; `weir_over` are ratios of medians."""
     return {
         "format": FORMAT,
         "run": run,
@@ -55,7 +55,9 @@ def ratios(found: Mapping[str, Mapping[str, Spread]], figure: str) -> dict[str, 
     ours = found.get(OURS, {}).get(figure)
     if ours is None:
         return {}
-    others = {name: spread[figure].median for name, spread in found.items() if name not in (OURS, BASE) and figure in spread}
+    others = {
+        name: spread[figure].median for name, spread in found.items() if name not in (OURS, BASE) and figure in spread
+    }
     return {name: round(ours.median / median, 3) for name, median in others.items() if median}
 
 
@@ -63,7 +65,7 @@ def table(outcome: Outcome) -> Table:
     """Median of each figure, and its lowest and highest round where there is more than one."""
     shown = Table(title=f"{outcome.workload.id}: {outcome.workload.title}", title_justify="left")
     shown.add_column("gateway")
-    figures = [figure for figure in (*outcome.workload.figures, RSS)]
+    figures = [*outcome.workload.figures, RSS]
     for figure in figures:
         shown.add_column(f"{figure.title} {figure.unit}".strip(), justify="right")
         if figure.added:
@@ -111,5 +113,7 @@ def machine() -> dict[str, str]:
 
 def _commit() -> str:
     here = Path(__file__).parent
-    git = subprocess.run(["git", "-C", here, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    git = subprocess.run(
+        ["git", "-C", here, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
     return git.stdout.strip()

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from benchmarks.credentials import Credentials
 from benchmarks.gateways.gateway import OPEN, Gateway, Site
@@ -72,7 +73,7 @@ class Rig:
         self._etcd = self._redis = ""
         self._json: Backends
 
-    def __enter__(self) -> Rig:
+    def __enter__(self) -> Self:
         os.sched_setaffinity(0, self.cores.rest)
         with contextlib.ExitStack() as stack:
             self._json = json_backends(self.folder / "json", self.cores.rest)

@@ -85,7 +85,7 @@ class Stream(asyncio.Protocol):
             self._seen.whole += 1
             self._end()
 
-    def connection_lost(self, error: Exception | None) -> None:
+    def connection_lost(self, _: Exception | None) -> None:
         if self._is_open:
             self._seen.cut += 1
             self._end()
@@ -110,6 +110,7 @@ async def loop_streams(task: Task) -> Seen:
     loop = asyncio.get_running_loop()
     seen, over, left = Seen(), loop.time() + task.seconds, task.streams
     idle = asyncio.Event()
+    connecting: set[asyncio.Task[None]] = set()
 
     def ended(stream: Stream) -> None:
         nonlocal left
@@ -117,7 +118,8 @@ async def loop_streams(task: Task) -> Seen:
             stream.send()
             return
         if loop.time() < over:  # a server that closes after each answer: the next one needs a new connection
-            loop.create_task(connect())
+            connecting.add(task := loop.create_task(connect()))
+            task.add_done_callback(connecting.discard)
             return
         left -= 1
         if not left:

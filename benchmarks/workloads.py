@@ -62,9 +62,9 @@ def latency(_: Rig, running: Running, seconds: float) -> Round:
     return {"p50_ms": load.p50_ms, "p99_ms": load.p99_ms, "failed": load.failed}
 
 
-def stream(rig: Rig, running: Running, seconds: float) -> Round:
+def stream(_: Rig, running: Running, seconds: float) -> Round:
     before = running.usage()
-    with _client(rig, running, "loop", STREAMS, seconds) as (_, output):
+    with _client(running, "loop", STREAMS, seconds) as output:
         seen = _line(output)
     cpu = running.usage().cpu_seconds - before.cpu_seconds
     return {
@@ -76,9 +76,9 @@ def stream(rig: Rig, running: Running, seconds: float) -> Round:
     }
 
 
-def many(rig: Rig, running: Running, seconds: float) -> Round:
+def many(_: Rig, running: Running, seconds: float) -> Round:
     before = running.usage()
-    with _client(rig, running, "hold", MANY_STREAMS, seconds) as (_, output):
+    with _client(running, "hold", MANY_STREAMS, seconds) as output:
         opened = _line(output)
         start = running.usage()
         held = _line(output)
@@ -96,11 +96,9 @@ def _cpu(start: Usage, end: Usage) -> float:
 
 
 @contextlib.contextmanager
-def _client(
-    rig: Rig, running: Running, mode: str, streams: int, seconds: float
-) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
-    """The client of streams, at work."""
-    task = Task(running.site.port if running.process else 0, request_text(running), streams, seconds)
+def _client(running: Running, mode: str, streams: int, seconds: float) -> Iterator[IO[str]]:
+    """What the client of streams tells, line by line, while it works."""
+    task = Task(running.site.port, request_text(running), streams, seconds)
     client = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.streams", mode],
         stdin=subprocess.PIPE,
@@ -113,7 +111,7 @@ def _client(
     try:
         client.stdin.write(msgspec.json.encode(task).decode() + "\n")
         client.stdin.flush()
-        yield client, client.stdout
+        yield client.stdout
     finally:
         client.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -148,7 +146,13 @@ FAILED = Figure("failed", "", "failed", 0)
 UNARY = Workload(
     "unary",
     f"{CONNECTIONS} connections, closed loop",
-    (CPU, Figure("per_second", "/s", "requests", 0), Figure("p50_ms", "ms", "p50", 2), Figure("p99_ms", "ms", "p99", 2), FAILED),
+    (
+        CPU,
+        Figure("per_second", "/s", "requests", 0),
+        Figure("p50_ms", "ms", "p50", 2),
+        Figure("p99_ms", "ms", "p99", 2),
+        FAILED,
+    ),
     unary,
     unary,
 )

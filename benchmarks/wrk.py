@@ -1,4 +1,4 @@
-"""Closed-loop load by wrk (https://github.com/wg/wrk): each connection sends the next request when it has its answer."""
+"""Closed-loop load by wrk (https://github.com/wg/wrk): a connection sends its next request when it has its answer."""
 
 from __future__ import annotations
 
@@ -69,7 +69,16 @@ class Wrk:
         script = folder / "request.lua"
         script.write_text(SCRIPT.substitute(body=target.body.decode(), headers=headers))
         # wrk takes whole seconds only.
-        command = [wrk, "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout", "10s", "-s", str(script)]
+        command = [
+            wrk,
+            "-t1",
+            f"-c{connections}",
+            f"-d{max(1, round(seconds))}s",
+            "--timeout",
+            "10s",
+            "-s",
+            str(script),
+        ]
         self._deadline = seconds + GRACE_SECONDS
         self._popen = subprocess.Popen(
             [*command, f"http://{HOST}:{target.port}{target.path}"],

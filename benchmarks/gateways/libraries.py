@@ -17,14 +17,19 @@ LITELLM_KEY = "sk-bench"
 @dataclass(frozen=True, slots=True)
 class LiteLLM:
     name: str = "litellm"
-    features: str = "one static key (its JWT is for the paid edition), router over two deployments; no limits, no traces"
+    features: str = (
+        "one static key (its JWT is for the paid edition), router over two deployments; no limits, no traces"
+    )
 
     def absent(self) -> str | None:
         return None if (PEERS / self.name / "bin" / "litellm").exists() else "not installed (make bench-peers)"
 
     def launch(self, site: Site) -> Launch | None:
         deployments = [
-            {"model_name": MODEL, "litellm_params": {"model": f"openai/{MODEL}", "api_base": f"{url}/v1", "api_key": "k"}}
+            {
+                "model_name": MODEL,
+                "litellm_params": {"model": f"openai/{MODEL}", "api_base": f"{url}/v1", "api_key": "k"},
+            }
             for url in site.backends
         ]
         config = site.folder / "litellm.json"  # YAML holds JSON
@@ -53,7 +58,9 @@ class Portkey:
 
     def launch(self, site: Site) -> Launch | None:
         trusted = {"TRUSTED_CUSTOM_HOSTS": HOST, "NODE_ENV": "production", "PORT": str(site.port)}
-        return Launch((shutil.which("node") or "node", str(self._script()), "--headless", f"--port={site.port}"), trusted)
+        return Launch(
+            (shutil.which("node") or "node", str(self._script()), "--headless", f"--port={site.port}"), trusted
+        )
 
     def headers(self, site: Site, consumer: str) -> dict[str, str]:
         targets = [{"provider": "openai", "custom_host": f"{url}/v1", "api_key": "k"} for url in site.backends]

@@ -52,7 +52,7 @@ class Direct:
     def absent(self) -> str | None:
         return None
 
-    def launch(self, site: Site) -> Launch | None:
+    def launch(self, _: Site) -> Launch | None:
         return None
 
     def headers(self, site: Site, consumer: str) -> dict[str, str]:

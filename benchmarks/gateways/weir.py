@@ -1,4 +1,4 @@
-"""Weir with every policy on: JWT, limits in Redis, breaker, balancing over backends from etcd, metrics, traces at 1 %."""
+"""Weir, everything on: JWT, limits in Redis, breaker, balancing over backends from etcd, metrics, 1 % of traces."""
 
 from __future__ import annotations
 

@@ -1,0 +1,39 @@
+import pytest
+
+from benchmarks import wrk
+from benchmarks.processes import Failed
+
+OUTPUT = """Running 3s test @ http://127.0.0.1:1/v1/chat/completions
+  1 threads and 64 connections
+Requests/sec:  11000.00
+
+JSON {"requests": 33000, "micros": 3000000, "refused": 30, "broken": 2, "p50": 5500.0, "p99": 9120.5}
+"""
+
+
+def test_what_the_script_writes_is_read_in_our_units():
+    load = wrk.parse(OUTPUT)
+    assert load == wrk.Load(requests=33000, seconds=3.0, refused=30, broken=2, p50_ms=5.5, p99_ms=9.1205)
+    assert load.per_second == 11000
+    assert load.failed == 32
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("unable to connect to 127.0.0.1:1 Connection refused\n", "unable to connect"),
+        ("", "no output"),
+        ("\n\n", "no output"),
+    ],
+)
+def test_no_such_line_is_told_with_what_was_said_instead(output, words):
+    with pytest.raises(Failed, match=words):
+        wrk.parse(output)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("Bearer a.b", '"Bearer a.b"'), ('{"a": 1}', '"{\\"a\\": 1}"'), ("a\\b", '"a\\\\b"'), ("a\nb", '"a\\nb"')],
+)
+def test_a_header_becomes_a_string_of_lua(text, expected):
+    assert wrk.lua(text) == expected
