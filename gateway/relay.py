@@ -300,8 +300,8 @@ class Relay:
             client.abort()  # it would never take the rest; or ending cleanly would make it look whole
         else:
             client.cut()
-            self._stalled_since = 0.0
-        self._end("stream_truncated" if reason in ("eof", "upstream_reset") else reason)
+        self.ending = Ending("stream_truncated" if reason in ("eof", "upstream_reset") else reason)
+        self._finish()
 
     def _failure_of(self, reason: str) -> Failure:
         if self.head is not None or self._connection.got_bytes:
