@@ -14,6 +14,7 @@ A backend is READY => DRAINING (told to end: unhealthy, but still taking what wa
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -267,20 +268,20 @@ class Api:
         return _json(answer.whole(text, protocol.finish_reason(piece.finish), reader.usage))
 
     async def _stream(self, request: web.Request, answer: Answer, reader: Reader) -> web.StreamResponse:
-        piece = await _first(reader)
+        first = await _first(reader)
         response = web.StreamResponse(headers={"content-type": "text/event-stream", "cache-control": "no-cache"})
-        await response.prepare(request)
+        is_complete = False
         try:
-            await response.write(b"".join(protocol.event(opening) for opening in answer.opening()))
-            while piece.finish is None:
-                await response.write(protocol.event(answer.chunk(piece.text)))
-                piece = await reader.next()
-            await response.write(_ending(answer, piece.text, piece.finish, reader.usage))
+            await response.prepare(request)
+            await _write(response, answer, first, reader)
+            is_complete = True
         except ConnectionResetError:
             log.debug("the client left")
         except EngineError:
-            await response.write(protocol.event(protocol.engine_failed().body()))
-            if request.transport is not None:
+            with contextlib.suppress(ConnectionResetError):
+                await response.write(protocol.event(protocol.engine_failed().body()))
+        finally:
+            if not is_complete and request.transport is not None:
                 request.transport.close()  # without the last chunk: nobody must take this for a complete answer
         return response
 
@@ -315,6 +316,16 @@ async def _first(reader: Reader) -> Piece:
     if piece.finish == "deadline" and not piece.text:
         raise ApiError(504, "deadline", "the deadline passed before the answer began")
     return piece
+
+
+async def _write(response: web.StreamResponse, answer: Answer, first: Piece, reader: Reader) -> None:
+    """An event for each piece, and the ending."""
+    piece = first
+    await response.write(b"".join(protocol.event(opening) for opening in answer.opening()))
+    while piece.finish is None:
+        await response.write(protocol.event(answer.chunk(piece.text)))
+        piece = await reader.next()
+    await response.write(_ending(answer, piece.text, piece.finish, reader.usage))
 
 
 def _ending(answer: Answer, text: str, finish: Finish, usage: Usage) -> bytes:

@@ -269,6 +269,18 @@ async def test_a_model_that_breaks_in_a_stream_never_looks_complete(monkeypatch)
             assert (health.status, await health.json()) == (503, {"status": "failed"})
 
 
+async def test_a_bug_of_ours_in_a_stream_cuts_it(monkeypatch):
+    async with running_api() as backend, aiohttp.ClientSession() as session:
+        async with session.post(f"{backend.url}/v1/chat/completions", json=ENDLESS) as response:
+            lines = [await response.content.readline()]
+            monkeypatch.setattr(backend.api._tokenizer, "decode", None)
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await collect(lines, response.content)
+        monkeypatch.undo()
+        assert b"internal error" not in b"".join(lines)
+        assert (await post(backend.url, QUESTION))[0] == 200
+
+
 async def test_a_model_that_breaks_before_the_answer_is_a_500_in_json(monkeypatch):
     async with running_api() as backend:
         monkeypatch.setattr(backend.engine, "model", None)
