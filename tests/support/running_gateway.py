@@ -88,7 +88,7 @@ async def announced(
         yield announcement
 
 
-async def until(condition, seconds: float = 5.0) -> None:
+async def until(condition, seconds: float = 10.0) -> None:
     """Wait for a condition that something else brings about."""
     async with asyncio.timeout(seconds):
         while not condition():
