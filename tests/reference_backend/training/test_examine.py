@@ -1,0 +1,62 @@
+"""The committed weights sit the examination, and the card tells the truth about them."""
+
+import hashlib
+import re
+
+import pytest
+
+pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
+
+from reference_backend.training.examine import TASKS, Question, Score, answers, examine, questions, table  # noqa: E402
+from tests.support.tiny_model import DIRECTORY, tiny  # noqa: E402
+
+CARD = (DIRECTORY / "MODEL_CARD.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_committed_weights_answer_nine_in_ten_of_each_task():
+    scores = examine(*tiny(), per_task=20)
+    assert {score.task for score in scores} == set(TASKS)
+    low = [score for score in scores if score.right < 0.9 * score.asked]
+    assert not low, low
+
+
+def test_the_card_names_the_weights_beside_it():
+    digest = hashlib.sha256((DIRECTORY / "model.safetensors").read_bytes()).hexdigest()
+    assert digest in CARD
+    assert f"{sum(p.numel() for p in tiny()[0].parameters()):,} parameters" in CARD
+
+
+def test_the_card_claims_nine_in_ten_for_each_task():
+    rows = dict(re.findall(r"^\| ([a-z ]+?) \| .* \| ([\d.]+)% \|$", CARD, re.MULTILINE))
+    assert set(rows) == {*TASKS, "all"}
+    assert all(float(share) >= 90 for share in rows.values()), rows
+
+
+def test_the_model_is_as_small_as_it_should_be():
+    assert sum(p.numel() for p in tiny()[0].parameters()) <= 2_000_000
+    assert (DIRECTORY / "model.safetensors").stat().st_size <= 5_000_000
+
+
+def test_the_examination_is_always_the_same_and_never_asks_twice():
+    asked = questions(30)
+    assert asked == questions(30)
+    for task in TASKS:
+        mine = [(q.messages[-1].content, q.expected) for q in asked if q.task == task]
+        assert len(mine) == len(set(mine)) <= 30
+
+
+def test_a_memory_question_comes_with_its_history():
+    question = next(q for q in questions(1) if q.task == "memory")
+    turns = [m.role for m in question.messages if m.role != "system"]
+    assert turns == ["user", "assistant", "user", "assistant", "user"]
+
+
+def test_answers_come_in_the_order_of_the_questions():
+    asked = [q for q in questions(2) if q.task in ("sum", "repeat")]
+    assert answers(*tiny(), asked) == [answers(*tiny(), [Question(q.task, q.messages, q.expected)])[0] for q in asked]
+
+
+def test_the_table_adds_up():
+    rows = table([Score("sum", 9, 10, "a miss"), Score("count", 10, 10, None)])
+    assert rows == "| sum | 9 | 10 | 90.0% |\n| count | 10 | 10 | 100.0% |\n| all | 19 | 20 | 95.0% |"

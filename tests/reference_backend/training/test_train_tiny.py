@@ -1,0 +1,52 @@
+"""A few steps of the real training: it learns, it repeats itself, and what it leaves can be served."""
+
+import json
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
+
+from reference_backend.model import load_model  # noqa: E402
+from reference_backend.tokenizer import Message, Tokenizer  # noqa: E402
+from reference_backend.training import train_tiny  # noqa: E402
+from reference_backend.training.train_tiny import CONFIG, train, train_tokenizer, write_card  # noqa: E402
+from tests.support.tiny_model import DIRECTORY  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    torch.set_num_threads(1)
+    directory = tmp_path_factory.mktemp("tiny")
+    return directory, train(directory, steps=10, rows=1)
+
+
+@pytest.mark.slow
+def test_the_loss_falls(trained):
+    _, losses = trained
+    assert losses[0] > 6.5  # about ln 1024: it knows nothing
+    assert min(losses[-3:]) < 0.8 * losses[0]
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_weights(trained, tmp_path):
+    directory, losses = trained
+    assert train(tmp_path, steps=10, rows=1) == losses
+    assert (tmp_path / "model.safetensors").read_bytes() == (directory / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_what_is_left_is_a_model_directory_with_a_card(trained, monkeypatch):
+    directory, losses = trained
+    monkeypatch.setattr(train_tiny, "EXAMINED", 1)
+    write_card(directory, steps=10, loss=losses[-1], seconds=1.0, threads=1)
+    model, tokenizer = load_model(directory, torch.device("cpu")), Tokenizer(directory)
+    assert model.config.vocab_size == CONFIG["vocab_size"]
+    assert tokenizer.encode_chat([Message("user", "Hi")])
+    assert "10 steps of 8 rows" in (directory / "MODEL_CARD.md").read_text()
+
+
+def test_the_committed_tokenizer_and_settings_are_those_of_the_script():
+    assert train_tokenizer().to_str() == json.dumps(
+        json.loads((DIRECTORY / "tokenizer.json").read_text()), ensure_ascii=False, separators=(",", ":")
+    )
+    assert json.loads((DIRECTORY / "config.json").read_text()) == CONFIG
