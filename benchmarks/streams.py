@@ -60,8 +60,7 @@ class Stream(asyncio.Protocol):
         self._seen, self._ended = seen, ended
         self._tail = b""
         self._sent = self._heard = 0.0
-        self._is_open = False
-        self.has_begun = False
+        self._is_open = self._is_done = self.has_begun = False
         self.transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -69,19 +68,20 @@ class Stream(asyncio.Protocol):
         self.send()
 
     def send(self) -> None:
-        self._is_open, self.has_begun, self._tail = True, False, b""
+        self._is_open, self._is_done, self.has_begun, self._tail = True, False, False, b""
         self._sent = time.perf_counter()
         self.transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
         now = time.perf_counter()
-        text = self._tail + data
-        events = text.count(MARK) - self._tail.count(MARK)
-        is_done = DONE in text
+        tail, text = self._tail, self._tail + data
+        marks, dones = (text.count(each) - tail.count(each) for each in (MARK, DONE))
         self._tail = text[-TAIL:]
-        if events:
-            self._count(events - is_done, now)
-        if is_done and text.endswith(END):
+        self._is_done = self._is_done or dones > 0
+        self._seen.events += marks - dones
+        if marks:
+            self._time(now)
+        if self._is_done and text.endswith(END):
             self._seen.whole += 1
             self._end()
 
@@ -90,14 +90,12 @@ class Stream(asyncio.Protocol):
             self._seen.cut += 1
             self._end()
 
-    def _count(self, events: int, now: float) -> None:
-        seen = self._seen
-        seen.events += events
+    def _time(self, now: float) -> None:
         if self.has_begun:
-            seen.gaps.append(now - self._heard)
+            self._seen.gaps.append(now - self._heard)
         else:
             self.has_begun = True
-            seen.firsts.append(now - self._sent)
+            self._seen.firsts.append(now - self._sent)
         self._heard = now
 
     def _end(self) -> None:
@@ -121,6 +119,7 @@ async def loop_streams(task: Task) -> Seen:
             connecting.add(task := loop.create_task(connect()))
             task.add_done_callback(connecting.discard)
             return
+        stream.transport.close()
         left -= 1
         if not left:
             idle.set()

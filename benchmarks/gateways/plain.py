@@ -29,6 +29,7 @@ global
     maxconn 9000
 defaults
     mode http
+    option http-no-delay
     timeout connect 5s
     timeout client 60s
     timeout server 60s
