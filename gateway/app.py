@@ -145,6 +145,7 @@ class Gateway:
             def put_in_force(policy: Policy) -> None:
                 keys.update(policy.issuers)
                 identifier.use(policy)
+                fleet.keep_breakers(route.breaker for route in policy.routes)
                 self.pipeline.in_force = InForce(policy, Router(policy))
 
             put_in_force(self.policy.policy)

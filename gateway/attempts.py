@@ -92,7 +92,7 @@ class Forwarder:
             target = pick_target(route, self._rng, consumer, lambda one: fleet.group(one, model, version) is not None)
         group = fleet.group(target, model, version) if target is not None else None
         if target is None or group is None:
-            raise fleet.missing(route, model)
+            raise fleet.missing(route, model, version)
         trail.service = target.service
         return group
 
@@ -107,7 +107,19 @@ class Forwarder:
 class _Attempt:
     """One try at one backend. On the way out of its `with` the breaker, the balancer and the trail hear how it ended."""
 
-    __slots__ = ("_before", "_call", "_client", "_route", "_span_id", "_started", "_trail", "ending", "lease", "relay")
+    __slots__ = (
+        "_before",
+        "_call",
+        "_client",
+        "_route",
+        "_span_id",
+        "_started",
+        "_trail",
+        "ending",
+        "lease",
+        "overdue",
+        "relay",
+    )
 
     def __init__(
         self, lease: Lease, call: Call, trail: Trail, route: Route, client: ClientConnection, span_id: int
@@ -115,6 +127,7 @@ class _Attempt:
         self.lease = lease
         self.relay: Relay | None = None
         self.ending = _LEFT
+        self.overdue: Kind | None = None  # which timeout has run out
         self._call = call
         self._trail = trail
         self._route = route
@@ -138,12 +151,14 @@ class _Attempt:
 
     async def _connect(self, pool: Pool) -> Connection | None:
         trail, timeout = self._trail, self._route.timeout
-        due, _ = next_due(Phase.CONNECTING, timeout, trail.start, trail.mark)
+        due, kind = next_due(Phase.CONNECTING, timeout, trail.start, trail.mark)
         try:
             async with asyncio.timeout(due - trail.mark):
                 return await pool.connect()
         except TimeoutError:
-            self.ending = Ending("connect_fail", Failure.CONNECT_TIMEOUT)
+            self.overdue = kind
+            is_late = kind is Kind.TOTAL  # then there is no time for another backend either
+            self.ending = _TOO_LATE if is_late else Ending("connect_fail", Failure.CONNECT_TIMEOUT)
         except OSError:
             self.ending = Ending("connect_fail", Failure.CONNECT_FAIL)
         finally:
@@ -176,6 +191,7 @@ class _Attempt:
         finally:
             relays.discard(relay)
             relay.release()
+            self.overdue = relay.overdue
             if relay.ending is not None:  # also when its own cut of the client's connection cancelled us
                 self.ending = relay.ending
             if not relay.committed:
@@ -213,6 +229,7 @@ class _Attempt:
 
 
 _LEFT = Ending("client_abort")
+_TOO_LATE = Ending("upstream_timeout", Failure.FIRST_BYTE_TIMEOUT)
 _PEAK_EWMA = BalanceKind.PEAK_EWMA
 
 
@@ -238,11 +255,11 @@ def _refusal(attempt: _Attempt, route: Route) -> errors.Refusal:
     if failure is Failure.NOT_STARTED or (head is not None and head.status == 503 and after is not None):
         return errors.Overloaded("The backends of this route take no more requests now.", retry_after=after or 1.0)
     if failure is Failure.FIRST_BYTE_TIMEOUT:
-        if relay is not None and relay.overdue is Kind.TOTAL:
-            rule = f"routes.{route.name}.timeout.total"
+        overdue = attempt.overdue or Kind.FIRST_BYTE
+        rule = f"routes.{route.name}.timeout.{overdue.value}"
+        if overdue is Kind.TOTAL:
             return errors.DeadlineExceeded("The request took longer than its route allows.", rule=rule)
-        rule = f"routes.{route.name}.timeout.first_byte"
-        return errors.UpstreamTimeout("The backend did not begin to answer in time.", rule=rule)
+        return errors.UpstreamTimeout("The backend did not answer in time.", rule=rule)
     return errors.UpstreamFailed("The backend failed before its answer was there.")
 
 

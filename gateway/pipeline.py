@@ -102,7 +102,7 @@ class Pipeline:
         except errors.Refusal as refusal:
             self._refuse(refusal, trail, incoming)
         except asyncio.CancelledError:
-            if trail.end_reason == "internal":  # else the answer had ended already
+            if not trail.bytes_out:  # else the answer has ended, or knows why it did not
                 trail.end_reason = "client_abort"
             raise
         except Exception:  # a bug of ours must cost one request and be seen
@@ -166,9 +166,10 @@ class Pipeline:
     def reject(self, connection: ClientConnection, refusal: errors.Refusal) -> None:
         """Answer what never became a request."""
         trail = Trail(self._clock, self._wall(), self.in_force.policy.version)
-        self._write_refusal(refusal, trail, connection, close=True)
+        request_id = f"{self._ids.trace():032x}"
+        self._write_refusal(refusal, trail, connection, request_id, close=True)
         trail.end_reason = "client_slow" if refusal.status == 408 else "parse_error"
-        self._observe(trail.ended(f"{self._ids.trace():032x}"))
+        self._observe(trail.ended(request_id))
 
     def _refuse(self, refusal: errors.Refusal, trail: Trail, incoming: Incoming) -> None:
         call = trail.call
@@ -181,15 +182,16 @@ class Pipeline:
         in_doubt = isinstance(refusal, errors.BadRequest) and not trail.consumer  # where does the next request begin?
         if call is not None and (unread or in_doubt):
             call.keep_alive = False
-        self._write_refusal(refusal, trail, incoming.connection, close=call is None or not call.keep_alive)
+        request_id = call.request_id if call is not None else ""
+        close = call is None or not call.keep_alive
+        self._write_refusal(refusal, trail, incoming.connection, request_id, close=close)
         if trail.end_reason in ("internal", "client_abort", "ok"):
             trail.end_reason = _END_REASONS_BY_CODE.get(refusal.code) or _END_REASONS.get(refusal.status, "parse_error")
 
     def _write_refusal(
-        self, refusal: errors.Refusal, trail: Trail, connection: ClientConnection, *, close: bool
+        self, refusal: errors.Refusal, trail: Trail, connection: ClientConnection, request_id: str, *, close: bool
     ) -> None:
         call = trail.call
-        request_id = call.request_id if call is not None else f"{self._ids.trace():032x}"
         lines = b"x-request-id: %b\r\nx-weir-policy: %b\r\n%b%b" % (
             request_id.encode(),
             trail.policy.encode(),
@@ -209,5 +211,3 @@ class Pipeline:
         trail.status, trail.code, trail.rule = refusal.status, refusal.code, refusal.rule or ""
         trail.bytes_out = len(answer)
         connection.write(answer)
-
-

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 WRITE_HIGH_BYTES = 64 * 1024
 WRITE_LOW_BYTES = 16 * 1024
+UNREAD_SECONDS = 30.0  # how long a client may leave what it was sent unread
 LINGER_SECONDS = 2.0  # an unread body is read and thrown away this long, so that the client gets to read its refusal
 
 if http_parser.HttpRequestParser.__module__ != "aiohttp._http_parser":  # pragma: no cover  needs a broken install
@@ -157,8 +158,10 @@ class ClientConnection(RequestHandler):
             self.transport.write(data)
 
     def cut(self) -> None:
-        """Close after what has been written, without a clean end of the answer."""
+        """Close after what has been written, without a clean end of the answer; a client that never reads it is aborted."""
         if self.transport is not None:
+            if self.transport.get_write_buffer_size():
+                self._loop.call_later(UNREAD_SECONDS, self.transport.abort)
             self.transport.close()
 
     def abort(self) -> None:
@@ -192,6 +195,8 @@ class ClientConnection(RequestHandler):
                     reject(self, _refusal_of(message.exc, self._server.header_bytes))
                     break
                 keeps = await self._serve(handle, Incoming(message, payload, self))
+                if self.writing_paused and not await self._is_read():
+                    break
                 if not payload.is_eof():
                     await self._linger(payload)
                 if not keeps or self._close or self._upgraded or not payload.is_eof():
@@ -203,7 +208,7 @@ class ClientConnection(RequestHandler):
         finally:
             if self.transport is not None and not self._force_close:
                 self._task_handler = None
-                self.transport.close()
+                self.cut()
 
     async def _next_message(self) -> tuple[Any, StreamReader]:
         if not self._messages:
@@ -229,6 +234,16 @@ class ClientConnection(RequestHandler):
             self._request_in_progress = False
             if self._handler_waiter is not None and not self._handler_waiter.done():  # shutdown() waits for us
                 self._handler_waiter.set_result(None)
+
+    async def _is_read(self) -> bool:
+        """Wait until the client has read most of its answers: refusals and our own answers have no relay that does."""
+        try:
+            async with asyncio.timeout(UNREAD_SECONDS):
+                await self._drain_helper()
+        except TimeoutError:
+            self.abort()
+            return False
+        return True
 
     async def _linger(self, payload: StreamReader) -> None:
         """Read and throw away a body that nobody wanted: a close with bytes unread would take the answer with it."""

@@ -43,7 +43,7 @@ def _backend(backend: Backend) -> dict[str, Any]:
     return {
         "service": endpoint.service,
         "id": endpoint.id,
-        "url": f"{endpoint.scheme}://{endpoint.host}:{endpoint.port}{endpoint.base_path}",
+        "url": f"{endpoint.scheme}://{endpoint.authority}{endpoint.base_path}",
         "models": [{"name": model.name, "version": model.version} for model in endpoint.models],
         "state": "draining" if endpoint.draining else "serving",
         "healthy": backend.healthy is True,

@@ -5,7 +5,7 @@ What a request takes from a backend is held by a `Lease`, to the last byte, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from random import Random
 from types import TracebackType
 
@@ -59,12 +59,15 @@ class Backend:
         self._on_breaker = on_breaker
         self.reported = 0.0  # requests that others have in it, by its own last word
         self._reported_until = 0.0
-        host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
-        self.head_lines = f"host: {host}:{endpoint.port}\r\nendpoint-load-metrics-format: json\r\n".encode()
+        self.head_lines = f"host: {endpoint.authority}\r\nendpoint-load-metrics-format: json\r\n".encode()
         self.name_line = f"x-weir-backend: {endpoint.id}\r\n".encode()
 
     def __repr__(self) -> str:
-        state = "draining" if self.endpoint.draining else {True: "healthy", False: "unhealthy", None: "unprobed"}[self.healthy]
+        state = (
+            "draining"
+            if self.endpoint.draining
+            else {True: "healthy", False: "unhealthy", None: "unprobed"}[self.healthy]
+        )
         return f"<Backend {self.key} {state} inflight={self.inflight} breaker={self.breaker_state.value}>"
 
     def adopt(self, endpoint: Endpoint) -> bool:
@@ -84,6 +87,10 @@ class Backend:
             breaker = Breaker(rule, self._rng, self._breaker_changed)
             self._breakers[rule.key] = breaker
         return breaker
+
+    def keep_breakers(self, keys: Collection[str]) -> None:
+        """Forget the breakers under other rules. Who holds a ticket of one still gives it back."""
+        self._breakers = {key: breaker for key, breaker in self._breakers.items() if key in keys}
 
     def _breaker_changed(self, state: State) -> None:
         self._on_breaker(self, state)
@@ -123,8 +130,8 @@ class Backend:
         self._reported_until = now + REPORT_SECONDS
 
 
-def _place(endpoint: Endpoint) -> tuple[str, str, str, int, str]:
-    return endpoint.scheme, endpoint.host, endpoint.address, endpoint.port, endpoint.base_path
+def _place(endpoint: Endpoint) -> tuple[str, str, str, int]:
+    return endpoint.scheme, endpoint.host, endpoint.address, endpoint.port
 
 
 class Lease:
@@ -136,7 +143,12 @@ class Lease:
     __slots__ = ("_breaker", "_clock", "_may_open", "_ticket", "backend", "outcome")
 
     def __init__(
-        self, backend: Backend, breaker: Breaker, ticket: int, clock: Callable[[], float], may_open: Callable[[Backend], bool]
+        self,
+        backend: Backend,
+        breaker: Breaker,
+        ticket: int,
+        clock: Callable[[], float],
+        may_open: Callable[[Backend], bool],
     ) -> None:
         self.backend = backend
         self.outcome = Outcome.IGNORED

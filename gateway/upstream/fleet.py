@@ -16,9 +16,9 @@ from gateway.upstream.endpoint import Backend, Lease
 from policies import errors
 from policies.balance import Chooser, panic
 from policies.breaker import State, may_eject
-from policies.policy import Route, Target
+from policies.policy import BreakerRule, Route, Target
 
-_NO_BACKENDS: Final[tuple[Backend, ...]] = ()
+_UNLISTED: Final = "\0"  # stands for all models that no registration names, so that clients cannot invent groups
 
 
 class Group:
@@ -44,10 +44,10 @@ class Fleet:
         self._rng = rng
         self._tell_breaker = on_breaker
         self.backends: dict[str, Backend] = {}
-        self._healthy: Mapping[str, bool] = {}
         self._groups: dict[tuple[str, str | None, str | None], Group] = {}
         self._models: frozenset[str] = frozenset()
         self._services: frozenset[str] = frozenset()
+        self._versions: frozenset[str] = frozenset()
         self._open_breakers = 0
 
     def __repr__(self) -> str:
@@ -65,8 +65,7 @@ class Fleet:
             if old is None or not old.adopt(endpoint):
                 if old is not None:
                     old.pool.close()
-                self.backends[key] = new = Backend(endpoint, now, self._rng, self._breaker_changed)
-                new.healthy = self._healthy.get(key)
+                self.backends[key] = Backend(endpoint, now, self._rng, self._breaker_changed)
         self._changed()
 
     def note_health(self, key: str, healthy: bool) -> None:
@@ -77,7 +76,7 @@ class Fleet:
         if healthy:
             backend.since = self._clock()
         backend.healthy = healthy
-        self._changed()
+        self._groups = {}
 
     def hear_load(self, key: str, report: bytes) -> None:
         """A health check brought a load report along."""
@@ -91,6 +90,13 @@ class Fleet:
         for backend in self.backends.values():
             backend.tidy(now)
 
+    def keep_breakers(self, rules: Iterable[BreakerRule]) -> None:
+        """A new policy is in force: forget the breakers under other rules, which nobody would close any more."""
+        keys = {rule.key for rule in rules}
+        for backend in self.backends.values():
+            backend.keep_breakers(keys)
+        self._count_open()
+
     def close(self) -> None:
         """Close all idle connections."""
         for backend in self.backends.values():
@@ -100,6 +106,7 @@ class Fleet:
         self._groups = {}
         endpoints = [backend.endpoint for backend in self.backends.values()]
         self._models = frozenset(model.name for endpoint in endpoints for model in endpoint.models)
+        self._versions = frozenset(model.version for endpoint in endpoints for model in endpoint.models)
         self._services = frozenset(endpoint.service for endpoint in endpoints)
         self._count_open()
 
@@ -130,24 +137,38 @@ class Fleet:
         version = target.version or asked_version
         if asked_version is not None and version != asked_version:
             return None
-        key = (target.service, version, model)
+        group = self._groups.get((target.service, version, model)) or self._group_of(target.service, version, model)
+        return group if group is not None and group.serving else None
+
+    def _group_of(self, service: str, version: str | None, model: str | None) -> Group | None:
+        """The group, made and remembered. What clients may ask for without end is not: models and versions nobody has."""
+        if version is not None and version not in self._versions:
+            return None
+        if model is not None and model not in self._models:
+            model = _UNLISTED
+        key = (service, version, model)
         group = self._groups.get(key)
         if group is None:
-            if model is not None and model not in self._models and not self._serves_anything(target.service):
-                return None  # also keeps names that clients invent out of the dictionary
-            group = Group(tuple(b for b in self.backends.values() if _serves(b.endpoint, target.service, model, version)))
-            if len(self._groups) < 100_000:
+            serving = (b for b in self.backends.values() if not b.endpoint.draining)
+            group = Group(tuple(b for b in serving if _offers(b.endpoint, service, model, version)))
+            if group.serving or version is None:
                 self._groups[key] = group
-        return group if group.serving else None
+        return group
 
-    def _serves_anything(self, service: str) -> bool:
-        return any(b.endpoint.service == service and not b.endpoint.models for b in self.backends.values())
-
-    def missing(self, route: Route, model: str | None) -> errors.Refusal:
-        """Why no target of a route has a backend for this model."""
-        if model is not None and any(target.service in self._services for target in route.to):
-            return errors.ModelNotFound("No backend of this route serves the model.", param="model")
-        return errors.NoBackend("No backend is in service for this route.", rule=f"routes.{route.name}.to")
+    def missing(self, route: Route, model: str | None, version: str | None = None) -> errors.Refusal:
+        """Why no target of a route has a backend for this model. One that only drains will be back: that is no 404."""
+        if (
+            model is None
+            or not any(target.service in self._services for target in route.to)
+            or any(
+                _offers(backend.endpoint, target.service, model, target.version or version)
+                for target in route.to
+                for backend in self.backends.values()
+                if backend.endpoint.draining
+            )
+        ):
+            return errors.NoBackend("No backend is in service for this route.", rule=f"routes.{route.name}.to")
+        return errors.ModelNotFound("No backend of this route serves the model.", param="model")
 
     def lease(self, group: Group, route: Route, tried: tuple[Backend, ...], hash_key: str) -> Lease:
         """Balance and guard: choose a backend and own a place in it, in one step without waiting.
@@ -164,18 +185,22 @@ class Fleet:
         if backend is None:
             raise self._no_choice(group, route, tried, refused, now)
         breaker = backend.breaker(rule)
-        return Lease(backend, breaker, breaker.enter(now), self._clock, lambda failing: self._may_open(group, failing, route))
+        return Lease(
+            backend, breaker, breaker.enter(now), self._clock, lambda failing: self._may_open(group, failing, route)
+        )
 
     def _no_choice(
         self, group: Group, route: Route, tried: tuple[Backend, ...], refused: tuple[Backend, ...], now: float
     ) -> errors.Refusal:
-        shut = [b for b in group.usable if b in refused and b not in tried]
-        if shut and len(refused) >= len(group.usable):
-            after = min(backend.breaker(route.breaker).retry_after(now) for backend in shut)
-            rule = f"routes.{route.name}.breaker"
-            return errors.CircuitOpen("The backends of this route keep failing; they are being left alone.", rule=rule, retry_after=after)
         if any(backend not in refused for backend in group.usable):
             return errors.Overloaded("Every backend of this route is at its limit of requests.", retry_after=1.0)
+        shut = [backend for backend in group.usable if backend not in tried]
+        if shut:
+            after = min(backend.breaker(route.breaker).retry_after(now) for backend in shut)
+            rule = f"routes.{route.name}.breaker"
+            return errors.CircuitOpen(
+                "The backends of this route keep failing; they are being left alone.", rule=rule, retry_after=after
+            )
         return errors.NoBackend("No backend of this route could be reached.", retry_after=1.0)
 
     def _may_open(self, group: Group, failing: Backend, route: Route) -> bool:
@@ -185,8 +210,8 @@ class Fleet:
         return may_eject(open_now, len(group.serving), rule.eject_at_most)
 
 
-def _serves(endpoint: Endpoint, service: str, model: str | None, version: str | None) -> bool:
-    if endpoint.draining or endpoint.service != service:
+def _offers(endpoint: Endpoint, service: str, model: str | None, version: str | None) -> bool:
+    if endpoint.service != service:
         return False
     if not endpoint.models:
         return version is None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
+from functools import cache
 
 from discovery.endpoint import Endpoint
 from gateway.upstream.connection import Connection
@@ -18,12 +19,18 @@ IDLE_SECONDS = 3.0
 MAX_IDLE = 256
 
 
+@cache
+def _tls() -> ssl.SSLContext:
+    """One for all: reading the system's certificates takes many milliseconds."""
+    return ssl.create_default_context()
+
+
 class Pool:
     """`take` an idle connection or `connect` a new one; a connection comes back by itself after a whole answer."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
-        self._tls = ssl.create_default_context() if endpoint.scheme == "https" else None
+        self._tls = _tls() if endpoint.scheme == "https" else None
         self._idle: deque[Connection] = deque()
         self.closed = False
 

@@ -1,0 +1,246 @@
+"""The data listener's protocol on a transport in memory: real aiohttp parsing, no sockets."""
+
+import asyncio
+
+import pytest
+
+from gateway.server import UNREAD_SECONDS, DataServer
+from tests.support.upstream import MemoryTransport
+from tests.support.virtual_clock import virtual_time
+
+GET = b"GET /x HTTP/1.1\r\nhost: a\r\n\r\n"
+
+
+class Listener:
+    """A DataServer whose handler writes the path as the answer, or does what a test says."""
+
+    def __init__(self, handle=None, connections: int = 10) -> None:
+        self.refusals = []
+        self.server = DataServer(
+            handle or self.echo,
+            self.reject,
+            idle=75.0,
+            head_timeout=10.0,
+            header_bytes=8192,
+            connections=connections,
+        )
+
+    async def echo(self, incoming) -> bool:
+        incoming.connection.write(incoming.message.path.encode())
+        return True
+
+    def reject(self, connection, refusal) -> None:
+        self.refusals.append(refusal)
+        connection.write(b"refused")
+
+    def connect(self):
+        client = self.server()
+        return client, MemoryTransport(client)
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+@virtual_time
+async def test_requests_are_served_in_order_on_one_connection() -> None:
+    client, transport = Listener().connect()
+    client.data_received(b"".join(b"GET /%d HTTP/1.1\r\nhost: a\r\n\r\n" % number for number in range(50)))
+    await settle()
+    assert transport.written == b"".join(b"/%d" % number for number in range(50))
+    assert transport.limits == (16 * 1024, 64 * 1024)
+
+
+@virtual_time
+async def test_backends_are_told_who_calls() -> None:
+    client, _ = Listener().connect()
+    assert client.forwarded_lines == b"x-forwarded-for: 127.0.0.1\r\nx-forwarded-proto: http\r\n"
+
+
+@virtual_time
+async def test_a_request_that_may_not_be_followed_closes() -> None:
+    async def last(incoming) -> bool:
+        return False
+
+    client, transport = Listener(last).connect()
+    client.data_received(GET + GET)
+    await settle()
+    assert transport.closed == "close"
+
+
+@virtual_time
+async def test_connections_beyond_the_limit_are_dropped_and_counted() -> None:
+    listener = Listener(connections=2)
+    kept = [listener.connect() for _ in range(2)]
+    client, transport = listener.connect()
+    assert transport.closed == "abort"
+    transport.lose()
+    assert (listener.server.open_connections, listener.server.refused_connections) == (2, 1)
+    kept[0][1].lose()
+    assert listener.server.open_connections == 1
+    assert listener.connect()[1].closed == ""
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc", 400),
+        (b"GET / HTTP/1.1\r\nhost: a\r\ncontent-length: +1\r\n\r\n", 400),
+        (b"GET /" + b"a" * 10_000 + b" HTTP/1.1\r\nhost: a\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\nx: " + b"a" * 10_000 + b"\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\nhost: a\r\n" + b"x: y\r\n" * 101 + b"\r\n", 431),
+    ],
+)
+@virtual_time
+async def test_a_head_that_cannot_be_parsed_is_refused_once_and_closed(sent, status) -> None:
+    listener = Listener()
+    client, transport = listener.connect()
+    client.data_received(sent + GET)
+    await settle()
+    assert [refusal.status for refusal in listener.refusals] == [status]
+    assert (transport.written, transport.closed) == (b"refused", "close")
+    assert "aaaa" not in listener.refusals[0].message
+
+
+@virtual_time
+async def test_requests_before_a_broken_one_are_served() -> None:
+    listener = Listener()
+    client, transport = listener.connect()
+    client.data_received(GET)
+    client.data_received(b"junk\r\n\r\n")
+    await settle()
+    assert transport.written == b"/xrefused"
+
+
+@virtual_time
+async def test_a_head_has_ten_seconds_however_it_dribbles() -> None:
+    listener = Listener()
+    client, transport = listener.connect()
+    for byte in GET[:-9]:
+        client.data_received(bytes([byte]))
+        await asyncio.sleep(1)
+        if listener.refusals:
+            break
+    assert asyncio.get_running_loop().time() == pytest.approx(10, abs=1)
+    assert (listener.refusals[0].status, transport.closed) == (408, "close")
+
+
+@virtual_time
+async def test_a_head_in_two_pieces_is_in_time() -> None:
+    listener = Listener()
+    client, transport = listener.connect()
+    client.data_received(GET[:9])
+    await asyncio.sleep(9)
+    client.data_received(GET[9:])
+    await asyncio.sleep(9)
+    assert (transport.written, listener.refusals) == (b"/x", [])
+
+
+@pytest.mark.parametrize("sent", [b"", GET])
+@virtual_time
+async def test_an_idle_connection_is_closed(sent) -> None:
+    client, transport = Listener().connect()
+    if sent:
+        client.data_received(sent)
+    await asyncio.sleep(74)
+    assert not transport.closed
+    await asyncio.sleep(2)
+    assert transport.closed == "close"
+
+
+@virtual_time
+async def test_when_the_client_leaves_its_request_is_cancelled() -> None:
+    ends = []
+
+    async def wait(incoming) -> bool:
+        try:
+            await asyncio.sleep(1000)
+        except asyncio.CancelledError:
+            ends.append("cancelled")
+            raise
+
+    client, transport = Listener(wait).connect()
+    client.data_received(GET)
+    await settle()
+    transport.lose()
+    await settle()
+    assert ends == ["cancelled"]
+    client.write(b"late")
+    client.cut()
+    client.abort()
+
+
+@virtual_time
+async def test_a_body_that_nobody_read_is_thrown_away_so_that_the_answer_arrives() -> None:
+    client, transport = Listener().connect()
+    client.data_received(b"POST /x HTTP/1.1\r\nhost: a\r\ncontent-length: 10\r\n\r\n12345")
+    await settle()
+    assert (transport.written, transport.closed) == (b"/x", "")
+    client.data_received(b"67890")
+    await settle()
+    client.data_received(GET)
+    await settle()
+    assert transport.written == b"/x/x"
+
+
+@virtual_time
+async def test_a_body_that_does_not_come_is_not_waited_for() -> None:
+    client, transport = Listener().connect()
+    client.data_received(b"POST /x HTTP/1.1\r\nhost: a\r\ncontent-length: 10\r\n\r\n12345")
+    await asyncio.sleep(3)
+    assert transport.closed == "close"
+
+
+# Clients that do not read
+
+
+@virtual_time
+async def test_who_does_not_read_answers_is_served_no_more_of_them() -> None:
+    served = 0
+
+    async def much(incoming) -> bool:
+        nonlocal served
+        served += 1
+        incoming.connection.pause_writing()  # as a transport does whose buffer is full
+        return True
+
+    client, transport = Listener(much).connect()
+    client.data_received(GET * 10)
+    await asyncio.sleep(1)
+    assert served == 1
+    client.resume_writing()
+    await asyncio.sleep(1)
+    assert served == 2
+    await asyncio.sleep(UNREAD_SECONDS)
+    assert (served, transport.closed) == (2, "abort")
+
+
+@virtual_time
+async def test_a_cut_connection_that_is_not_read_to_its_end_is_aborted() -> None:
+    client, transport = Listener().connect()
+    aborts = []
+    transport.abort = lambda: aborts.append(asyncio.get_running_loop().time())
+    transport.unsent = 1000
+    client.cut()
+    assert transport.closed == "close"
+    await asyncio.sleep(UNREAD_SECONDS + 1)
+    assert aborts == [UNREAD_SECONDS]
+
+
+@virtual_time
+async def test_the_relay_hears_when_the_client_does_not_keep_up() -> None:
+    class Relay:
+        heard = []
+
+        def pause(self):
+            self.heard.append("pause")
+
+        def resume(self):
+            self.heard.append("resume")
+
+    client, _ = Listener().connect()
+    client.relay = Relay()
+    client.pause_writing()
+    client.resume_writing()
+    assert Relay.heard == ["pause", "resume"]
