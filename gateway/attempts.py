@@ -152,6 +152,7 @@ class _Attempt:
     async def _connect(self, pool: Pool) -> Connection | None:
         trail, timeout = self._trail, self._route.timeout
         due, kind = next_due(Phase.CONNECTING, timeout, trail.start, trail.mark)
+        self.ending = _LEFT  # what a stale connection did before stands no longer
         try:
             async with asyncio.timeout(due - trail.mark):
                 return await pool.connect()
