@@ -238,7 +238,7 @@ def _outcome(ending: Ending, head: AnswerHead | None) -> Outcome:
     """What the breaker hears. 4xx, 429, clients that left and a backend that says it did not start count neither way."""
     if ending.reason == "ok":
         return Outcome.SUCCESS if head is None or head.status < 400 else Outcome.IGNORED
-    if ending.failure is Failure.NOT_STARTED:
+    if ending.failure in (Failure.NOT_STARTED, Failure.STALE):  # a stale connection is replaced, unless the client left
         return Outcome.IGNORED
     return Outcome.FAILURE if ending.reason in _FAILURES else Outcome.IGNORED
 
