@@ -7,8 +7,8 @@ call returns 0.0, and `put_back` undoes it.
 LeasedMeter has at most one question to the store under way; all requests that find the lease empty wait for its answer
 together, at most `STORE_SECONDS`. Without an answer each is decided alone, as the plan says (`when_store_is_down`):
 
-- share: by a bucket of this replica's part of the limit (limit / live gateways, at least one token), which begins at
-  this replica's part of the level that the store told last. What it grants is a debt that the store hears of later.
+- share: by a bucket of this replica's part of the limit (limit / live gateways, at least one token), which begins as
+  full as the store's bucket was when last heard of. What it grants is a debt that the store hears of later.
 - open: admitted.
 - closed: errors.StoreUnavailable.
 """
@@ -74,6 +74,9 @@ class Unmetered:
     def remaining(self, now: float) -> float:  # noqa: ARG002
         return inf
 
+    def __repr__(self) -> str:
+        return "<Unmetered>"
+
 
 class LocalMeter:
     """A bucket in this process: there is no store, this replica is the only one."""
@@ -96,6 +99,9 @@ class LocalMeter:
 
     def reconfigure(self, plan: Plan, limit: Limit) -> None:  # noqa: ARG002
         self._bucket.reconfigure(limit.rate.per_second, limit.capacity, self._now())
+
+    def __repr__(self) -> str:
+        return f"<LocalMeter {self._bucket!r}>"
 
 
 class LeasedMeter:
@@ -246,9 +252,9 @@ class LeasedMeter:
 
     def _give_back(self) -> None:
         self._keep_timer = None
-        if not self._slice.tokens or not self._store.up:
-            return
-        if self._asking or self._slice.outlasts_need(self._now()) > 0.0:
+        if not self._slice.tokens or self._asking or not self._store.up:
+            return  # the next answer watches again
+        if self._slice.outlasts_need(self._now()) > 0.0:
             self._watch_slice()
             return
         self._returning = True
@@ -276,11 +282,15 @@ class LeasedMeter:
         capacity = max(1.0, self.limit.capacity / gateways)
         if self._share is None:
             self._share = Bucket(per_second, capacity, now)
-            self._share.take(now, capacity - min(capacity, self._slice.bucket_level(now) / gateways))
+            self._share.take(now, capacity * (1.0 - self._slice.bucket_level(now) / self.limit.capacity))
         elif self._share_of != gateways:
             self._share.reconfigure(per_second, capacity, now)
         self._share_of = gateways
         return self._share
+
+    def __repr__(self) -> str:
+        asking = "asking, " if self._asking else ""
+        return f"<LeasedMeter {asking}{len(self._waiters)} waiting, {self._slice!r}, share {self._share!r}>"
 
 
 def _settle(waiter: asyncio.Future[float], seconds: float) -> None:

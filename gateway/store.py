@@ -277,7 +277,7 @@ class RedisStore:
     # One exchange
 
     async def _exchange(self, questions: list[Question]) -> list[Grant | str]:
-        """A grant, or what went wrong in a word or two, for each question. After a failure the connection is dropped."""
+        """A grant, or in a word or two what went wrong, for each question. A failure ends the connection."""
         answers: list[Grant | str]
         try:
             if not self._clients:
@@ -309,12 +309,6 @@ class RedisStore:
         for each in questions:
             arguments = script_arguments(each.key, self._replica, each.number, each.limit, each.ask)
             pipeline.execute_command(command, script, *arguments)
-        return list(await pipeline.execute(raise_on_error=False))
-
-    async def _pipeline(self, commands: list[tuple[Any, ...]]) -> list[Any]:
-        pipeline = self._clients[0].pipeline(transaction=False)
-        for command in commands:
-            pipeline.execute_command(*command)
         return list(await pipeline.execute(raise_on_error=False))
 
     async def _disconnect(self) -> None:

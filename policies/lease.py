@@ -25,7 +25,7 @@ A grant smaller than asked means that the bucket is empty: until `closed_until` 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import exp
+from math import exp, inf
 
 from policies.policy import Rate
 
@@ -45,6 +45,9 @@ MOST_CLOSED_SECONDS = 0.05
 LEAST_CLOSED_SECONDS = 0.002
 """A replica asks an empty bucket again after a quarter of the time it takes to fill, within these bounds: seldom enough
 to be cheap, often enough that the bucket does not run full unused."""
+
+OPEN = -inf
+"""`closed_until` of a bucket that may be asked: before every reading of the clock, also one older than the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,7 @@ class Slice:
     def __init__(self, limit: Limit, now: float) -> None:
         self.tokens = 0  # spare tokens in hand
         self.low_water = -1  # at or below this many it is time to ask for more; -1: do not
-        self.closed_until = now  # the bucket is known to be empty until then
+        self.closed_until = OPEN  # the bucket is known to be empty until then
         self._expires_at = now
         self._renewed_at = now
         self._spent_at = now
@@ -109,7 +112,7 @@ class Slice:
         self.limit = limit
         self._per_second = limit.rate.per_second
         self.tokens = min(self.tokens, limit.capacity)
-        self.closed_until = self._level_at
+        self.closed_until = OPEN
 
     def take(self, now: float) -> bool:
         """Spend a token of the lease, if there is one."""
@@ -125,7 +128,7 @@ class Slice:
             self.tokens += tokens  # the store still counts them as held here
             return
         self._credit = min(self._credit + tokens, self.limit.capacity)
-        self.closed_until = self._level_at
+        self.closed_until = OPEN
 
     def spend_alone(self) -> None:
         """A request was granted without the store, which is told when it is back."""
@@ -171,7 +174,7 @@ class Slice:
             self.closed_until = now + max(grant.wait, self._patience())
         else:
             self.low_water = self.tokens // 2 if self.tokens else -1
-            self.closed_until = now
+            self.closed_until = OPEN
         return going
 
     def lost(self) -> None:
@@ -179,8 +182,9 @@ class Slice:
         self.low_water = -1
 
     def outlasts_need(self, now: float) -> float:
-        """Seconds until the spare tokens should go back; 0.0: now."""
-        return max(0.0, self._renewed_at + KEEP_SECONDS - now)
+        """Seconds until the spare tokens should go back; 0.0: now. Never so few that no clock can count them."""
+        seconds = self._renewed_at + KEEP_SECONDS - now
+        return seconds if seconds > 0.001 else 0.0
 
     def bucket_level(self, now: float) -> float:
         """The level of the store's bucket as far as it is known here: others may have taken from it since."""

@@ -205,7 +205,7 @@ class TestKnowing:
         assert lease.remaining(0.9) == 0.0
 
     def test_repr_shows_the_state(self):
-        assert repr(busy_slice()) == "<Slice 20 in hand until 0.49, bucket 50 of 100 at 0, closed until 0, debt 0>"
+        assert repr(busy_slice()) == "<Slice 20 in hand until 0.49, bucket 50 of 100 at 0, closed until -inf, debt 0>"
 
 
 KEY = b"bucket"
