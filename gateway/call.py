@@ -11,6 +11,7 @@ import json
 import re
 from random import Random
 from typing import Any, Final, NamedTuple
+from urllib.parse import unquote
 
 import msgspec
 
@@ -65,7 +66,11 @@ _AMBIGUOUS: Final = re.compile(r"//|\\|;|/\.\.?(?:/|$)|%(?:2e|2f|5c|3b)", re.IGN
 _CONTROL: Final = re.compile(r"%(?:00|0d|0a)", re.IGNORECASE).search
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _BODYLESS: Final = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})
-_OIP_MODEL: Final = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(?:/(?:infer|ready))?").fullmatch
+_OIP_MODEL: Final = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(?:/.*)?").fullmatch
+_MOST_MODEL_NAME: Final = 256  # registrations have at most 200; what is asked for is remembered here and there
+_FORM_MENTIONS: Final = re.compile(
+    rb"content-disposition:[^\r\n]*\bname\*?\s*=\s*[^\r\n]{0,20}model", re.IGNORECASE
+).findall
 _FORM_MODEL: Final = re.compile(
     rb'content-disposition: *form-data; *name="model"\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,200})\r\n', re.IGNORECASE
 ).findall
@@ -76,6 +81,8 @@ _OPENAI_JSON: Final = frozenset(
 )
 
 _actions: dict[bytes, int] = {}
+# Targets that were vetted: their path and protocol. Clients choose them, so it is bounded too.
+_targets: dict[str, tuple[str, str]] = {}
 
 
 def action_of(name: bytes) -> int:
@@ -137,6 +144,14 @@ class Call:
     span_id: int
     parent_span_id: int
     sampled: bool
+    authorization: bytes | None
+    host: bytes | None
+    content_type: bytes
+    content_length: bytes  # as sent; empty without one
+    tracestate: bytes
+    expects_continue: bool
+    http10: bool
+    keep_alive: bool
 
     def header(self, name: str) -> str | None:
         """First value of a header, by lower-case name, for a route that matches on headers."""
@@ -174,16 +189,20 @@ def begin(message: Any, ids: Ids, sample: float) -> Call:
     """A Call from a parsed head (aiohttp's RawRequestMessage), not vetted yet but fit to be refused and recorded."""
     call = Call()
     call.method = message.method
-    call.target = message.path
-    call.path = message.path.partition("?")[0]
-    call.protocol = _protocol_of(call.path)
+    call.target = target = message.path
+    known = _targets.get(target)
+    if known is not None:
+        call.path, call.protocol = known
+    else:
+        call.path = target.partition("?")[0]
+        call.protocol = _protocol_of(call.path)
     call.raw_headers = message.raw_headers
     call.trace_id, call.span_id, call.parent_span_id = ids.trace(), ids.span(), 0
     call.request_id = "%032x" % call.trace_id  # noqa: UP031  until the client names one; twice as fast as an f-string
     call.sampled = ids.is_sampled(sample)
     call.body, call.model, call.version, call.stream = b"", None, None, False
-    call.keep_alive = not message.should_close
     call.http10 = message.version == (1, 0)
+    call.keep_alive = not message.should_close and not call.http10  # which would have to be told so in each answer
     return call
 
 
@@ -200,13 +219,15 @@ def accept(call: Call, message: Any) -> None:
         raise errors.BadRequest("Only HTTP/1.1 and HTTP/1.0 are spoken here.")
     if call.http10 and message.chunked:
         raise errors.BadRequest("Transfer-Encoding does not exist in HTTP/1.0.")
-    _check_target(call, call.target)
+    if call.target not in _targets:
+        _check_target(call, call.target)
     if method in _BODYLESS and (call.content_length not in (b"", b"0") or message.chunked):
         raise errors.BadRequest(f"A {method} request must not have a body.")
     if call.protocol == "oip":
         names = _OIP_MODEL(call.path)
         if names:
-            call.model, call.version = names[1], names[2]
+            call.model = unquote(names[1])
+            call.version = unquote(names[2]) if names[2] is not None else None
 
 
 def _check_target(call: Call, target: str) -> None:
@@ -216,6 +237,8 @@ def _check_target(call: Call, target: str) -> None:
         raise errors.BadRequest("The request target must not contain encoded control characters.")
     if _AMBIGUOUS(call.path):
         raise errors.NoRoute("No route has this path.")
+    if len(_targets) < 1024 and len(target) < 256:
+        _targets[target] = call.path, call.protocol
 
 
 def _read_headers(call: Call, message: Any) -> None:
@@ -225,7 +248,9 @@ def _read_headers(call: Call, message: Any) -> None:
     call.expects_continue, call.tracestate = False, b""
     nominated = b""
     for name, value in message.raw_headers:
-        action = action_of(name)
+        action = _actions.get(name)
+        if action is None:
+            action = action_of(name)
         if action == FORWARD:
             lines.append(b"%b: %b\r\n" % (name, value))
         elif action == DROP:
@@ -275,7 +300,7 @@ def _read_rare_header(call: Call, action: int, value: bytes) -> None:
     elif action == EXPECT:
         if value.lower() != b"100-continue":
             raise errors.ExpectationFailed("The only expectation met here is 100-continue.")
-        call.expects_continue = True
+        call.expects_continue = not call.http10
     elif action == CONTENT_ENCODING and value.lower() != b"identity":
         raise errors.UnsupportedEncoding("A compressed request body is not accepted: send it unencoded.")
 
@@ -310,10 +335,10 @@ def peek(call: Call) -> Asked:
     """
     body = call.body
     if call.protocol in ("oip", "http") or not body:
-        if call.path in _OPENAI_JSON or call.protocol == "anthropic":
+        if _needs_model(call):
             raise errors.BadRequest("A JSON body with a `model` is needed.", param="model")
         return Asked(call.model, False)
-    if call.content_type.startswith(b"multipart/form-data"):
+    if call.content_type[:19].lower() == b"multipart/form-data" and not _needs_model(call):
         return Asked(_form_model(body), False)
     try:
         asked = _peek(body)
@@ -323,9 +348,16 @@ def peek(call: Call) -> Asked:
         raise errors.BadRequest(f"The body is not what this path takes: {_safe(problem)}.") from None
     except (msgspec.DecodeError, RecursionError, ValueError):
         raise errors.BadRequest("The body is not valid JSON.") from None
-    if not asked.model and (call.path in _OPENAI_JSON or call.protocol == "anthropic"):
+    if not asked.model and _needs_model(call):
         raise errors.BadRequest("The body names no `model`.", param="model")
+    if asked.model is not None and len(asked.model) > _MOST_MODEL_NAME:
+        raise errors.BadRequest(f"The name of a model has at most {_MOST_MODEL_NAME} characters.", param="model")
     return Asked(asked.model, asked.stream is True)
+
+
+def _needs_model(call: Call) -> bool:
+    """Whether the path takes JSON with a `model` and nothing else."""
+    return call.path in _OPENAI_JSON or call.protocol == "anthropic"
 
 
 def _safe(problem: Exception) -> str:
@@ -348,4 +380,8 @@ def _form_model(body: bytes) -> str | None:
     found: list[bytes] = _FORM_MODEL(body)
     if len(found) > 1:
         raise errors.BadRequest("The form has `model` more than once.", param="model")
+    if len(_FORM_MENTIONS(body)) != len(found):  # another reader might find one where we see none
+        raise errors.BadRequest(
+            'The form must name its model as `form-data; name="model"`, in one line.', param="model"
+        )
     return found[0].decode("utf-8", "replace") if found else None

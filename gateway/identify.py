@@ -42,6 +42,7 @@ class Entry(Generic[A]):
     principal: Principal
     account: A
     until: float
+    epoch: int  # of the identifier's memory: entries of an older one no longer hold
 
 
 class Identifier(Generic[A]):
@@ -57,12 +58,17 @@ class Identifier(Generic[A]):
         self._verified: OrderedDict[bytes, Entry[A]] = OrderedDict()
         self._refused: OrderedDict[bytes, tuple[str, float]] = OrderedDict()  # message, wall time of the refusal
         self._generation = -1
+        self._epoch = 0
 
     def use(self, policy: Policy) -> None:
         """Follow a new policy: forget everything, because issuers and accounts may differ."""
         self._issuers = policy.issuers
-        self._anonymous = Entry(ANONYMOUS, self._admit(ANONYMOUS), float("inf")) if policy.anonymous else None
+        self._anonymous = Entry(ANONYMOUS, self._admit(ANONYMOUS), float("inf"), -1) if policy.anonymous else None
         self._forget()
+
+    def still_holds(self, entry: Entry[A], wall: float) -> bool:
+        """Whether an entry that was returned for a token would be returned for the same token again. Does not wait."""
+        return entry.epoch == self._epoch and self._generation == self._keys.generation and wall < entry.until
 
     def identify_nowait(self, authorization: bytes | None, wall: float) -> Entry[A] | None:
         """Return the entry of a caller who is known already. None: `identify` must look. Does not wait or raise."""
@@ -114,13 +120,14 @@ class Identifier(Generic[A]):
         raise KeysUnavailable(_KEYS_AWAY, retry_after=1.0)
 
     def _forget(self) -> None:
+        self._epoch += 1
         self._generation = self._keys.generation
         self._trusted = {issuer.issuer: (issuer, self._keys.keys_of(issuer)) for issuer in self._issuers}
         self._verified.clear()
         self._refused.clear()
 
     def _remember(self, digest: bytes, principal: Principal) -> Entry[A]:
-        entry = Entry(principal, self._admit(principal), principal.expires_at + LEEWAY_SECONDS)
+        entry = Entry(principal, self._admit(principal), principal.expires_at + LEEWAY_SECONDS, self._epoch)
         self._verified[digest] = entry
         if len(self._verified) > self._capacity:
             self._verified.popitem(last=False)

@@ -25,7 +25,7 @@ from policies.routing import Router
 
 if TYPE_CHECKING:
     from gateway.admission import Account
-    from gateway.identify import Identifier
+    from gateway.identify import Entry, Identifier
     from gateway.local_answers import LocalAnswers
     from gateway.upstream.fleet import Fleet
     from observability.events import Observer
@@ -127,7 +127,7 @@ class Pipeline:
             return
 
         # Identify: whose token is this? Remembered until it expires, so mostly a lookup.
-        entry = self._identifier.identify_nowait(call.authorization, trail.started_at)
+        entry = self._known_caller(incoming.connection, call.authorization, trail.started_at)
         if entry is None:
             entry = await self._identifier.identify(call.authorization, trail.started_at)
         principal, account = entry.principal, entry.account
@@ -162,6 +162,16 @@ class Pipeline:
 
             # Balance, guard, forward: choose a backend that its breaker lets through, relay its answer, or try another.
             await self._forwarder.forward(call, trail, route, principal.consumer, incoming.connection)
+
+    def _known_caller(self, client: ClientConnection, authorization: bytes | None, wall: float) -> Entry[Account] | None:
+        """Who calls, if that is known without verifying: most often whoever called last on this connection."""
+        if client.caller is not None and client.authorization == authorization:
+            if self._identifier.still_holds(client.caller, wall):
+                return client.caller
+        entry = self._identifier.identify_nowait(authorization, wall)
+        if authorization is not None:
+            client.authorization, client.caller = authorization, entry
+        return entry
 
     def reject(self, connection: ClientConnection, refusal: errors.Refusal) -> None:
         """Answer what never became a request."""

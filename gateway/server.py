@@ -22,6 +22,8 @@ from policies.errors import BadRequest, ClientTimeout, HeaderTooLarge, Refusal
 if TYPE_CHECKING:
     from aiohttp.streams import StreamReader
 
+    from gateway.admission import Account
+    from gateway.identify import Entry
     from gateway.relay import Relay
 
 WRITE_HIGH_BYTES = 64 * 1024
@@ -93,7 +95,7 @@ class DataServer(web.Server):
 class ClientConnection(RequestHandler):
     """One client's connection. `relay` is whoever is writing an answer to it."""
 
-    __slots__ = ("_counted", "_head_timer", "_server", "forwarded_lines", "relay")
+    __slots__ = ("_counted", "_head_timer", "_server", "authorization", "caller", "forwarded_lines", "relay")
 
     def __init__(self, server: DataServer, **kwargs: Any) -> None:
         super().__init__(server, **kwargs)
@@ -102,6 +104,8 @@ class ClientConnection(RequestHandler):
         self._head_timer: asyncio.TimerHandle | None = None
         self.relay: Relay | None = None
         self.forwarded_lines = b""
+        self.authorization: bytes | None = None  # of the last request, and who that was
+        self.caller: Entry[Account] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
