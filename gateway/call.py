@@ -61,8 +61,11 @@ _CLOSE_OR_KEEP: Final = frozenset({b"keep-alive", b"close", b"Keep-Alive", b"Clo
 _SANE_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}").fullmatch
 _HOST: Final = re.compile(rb"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?").fullmatch
 _TARGET: Final = re.compile(r"/[!-~]*").fullmatch
-# Forms of a path that two readers may understand differently: they are routed nowhere.
-_AMBIGUOUS: Final = re.compile(r"//|\\|;|/\.\.?(?:/|$)|%(?:2e|2f|5c|3b)", re.IGNORECASE).search
+# Forms of a path that two readers may understand differently: they are routed nowhere. Letters, digits and `-_~` are
+# among them where they are encoded: whoever decodes them would see another path than the route did (RFC 3986, 6.2.2.2).
+_AMBIGUOUS: Final = re.compile(
+    r"//|\\|;|/\.\.?(?:/|$)|%(?:2[def]|3[0-9b]|4[1-9a-f]|5[0-9acf]|6[1-9a-f]|7[0-9ae])", re.IGNORECASE
+).search
 _CONTROL: Final = re.compile(r"%(?:00|0d|0a)", re.IGNORECASE).search
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _BODYLESS: Final = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})

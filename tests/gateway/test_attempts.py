@@ -8,13 +8,12 @@ import pytest
 from gateway.attempts import Forwarder
 from gateway.call import Ids
 from gateway.trail import Trail
-from gateway.upstream.connection import Connection
 from gateway.upstream.fleet import Fleet
 from policies import errors
 from policies.breaker import State
 from policies.policy import Balance, BalanceKind, BreakerRule, Match, RetryRule, Route, Target, Timeouts
 from tests.support.call import MemoryClient, call_of
-from tests.support.upstream import MemoryTransport, endpoint
+from tests.support.upstream import CLOSED, HANGS, REFUSED, SILENT, endpoint, script
 from tests.support.virtual_clock import virtual_time
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
@@ -23,26 +22,8 @@ FULL = b"HTTP/1.1 503 X\r\nx-backend-not-started: 1\r\ncontent-length: 0\r\n\r\n
 BAD = b"HTTP/1.1 500 X\r\ncontent-length: 0\r\n\r\n"
 WRONG = b"HTTP/1.1 400 X\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
 HALF = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n8\r\ndata: 1\n\r\n1\r\n\n\r\n"
-REFUSED, HANGS, SILENT, CLOSED = "refused", "hangs", "silent", "closed"  # what else a backend can do
 
 RULE = BreakerRule(of_at_least=1, eject_at_most=1.0, key="k")
-
-
-class AnsweringTransport(MemoryTransport):
-    """Answers each request with the next of `answers`; the last one stays."""
-
-    def __init__(self, protocol, answers) -> None:
-        super().__init__(protocol)
-        self.answers = answers
-
-    def write(self, data) -> None:
-        super().write(data)
-        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-        loop = asyncio.get_running_loop()
-        if answer == CLOSED:
-            loop.call_soon(self.lose)
-        elif answer != SILENT:
-            loop.call_soon(self.protocol.data_received, answer)
 
 
 class Story:
@@ -65,17 +46,7 @@ class Story:
         self.client = MemoryClient()
 
     def connects_to(self, backend, answers) -> None:
-        async def connect() -> Connection:
-            if answers[0] == HANGS:
-                await asyncio.sleep(10_000)
-            await asyncio.sleep(0)
-            if answers[0] == REFUSED:
-                raise ConnectionRefusedError
-            connection = Connection(backend.pool)
-            self.transports.append(AnsweringTransport(connection, answers))
-            return connection
-
-        backend.pool.connect = connect
+        script(backend, answers, self.transports)
 
     async def ask(self, call=None) -> Trail:
         self.trail = Trail(self.clock, 0.0, "p1")

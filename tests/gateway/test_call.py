@@ -35,6 +35,10 @@ def test_a_plain_chat_request_is_accepted() -> None:
         ("/v2/models/resnet/infer", "oip", "resnet", None),
         ("/v2/models/resnet/versions/3/infer", "oip", "resnet", "3"),
         ("/v2/models/resnet/ready", "oip", "resnet", None),
+        ("/v2/models/resnet/versions/3/generate", "oip", "resnet", "3"),
+        ("/v2/models/resnet/infer/", "oip", "resnet", None),
+        ("/v2/models/gr%C3%B6%20b/versions/a%2Bb/infer", "oip", "grö b", "a+b"),
+        ("/v2/models", "oip", None, None),
         ("/hooks/a", "http", None, None),
     ],
 )
@@ -59,6 +63,9 @@ def test_protocol_and_model_come_from_the_path(path, protocol, model, version) -
         (head("/v1/../admin"), errors.NoRoute),
         (head("/v1/a;b"), errors.NoRoute),
         (head("/v1/a%5cb"), errors.NoRoute),
+        (head("/v1/chat/completion%73"), errors.NoRoute),
+        (head("/v2/models/%73ecret/infer"), errors.NoRoute),
+        (head("/v2/models/a%5Fb/infer"), errors.NoRoute),
         (head("/x", "expect: junk"), errors.ExpectationFailed),
         (head("/x", "content-encoding: gzip"), errors.UnsupportedEncoding),
         (head("/x", "authorization: Bearer a", "authorization: Bearer b"), errors.BadRequest),
@@ -87,6 +94,11 @@ def test_what_only_the_gateway_may_say_does_not_go_on(line) -> None:
     name = line.partition(":")[0].lower().encode()
     sent = b"".join(call_of(head("/x", line)).lines).lower()
     assert name not in sent
+
+
+def test_an_old_client_is_not_kept_and_not_asked_for_its_body() -> None:
+    call = call_of(b"POST /x HTTP/1.0\r\nconnection: keep-alive\r\nexpect: 100-continue\r\ncontent-length: 1\r\n\r\n")
+    assert (call.keep_alive, call.expects_continue, call.http10) == (False, False, True)
 
 
 def test_other_headers_go_on_less_those_that_connection_names() -> None:
@@ -153,3 +165,31 @@ def test_a_form_names_its_model_in_a_field() -> None:
     assert peek(with_body(field + file, "/v1/audio/transcriptions", kind)).model == "whisper"
     with pytest.raises(errors.BadRequest):
         peek(with_body(field + field + file, "/v1/audio/transcriptions", kind))
+
+
+@pytest.mark.parametrize(
+    "disposition",
+    [
+        b"form-data; name=model",
+        b"form-data;name=\"model\"; filename=\"x\"",
+        b"form-data; filename=\"x\"; name=\"model\"",
+        b"form-data; name = \"model\"",
+        b"form-data; name*=utf-8''model",
+    ],
+)
+def test_a_form_that_another_reader_could_find_a_model_in_is_refused(disposition) -> None:
+    body = b"--b\r\nContent-Disposition: %b\r\n\r\nsecret\r\n--b--\r\n" % disposition
+    with pytest.raises(errors.BadRequest):
+        peek(with_body(body, "/v1/audio/transcriptions", "multipart/form-data; boundary=b"))
+
+
+@pytest.mark.parametrize("kind", ["multipart/form-data; boundary=b", "text/plain"])
+def test_a_path_that_takes_json_takes_nothing_else_for_it(kind) -> None:
+    with pytest.raises(errors.BadRequest):
+        peek(with_body(b"--b--", "/v1/chat/completions", kind))
+    assert peek(with_body(b'{"model":"a"}', "/v1/chat/completions", kind)).model == "a"
+
+
+def test_the_name_of_a_model_is_bounded() -> None:
+    with pytest.raises(errors.BadRequest, match="at most 256"):
+        peek(with_body(b'{"model":"%b"}' % (b"a" * 257)))

@@ -4,6 +4,7 @@ import asyncio
 
 from discovery.endpoint import Endpoint, Model
 from gateway.upstream.connection import Connection
+from gateway.upstream.endpoint import Backend
 
 
 class MemoryTransport(asyncio.Transport):
@@ -32,11 +33,9 @@ class MemoryTransport(asyncio.Transport):
         return bool(self.closed)
 
     def pause_reading(self) -> None:
-        assert not self.is_reading_paused
         self.is_reading_paused = True
 
     def resume_reading(self) -> None:
-        assert self.is_reading_paused
         self.is_reading_paused = False
 
     def close(self) -> None:
@@ -89,3 +88,39 @@ def connected(pool) -> Connection:
     connection = Connection(pool)
     MemoryTransport(connection)
     return connection
+
+
+REFUSED, HANGS, SILENT, CLOSED = "refused", "hangs", "silent", "closed"  # what a backend can do besides answering
+
+
+class AnsweringTransport(MemoryTransport):
+    """Answers each request with the next of `answers`; the last one stays."""
+
+    def __init__(self, protocol, answers) -> None:
+        super().__init__(protocol)
+        self.answers = answers
+
+    def write(self, data) -> None:
+        super().write(data)
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        loop = asyncio.get_running_loop()
+        if answer == CLOSED:
+            loop.call_soon(self.lose)
+        elif answer != SILENT:
+            loop.call_soon(self.protocol.data_received, answer)
+
+
+def script(backend: Backend, answers: list, transports: list[MemoryTransport]) -> None:
+    """From now on connections to a backend answer request after request so; `transports` gets each one made."""
+
+    async def connect() -> Connection:
+        if answers[0] == HANGS:
+            await asyncio.sleep(10_000)
+        await asyncio.sleep(0)
+        if answers[0] == REFUSED:
+            raise ConnectionRefusedError
+        connection = Connection(backend.pool)
+        transports.append(AnsweringTransport(connection, answers))
+        return connection
+
+    backend.pool.connect = connect
