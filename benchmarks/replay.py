@@ -1,9 +1,10 @@
 """What a unary request costs in our own code: the real gateway, real bytes, no sockets.
 
-    weir bench profile [--requests 20000] [--profile]
+    weir bench profile [--requests 20000] [--stages] [--profile]
 
 Client and backend transports are fakes that hand bytes over in memory, so what is measured is parsing, deciding and
-writing heads: everything but the kernel. `--profile` runs cProfile and prints the dearest functions.
+writing heads: everything but the kernel. `--stages` samples which file of the program is at work; `--profile` runs
+cProfile and prints the dearest functions, each with the price of being watched.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import uvloop
 
+from benchmarks.sampling import Samples
 from gateway import config as configuration
 from gateway.app import Gateway
 from gateway.server import DataServer
@@ -30,6 +32,7 @@ from gateway.upstream.connection import Connection
 from gateway.upstream.pool import Pool
 from policies import identity
 
+SHOWN = 24
 BATCH = 250  # the best of many short batches is what other work on the machine disturbs least
 BODY = (
     b'{"model":"tiny","messages":[{"role":"system","content":"You are a helpful assistant."},{"role":"user","content":'
@@ -93,7 +96,7 @@ class Pipe:
     def resume_reading(self) -> None: ...
 
 
-async def replay(requests: int, profile: cProfile.Profile | None) -> float:
+async def replay(requests: int, watched: contextlib.AbstractContextManager[object]) -> float:
     loop = asyncio.get_running_loop()
 
     async def connect(pool: Pool) -> Connection:
@@ -101,7 +104,7 @@ async def replay(requests: int, profile: cProfile.Profile | None) -> float:
         connection.connection_made(Pipe(lambda _: loop.call_soon(connection.data_received, ANSWER)))  # type: ignore[arg-type]
         return connection
 
-    Pool.connect = connect  # type: ignore[method-assign]
+    Pool.connect = connect  # type: ignore[method-assign, assignment]
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         key = identity.generate_signing_key()
@@ -125,10 +128,13 @@ async def replay(requests: int, profile: cProfile.Profile | None) -> float:
                 f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:8080\r\nContent-Type: application/json\r\n"
                 f"Authorization: Bearer {token}\r\nContent-Length: {len(BODY)}\r\n\r\n"
             )
-            return await _drive(gateway, head.encode() + BODY, requests, profile)
+            return await _drive(gateway, head.encode() + BODY, requests, watched)
 
 
-async def _drive(gateway: Gateway, request: bytes, requests: int, profile: cProfile.Profile | None) -> float:
+async def _drive(
+    gateway: Gateway, request: bytes, requests: int, watched: contextlib.AbstractContextManager[object]
+) -> float:
+    """The lowest CPU seconds of a request over all batches: what disturbs a batch only ever adds."""
     server = DataServer(
         gateway.pipeline.handle, gateway.pipeline.reject, idle=75, head_timeout=10, header_bytes=32768, connections=10
     )
@@ -140,31 +146,42 @@ async def _drive(gateway: Gateway, request: bytes, requests: int, profile: cProf
         answer = await answered.get()
     assert answer.startswith(b"HTTP/1.1 200 "), answer
     best = float("inf")
-    if profile is not None:
-        profile.enable()
-    for _ in range(requests // BATCH):
-        started = time.thread_time()
-        for _ in range(BATCH):
-            client.data_received(request)
-            answer = await answered.get()
-        assert answer.startswith(b"HTTP/1.1 200 "), answer
-        best = min(best, (time.thread_time() - started) / BATCH)
-    if profile is not None:
-        profile.disable()
+    with watched:
+        for _ in range(requests // BATCH):
+            started = time.thread_time()
+            for _ in range(BATCH):
+                client.data_received(request)
+                answer = await answered.get()
+            assert answer.startswith(b"HTTP/1.1 200 "), answer
+            best = min(best, (time.thread_time() - started) / BATCH)
     return best * 1e6
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--stages", action="store_true")
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
-    profile = cProfile.Profile() if options.profile else None
+    profile, samples = cProfile.Profile(), Samples()
+    watched = profile if options.profile else samples.taken() if options.stages else contextlib.nullcontext()
     with _access_log_away(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        micros = runner.run(replay(options.requests, profile))
+        micros = runner.run(replay(options.requests, watched))
     print(f"{micros:.1f} us per request, kernel and log writing apart")
-    if profile is not None:
+    if options.profile:
         pstats.Stats(profile).sort_stats("tottime").print_stats(45)
+    if options.stages:
+        _print_stages(samples, micros)
+
+
+def _print_stages(samples: Samples, micros: float) -> None:
+    """Microseconds of a request by file and by function, the replay's own included."""
+    print("\nby file, us")
+    for part, share in samples.by_part()[:SHOWN]:
+        print(f"{share * micros:8.1f}  {part}")
+    print("\nby function, us")
+    for place, share in samples.by_function()[: 2 * SHOWN]:
+        print(f"{share * micros:8.1f}  {place.part}  {place.function}")
 
 
 @contextlib.contextmanager
