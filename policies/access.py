@@ -7,9 +7,16 @@ entry about models lets them be asked for; with none every model is. Where both 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 from policies import errors
 from policies.policy import ANONYMOUS, Allow, Principal, Route
+
+# Where a model of the list may be asked for. Of the last the name is left open: routes rarely have one in their path.
+_PATHS: Final = (
+    "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/images/generations",
+    "/v1/audio/speech", "/v1/audio/transcriptions", "/v1/messages", "/v2/models/any/infer",
+)  # fmt: skip
 
 
 def check(route: Route, principal: Principal, model: str | None) -> None:
@@ -27,20 +34,45 @@ def check(route: Route, principal: Principal, model: str | None) -> None:
 def visible_models(routes: Iterable[Route], principal: Principal, offered: Iterable[tuple[str, str, str]]) -> list[str]:
     """Return the names, sorted, of the models that this caller may ask for. `offered`: (service, name, version).
 
-    That is: some route matches the model, allows it and the caller, and has a target that serves it.
+    That is: on some path of the API, with some headers, the first route that matches the model allows it and the
+    caller, and has a target that serves it.
     """
-    to_service: dict[str, list[tuple[Route, str | None]]] = {}
+    all_routes = tuple(routes)
+    on_paths = {tuple(number for number, route in enumerate(all_routes) if _has_path(route, path)) for path in _PATHS}
+    ways = [[all_routes[number] for number in numbers] for numbers in on_paths]
+    places: dict[str, set[tuple[str, str]]] = {}
+    for service, name, version in offered:
+        places.setdefault(name, set()).add((service, version))
+    return sorted(name for name, where in places.items() if any(_reaches(way, principal, name, where) for way in ways))
+
+
+def _reaches(routes: Iterable[Route], principal: Principal, name: str, where: set[tuple[str, str]]) -> bool:
+    """Whether a request for the model would be served by these routes, which all have its path."""
     for route in routes:
-        if _admits(route.allow, principal):
-            for target in route.to:
-                to_service.setdefault(target.service, []).append((route, target.version))
-    return sorted(
-        {name for service, name, version in set(offered) if _has_way(to_service.get(service, ()), name, version)}
+        pattern = route.match.model
+        if pattern is not None and not pattern.fullmatch(name):
+            continue
+        if _is_allowed(route.allow, principal, name) and _serves(route, where):
+            return True
+        if not route.match.headers:  # else the caller may leave them out, and the next one decides
+            return False
+    return False
+
+
+def _has_path(route: Route, path: str) -> bool:
+    return route.match.path is None or route.match.path.fullmatch(path) is not None
+
+
+def _is_allowed(allow: Allow, principal: Principal, model: str) -> bool:
+    return _admits(allow, principal) and (not allow.models or _covers(allow, model))
+
+
+def _serves(route: Route, where: set[tuple[str, str]]) -> bool:
+    return any(
+        target.service == service and target.version in (None, version)
+        for target in route.to
+        for service, version in where
     )
-
-
-def _has_way(ways: Iterable[tuple[Route, str | None]], name: str, version: str) -> bool:
-    return any(wanted in (None, version) and _takes(route, name) for route, wanted in ways)
 
 
 def _admits(allow: Allow, principal: Principal) -> bool:
@@ -55,10 +87,3 @@ def _admits(allow: Allow, principal: Principal) -> bool:
 
 def _covers(allow: Allow, model: str | None) -> bool:
     return model is not None and any(pattern.fullmatch(model) for pattern in allow.models)
-
-
-def _takes(route: Route, model: str) -> bool:
-    pattern = route.match.model
-    if pattern is not None and not pattern.fullmatch(model):
-        return False
-    return not route.allow.models or _covers(route.allow, model)

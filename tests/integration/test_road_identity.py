@@ -55,7 +55,7 @@ issuers:
 routes:
 - {{name: research, match: {{path: "/v1/*", model: "tiny*"}}, allow: ["group:research", "consumer:ci", "scope:chat"], to: [{{service: tiny}}]}}
 - {{name: narrow, match: {{path: "/v1/embeddings"}}, allow: ["model:small"], to: [{{service: tiny}}]}}
-- {{name: open, match: {{path: "/*", model: small}}, to: [{{service: tiny}}]}}
+- {{name: open, match: {{path: "/*"}}, to: [{{service: tiny}}]}}
 """
 
 
@@ -236,6 +236,18 @@ async def test_keys_once_had_outlive_the_provider(tmp_path, broken) -> None:
             assert (await ask(client, token(key, sub="ci"))).status == 200
         result = "failed" if broken == "outage" else "rejected"
         assert (await scrape(gateway)).value("weir_jwks_refresh_total", result=result) >= 1
+
+
+async def test_a_token_that_is_remembered_is_judged_anew_by_a_new_policy(tmp_path) -> None:
+    async with guarded(tmp_path) as (gateway, client, idp, _):
+        of = token(groups=["research"])
+        assert (await ask(client, of)).status == 200
+        for change, status in ((("group:research", "group:others"), 403), (("audience: weir", "audience: other"), 401)):
+            before = gateway.policy.policy
+            (tmp_path / "policy.yaml").write_text(policy(idp.url).replace(*change))
+            await until(lambda before=before: gateway.policy.policy is not before)
+            answer = await ask(client, of)
+            assert (answer.status, answer.headers["x-weir-policy"]) == (status, gateway.policy.policy.version)
 
 
 async def test_a_token_turns_up_nowhere(tmp_path, capfd) -> None:

@@ -13,8 +13,8 @@ EVERYBODY = Allow()
 TINY = (Target("tiny"),)
 
 
-def route(allow=EVERYBODY, model=None, to=TINY):
-    return Route("chat", Match(model=model and glob(model)), to, allow)
+def route(allow=EVERYBODY, model=None, to=TINY, path=None, headers=()):
+    return Route("chat", Match(path and glob(path), model and glob(model), headers), to, allow)
 
 
 def allow(groups=(), consumers=(), scopes=(), models=()):
@@ -86,12 +86,22 @@ OFFERED = [
         ([route(to=(Target("tiny", "3"),))], []),
         ([route(to=(Target("gone"),))], []),
         ([route(model="tiny-*")], ["tiny-2"]),
-        ([route(model="big"), route(model="b*", to=(Target("large"),))], ["big"]),
+        ([route(model="big", to=(Target("large"),)), route(model="tiny")], ["big", "tiny"]),
         ([route(allow(groups=["research"]))], ["tiny", "tiny-2"]),
         ([route(allow(consumers=["ci"]))], []),
         ([route(allow(models=["*-2"]))], ["tiny-2"]),
-        ([route(allow(consumers=["ci"])), route(allow(scopes=["chat"]), model="tiny")], ["tiny"]),
+        ([route(allow(scopes=["chat"]), model="tiny"), route(allow(consumers=["ci"]))], ["tiny"]),
+        # The first route that matches decides, as it does for a request
+        ([route(allow(consumers=["ci"])), route(allow(scopes=["chat"]), model="tiny")], []),
+        ([route(allow(consumers=["ci"]), model="tiny"), route()], ["tiny-2"]),
+        ([route(model="tiny", to=(Target("gone"),)), route()], ["tiny-2"]),
+        ([route(allow(consumers=["ci"]), path="/v1/*"), route(path="/pages/*")], []),
+        # ... on that path, and with those headers
+        ([route(allow(consumers=["ci"]), path="/v1/embeddings"), route()], ["tiny", "tiny-2"]),
+        ([route(allow(consumers=["ci"]), headers=(("x-team", "red"),)), route()], ["tiny", "tiny-2"]),
+        ([route(headers=(("x-team", "red"),)), route(allow(consumers=["ci"]))], ["tiny", "tiny-2"]),
+        ([route(path="/v2/*")], ["tiny", "tiny-2"]),
     ],
 )
-def test_visible_is_what_some_route_would_serve_this_caller(routes, names):
+def test_visible_is_what_this_caller_would_be_served(routes, names):
     assert visible_models(routes, ALICE, OFFERED) == names
