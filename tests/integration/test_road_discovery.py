@@ -187,6 +187,23 @@ async def test_etcd_comes_back_empty_and_the_backends_stay_in_service(own_etcd, 
     assert {each.backend for each in traffic.asked} == {"one", "two"}
 
 
+async def test_when_most_vanish_at_once_those_that_work_are_kept(etcd, prefix, tmp_path) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        backends = [await stack.enter_async_context(ScriptedBackend()) for _ in range(3)]
+        client = await stack.enter_async_context(client_of(etcd))
+        gateway = await stack.enter_async_context(etcd_gateway(tmp_path, etcd.url, prefix, policy=ROUND_ROBIN))
+        lease = await client.grant(60)
+        for number, backend in enumerate(backends):
+            await client.put(f"{prefix}/backends/tiny/{number}", encode(Registration(backend.url)), lease)
+        await until(lambda: len(healthy(gateway)) == 3)
+        async with Traffic(gateway.data_address) as traffic:
+            await traffic.more(20)
+            await client.revoke(lease)  # as when etcd loses all leases: nobody said goodbye
+            await until(lambda: gateway.discovery.store.statistics().held == 3)
+            assert {each.backend for each in await traffic.more(50)} == {"0", "1", "2"}
+    assert traffic.failed == []
+
+
 async def test_poisoned_registrations_are_ignored_told_and_stop_nothing(etcd, prefix, tmp_path) -> None:
     poison = {
         "tiny/outside": encode(Registration("http://169.254.169.254/latest")),

@@ -53,7 +53,7 @@ version: 1
 issuers:
 - {{issuer: "{IDP}", audience: weir, algorithms: [RS256, ES256], jwks: "{jwks}"}}
 routes:
-- {{name: research, match: {{path: "/v1/*", model: "tiny*"}}, allow: ["group:research", "consumer:ci", "scope:chat"], to: [{{service: tiny}}]}}
+- {{name: research, match: {{model: "tiny*"}}, allow: ["group:research", "consumer:ci", "scope:chat"], to: [{{service: tiny}}]}}
 - {{name: narrow, match: {{path: "/v1/embeddings"}}, allow: ["model:small"], to: [{{service: tiny}}]}}
 - {{name: open, match: {{path: "/*"}}, to: [{{service: tiny}}]}}
 """

@@ -72,8 +72,9 @@ def statuses(*traffics) -> set[int]:
     return {each.status for traffic in traffics for each in traffic.asked}
 
 
-def slowest(asked) -> float:
-    return max(each.answered_at - each.sent_at for each in asked)
+def waits(asked) -> list[float]:
+    """How long each answer took, the slowest last."""
+    return sorted(each.answered_at - each.sent_at for each in asked)
 
 
 async def is_up(gateway) -> bool:
@@ -150,6 +151,36 @@ async def test_a_limit_is_told_by_every_answer_and_its_advice_is_good(tmp_path, 
     assert len(backend.heads) == 4
 
 
+@pytest.mark.parametrize("shared", [False, True])
+async def test_a_new_policy_changes_the_numbers_and_gives_no_second_bucket(tmp_path, request, shared) -> None:
+    redis = request.getfixturevalue("redis") if shared else None
+    config = f"redis: {{url: {redis.url}}}\n" if redis else ""
+    first, same, larger = (
+        planned(f"{{requests: {limit}/hour, burst: {limit}, concurrency: {places}}}")
+        for limit, places in ((3, 5), (3, 6), (100_000, 5))
+    )
+    async with (
+        ScriptedBackend() as backend,
+        running_gateway(tmp_path, backend.url, policy=first, config=config) as gateway,
+        RawClient(gateway.data_address) as client,
+    ):
+
+        async def under(policy: str) -> None:
+            before = gateway.policy.policy
+            (tmp_path / "policy.yaml").write_text(policy)
+            await until(lambda: gateway.policy.policy is not before)
+
+        assert [(await client.ask()).status for _ in range(4)] == [200, 200, 200, 429]
+        await under(same)
+        refused = await client.ask()
+        assert (refused.status, refused.headers["x-weir-policy"]) == (429, gateway.policy.policy.version)
+        await under(larger)  # 28 in a second
+        async with asyncio.timeout(10):
+            while (answer := await client.ask()).status == 429:
+                await asyncio.sleep(0.02)
+        assert answer.headers["ratelimit-policy"] == '"p";q=100000;w=3600'
+
+
 async def test_places_are_counted_to_the_last_byte_and_cost_no_token_when_there_is_none(tmp_path) -> None:
     end = asyncio.Event()
 
@@ -204,7 +235,7 @@ async def test_without_redis_each_gateway_has_its_share_and_all_is_merged_when_i
             await asyncio.to_thread(redis.kill)
             await wait_store(False, *running)
             away = time.perf_counter()
-            await asyncio.sleep(1.5)
+            await asyncio.sleep(1.2)
             alone = time.perf_counter() - away
             shares = [admitted(each.since(away)) for each in (one, two)]
             await asyncio.to_thread(redis.start)
@@ -215,7 +246,7 @@ async def test_without_redis_each_gateway_has_its_share_and_all_is_merged_when_i
     assert not one.broken + two.broken
     for share in shares:
         assert 0.8 * (rate / 2) * alone <= share <= burst / 2 + (rate / 2) * alone + 1
-    assert slowest(one.asked + two.asked) < 0.5
+    assert waits(one.asked + two.asked)[-1] < 2.0
     assert admitted(one.asked + two.asked) <= 2 * burst + rate * seconds  # the new Redis begins with a full bucket
     logged = [line for line in capfd.readouterr().out.splitlines() if "store is" in line]
     assert sum("store is away" in line for line in logged) == 2  # one line for each gateway
@@ -254,7 +285,8 @@ async def test_a_frozen_redis_delays_nobody_for_long(tmp_path, etcd, redis) -> N
         felt = traffic.since(paused)
     assert statuses(traffic) == {200, 429}
     assert admitted(felt) > 0
-    assert slowest(felt) < 0.5  # 25 ms, and what a busy machine adds
+    assert waits(felt)[len(felt) * 9 // 10] < 0.1  # 25 ms at most, and what a busy machine adds
+    assert waits(felt)[-1] < 2.0  # the client library would by itself have waited longer
 
 
 async def test_a_redis_that_forgets_is_told_nothing_new_by_clients(tmp_path, etcd, redis) -> None:
@@ -275,7 +307,7 @@ async def test_a_redis_that_forgets_is_told_nothing_new_by_clients(tmp_path, etc
 
 @pytest.mark.parametrize("when", ["open", "closed"])
 async def test_a_plan_may_be_open_or_closed_without_redis(tmp_path, etcd, redis, when) -> None:
-    plan = f"{{requests: 10/second, burst: 2, when_store_is_down: {when}}}"
+    plan = f"{{requests: 2/second, burst: 2, when_store_is_down: {when}}}"
     async with gateways(1, tmp_path, etcd, redis, plan) as [gateway], RawClient(gateway.data_address) as client:
         assert 429 in [(await client.ask()).status for _ in range(20)]
         redis.kill()
