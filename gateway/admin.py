@@ -49,22 +49,32 @@ def admin_app(
 def _guard(token: str | None) -> Any:
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if not _is_plain_host(request.host) and token is None:
-            raise web.HTTPForbidden(text="Call the admin listener by its address or as localhost.\n")
-        if token is not None and request.path not in _OPEN_TO_PROBES and not _has_token(request, token):
-            raise web.HTTPUnauthorized(
-                text="The admin listener needs its token.\n", headers={"www-authenticate": 'Basic realm="weir"'}
-            )
-        response = await handler(request)
+        try:
+            _check(request, token)
+            response = await handler(request)
+        except web.HTTPException as refusal:
+            refusal.headers.update(_SECURE)
+            raise
         response.headers.update(_SECURE)
         return response
 
     return guard
 
 
+def _check(request: web.Request, token: str | None) -> None:
+    """Raise HTTPForbidden or HTTPUnauthorized for who may not come in."""
+    if token is None:
+        if not _is_plain_host(request.host):
+            raise web.HTTPForbidden(text="Call the admin listener by its address or as localhost.\n")
+    elif request.path not in _OPEN_TO_PROBES and not _has_token(request, token):
+        raise web.HTTPUnauthorized(
+            text="The admin listener needs its token.\n", headers={"www-authenticate": 'Basic realm="weir"'}
+        )
+
+
 def _is_plain_host(host: str) -> bool:
     name = host.rsplit(":", 1)[0] if host.count(":") == 1 or "]:" in host else host
-    if name == "localhost":
+    if name.lower() == "localhost":
         return True
     try:
         ipaddress.ip_address(name.strip("[]"))
