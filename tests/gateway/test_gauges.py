@@ -1,0 +1,67 @@
+from random import Random
+from types import SimpleNamespace
+
+import pytest
+
+from gateway.gauges import register_gauges
+from gateway.upstream.fleet import Fleet
+from observability.metrics import Metrics
+from policies.breaker import Outcome
+from policies.policy import BreakerRule, Match, Policy, Route, Target
+from tests.support.upstream import endpoint
+
+FAST = BreakerRule(of_at_least=1, key="k")
+
+
+def scraped(store=None, seconds_since_contact: float | None = 1.5) -> dict[str, float]:
+    fleet = Fleet(lambda: 0.0, Random(1), lambda backend, state: None)
+    shown = [endpoint(f"tiny/{name}", draining=name == "d") for name in "abcd"] + [endpoint("big/a")]
+    fleet.replace({one.key: one for one in shown})
+    fleet.note_health("tiny/a", True)
+    fleet.note_health("tiny/b", False)
+    with fleet.lease(fleet.group(Target("big"), None), Route("r", Match(), (), breaker=FAST), (), "") as lease:
+        lease.outcome = Outcome.FAILURE
+    metrics = Metrics()
+    watch = SimpleNamespace(revision=42, seconds_since_contact=seconds_since_contact)
+    register_gauges(
+        metrics,
+        SimpleNamespace(inflight=3),
+        SimpleNamespace(open_connections=7, refused_connections=2),
+        fleet,
+        SimpleNamespace(watch=watch),
+        SimpleNamespace(policy=Policy("0123456789ab")),
+        store,
+        lambda: 0.25,
+    )
+    lines = metrics.render()[0].decode().splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+
+def test_what_the_gateways_parts_show() -> None:
+    samples = scraped()
+    expected = {
+        "weir_inflight": 3,
+        "weir_connections": 7,
+        "weir_connections_refused_total": 2,
+        'weir_backends{service="tiny",state="healthy"}': 1,
+        'weir_backends{service="tiny",state="unhealthy"}': 1,
+        'weir_backends{service="tiny",state="unknown"}': 1,
+        'weir_backends{service="tiny",state="draining"}': 1,
+        'weir_backends{service="big",state="unknown"}': 1,
+        'weir_breaker_state{backend="a",service="tiny"}': 0,
+        'weir_breaker_state{backend="a",service="big"}': 2,
+        "weir_discovery_revision": 42,
+        "weir_discovery_lag_seconds": 1.5,
+        'weir_policy_info{version="0123456789ab"}': 1,
+        "weir_loop_lag_seconds": 0.25,
+    }
+    assert {name: samples.get(name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(("store", "up"), [(None, None), (SimpleNamespace(up=True), 1), (SimpleNamespace(up=False), 0)])
+def test_a_store_is_told_of_where_there_is_one(store, up) -> None:
+    assert scraped(store).get("weir_store_up") == up
+
+
+def test_what_is_not_known_yet_is_not_told() -> None:
+    assert "weir_discovery_lag_seconds" not in scraped(seconds_since_contact=None)
