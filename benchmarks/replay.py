@@ -124,6 +124,8 @@ async def replay(requests: int, watched: contextlib.AbstractContextManager[objec
         async with gateway.running():
             while len(gateway.fleet.backends) < 2:
                 await asyncio.sleep(0.01)
+            for backend in gateway.fleet.backends.values():
+                backend.since = float("-inf")  # long in service: past its slow start
             head = (
                 f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:8080\r\nContent-Type: application/json\r\n"
                 f"Authorization: Bearer {token}\r\nContent-Length: {len(BODY)}\r\n\r\n"

@@ -56,7 +56,7 @@ from gateway.upstream.endpoint import Backend
 from gateway.upstream.fleet import Fleet
 from gateway.views import views
 from observability import events
-from observability.fanout import Fanout
+from observability.fanout import Batch, fanout
 from observability.logs import AccessLog, EventLog, LineWriter, configure
 from observability.metrics import Metrics
 from observability.recent import Recent
@@ -92,8 +92,9 @@ class Gateway:
         self.clock = time.perf_counter
         self.wall = time.time
         self.rng = Random(secrets.randbits(128))
-        self.metrics = Metrics()
-        self.recent = Recent()
+        self._flush: Callable[[], None] = lambda: None
+        self.metrics = Metrics(lambda: self._flush())
+        self.recent = Recent(lambda: self._flush())
         self._lags: deque[float] = deque([0.0], maxlen=int(10 / LAG_PERIOD_SECONDS))
         self.data_address: Address
         self.admin_address: Address
@@ -197,7 +198,10 @@ class Gateway:
             self.metrics.counter(
                 "weir_otlp_export_failures_total", "Traces lost.", (), lambda: [((), float(exporter.failures))]
             )
-        return Fanout(observers, self.clock)
+        batch = Batch(fanout(observers, self.clock), asyncio.get_running_loop().call_later)
+        self._flush = batch.flush
+        stack.callback(batch.flush)
+        return batch
 
     async def _start_policy(
         self, stack: contextlib.AsyncExitStack, observe: events.Observer, etcd: Etcd | None

@@ -67,8 +67,8 @@ class Relay:
     """One answer. Make it, `connection.start(relay, ...)`, `await relay.wait()`, `relay.release()` whatever happens."""
 
     __slots__ = (
-        "_activity", "_client", "_connection", "_done", "_held", "_held_bytes", "_loop", "_mode", "_out", "_over", "_scanner",
-        "_stalled_since", "_timer", "call", "committed", "ending", "head", "lines", "overdue", "timeouts",
+        "_activity", "_client", "_connection", "_done", "_held", "_held_bytes", "_mode", "_out", "_over", "_scanner",
+        "_stalled_since", "call", "committed", "ending", "head", "lines", "overdue", "timeouts",
         "trail",
     )  # fmt: skip
 
@@ -95,15 +95,13 @@ class Relay:
         self._out: list[bytes] = []  # body bytes to send at the next flush
         self._held: list[bytes] = []
         self._held_bytes = 0
-        self._loop = asyncio.get_running_loop()
         self._done: asyncio.Future[None] | None = None
         self._over = False  # ended, and the client has taken what it was sent
         self._activity = trail.mark
         self._stalled_since = 0.0
         self.overdue: Kind | None = None  # which timeout has run out
-        due, _ = next_due(Phase.WAITING, timeouts, trail.start, trail.mark)
-        self._timer = self._wake_in(due - trail.mark)
         client.relay = self
+        self._wake_in(timeouts.first_byte)
 
     def __repr__(self) -> str:
         mode = self._mode.value if self._mode else "waiting"
@@ -112,14 +110,13 @@ class Relay:
     async def wait(self) -> Ending:
         """Until the answer has ended; back-pressure included."""
         if not self._over:
-            self._done = self._loop.create_future()
+            self._done = asyncio.get_running_loop().create_future()
             await self._done
         assert self.ending is not None  # noqa: S101  being over is having ended
         return self.ending
 
     def release(self) -> None:
         """Give back what the answer held. A connection whose answer is not whole is closed here."""
-        self._timer.cancel()
         self._client.relay = None
         self._connection.finish(self.trail.clock())
 
@@ -216,7 +213,8 @@ class Relay:
 
     # Time
 
-    def _tick(self) -> None:
+    def on_alarm(self) -> None:
+        """Time has passed: is anything overdue?"""
         if self._over:
             return
         now = self.trail.clock()
@@ -237,11 +235,12 @@ class Relay:
                 self._send(self._framed(_KEEP_ALIVE))
                 quiet_until = now + KEEP_ALIVE_SECONDS
             due = min(due, quiet_until)
-        self._timer = self._wake_in(due - now)
+        self._wake_in(due - now)
 
-    def _wake_in(self, seconds: float) -> asyncio.TimerHandle:
-        """Look again then, or sooner: a head, a pause or a comment's time may come in between and set no timer."""
-        return self._loop.call_later(max(0.001, min(seconds, self.timeouts.idle, KEEP_ALIVE_SECONDS)), self._tick)
+    def _wake_in(self, seconds: float) -> None:
+        """Look again then, or sooner: a head, a pause or a comment's time may come in between and set no alarm."""
+        timeouts = self.timeouts
+        self._connection.wake_in(max(0.001, min(seconds, timeouts.idle, timeouts.total, KEEP_ALIVE_SECONDS)))
 
     def _give_up(self, reason: str) -> None:
         if self.ending is not None:  # all but the client's reading is done

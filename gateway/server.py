@@ -191,21 +191,37 @@ class ClientConnection(RequestHandler):
         In place of aiohttp's loop, which makes a task, a writer and a response object for each request: answers are
         written by whoever has them, and this task, which is the connection's own, is what a client's leaving cancels.
         """
-        handle, reject = self._server.handle, self._server.reject
+        handle, messages = self._server.handle, self._messages
         try:
             while not self._force_close:
-                message, payload = await self._next_message()
+                if not messages:
+                    await self._wait_message()
+                message, payload = messages.popleft()
+                self._resume_parser()
                 if isinstance(message, _ErrInfo):
-                    reject(self, _refusal_of(message.exc, self._server.header_bytes))
+                    self._server.reject(self, _refusal_of(message.exc, self._server.header_bytes))
                     break
-                keeps = await self._serve(handle, Incoming(message, payload, self))
-                if self.writing_paused and not await self._is_read():
+                incoming = Incoming(message, payload, self)
+                self._current_request = incoming  # type: ignore[assignment]  # aiohttp calls nothing but its _cancel
+                self._request_in_progress = True
+                try:
+                    keeps = await handle(incoming)
+                finally:
+                    self._current_request = None
+                    self._request_in_progress = False
+                    if self._handler_waiter is not None:
+                        self._tell_shutdown()
+                if self._paused and not await self._is_read():
                     break
                 if not payload.is_eof():
                     await self._linger(payload)
-                if not keeps or self._close or self._upgraded or not payload.is_eof():
+                    keeps = keeps and payload.is_eof()
+                if not keeps or self._close or self._upgraded:
                     break
-                self._await_next()
+                # the idle time before the next request begins
+                self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+                if self._keepalive_handle is None:
+                    self._keepalive_handle = self._loop.call_at(self._next_keepalive_close_time, self._process_keepalive)
         except asyncio.CancelledError:
             self.force_close()
             raise
@@ -214,30 +230,23 @@ class ClientConnection(RequestHandler):
                 self._task_handler = None
                 self.cut()
 
-    async def _next_message(self) -> tuple[Any, StreamReader]:
-        if not self._messages:
-            self._waiter = self._loop.create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        message, payload = self._messages.popleft()
+    async def _wait_message(self) -> None:
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _resume_parser(self) -> None:
+        """A message was taken: aiohttp holds back a client that sends more than it may before it is answered."""
         if self._parser is not None:
             self._parser.message_consumed()
         if self._buffer_paused and len(self._messages) <= self._msg_queue_resume_size:
             self._resume_reading_if_drained()
-        return message, payload
 
-    async def _serve(self, handle: Handle, incoming: Incoming) -> bool:
-        self._current_request = incoming  # type: ignore[assignment]  # aiohttp calls nothing but its _cancel
-        self._request_in_progress = True
-        try:
-            return await handle(incoming)
-        finally:
-            self._current_request = None
-            self._request_in_progress = False
-            if self._handler_waiter is not None and not self._handler_waiter.done():  # shutdown() waits for us
-                self._handler_waiter.set_result(None)
+    def _tell_shutdown(self) -> None:
+        if self._handler_waiter is not None and not self._handler_waiter.done():
+            self._handler_waiter.set_result(None)
 
     async def _is_read(self) -> bool:
         """Wait until the client has read most of its answers: refusals and our own answers have no relay that does."""
@@ -255,12 +264,6 @@ class ClientConnection(RequestHandler):
             async with asyncio.timeout(LINGER_SECONDS):
                 while not payload.is_eof():
                     await payload.readany()
-
-    def _await_next(self) -> None:
-        """Begin the idle time before the next request."""
-        self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
-        if self._keepalive_handle is None:
-            self._keepalive_handle = self._loop.call_at(self._next_keepalive_close_time, self._process_keepalive)
 
 
 def _refusal_of(error: BaseException | None, header_bytes: int) -> Refusal:

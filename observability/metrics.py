@@ -126,9 +126,10 @@ class _Gauge(NamedTuple):
 
 
 class Metrics:
-    """Observer of every event, and what `/metrics` answers."""
+    """Observer of every event, and what `/metrics` answers. `refresh` brings what has happened but was not told yet."""
 
-    def __init__(self) -> None:
+    def __init__(self, refresh: Callable[[], None] = lambda: None) -> None:
+        self._refresh = refresh
         self._requests = _Counter(
             "weir_requests_total", "Requests, by how they ended.", "route", "service", "status", "reason"
         )
@@ -200,6 +201,7 @@ class Metrics:
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """Write all families in the format that the Accept header asks for: (body, content type)."""
+        self._refresh()
         try:
             encode, content_type = choose_encoder(accept)
         except (TypeError, ValueError):  # a version that is no number

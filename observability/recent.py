@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from observability.events import Attempt, Event, RequestEnded
@@ -14,9 +15,10 @@ KEPT = 200
 class Recent:
     """Observer of RequestEnded. Holds `KEPT` events whatever the traffic."""
 
-    __slots__ = ("_events",)
+    __slots__ = ("_events", "_refresh")
 
-    def __init__(self) -> None:
+    def __init__(self, refresh: Callable[[], None] = lambda: None) -> None:
+        self._refresh = refresh  # brings what has happened but was not told yet
         self._events: deque[RequestEnded] = deque(maxlen=KEPT)
 
     def __call__(self, event: Event) -> None:
@@ -25,6 +27,7 @@ class Recent:
 
     def requests(self) -> list[dict[str, Any]]:
         """Newest first, as dicts of JSON values; times in milliseconds, `time` in Unix seconds."""
+        self._refresh()
         return [_request(event) for event in reversed(self._events)]
 
 

@@ -27,13 +27,14 @@ class Answer(Protocol):
     def on_end(self) -> None: ...
     def on_flush(self) -> None: ...
     def on_broken(self, reason: str) -> None: ...
+    def on_alarm(self) -> None: ...
 
 
 class Connection(asyncio.Protocol):
     """States: idle (answer is None) => busy (start) => idle (whole answer) or closed (anything else)."""
 
     __slots__ = (
-        "_head_bytes", "_headers", "_in_head", "_is_paused", "_keeps_alive", "_parser", "answer", "got_bytes", "idle_since", "leftover",
+        "_alarm", "_head_bytes", "_headers", "_in_head", "_is_paused", "_keeps_alive", "_parser", "answer", "got_bytes", "idle_since", "leftover",
         "pool", "reused", "transport", "whole",
     )  # fmt: skip
 
@@ -41,6 +42,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
+        self._alarm: asyncio.TimerHandle | None = None
         self.answer: Answer | None = None
         self.reused = False  # has carried an answer before
         self.idle_since = 0.0
@@ -89,6 +91,25 @@ class Connection(asyncio.Protocol):
         self.answer = None
         self.transport.abort()
 
+    def wake_in(self, seconds: float) -> None:
+        """Call the answer's `on_alarm` then, or sooner.
+
+        The alarm belongs to the connection and outlives an answer: one that was set for an earlier answer rings for
+        the present one, which finds that it is not time and sets the next. So most requests set no timer at all.
+        """
+        loop = asyncio.get_running_loop()
+        when = loop.time() + seconds
+        if self._alarm is not None:
+            if self._alarm.when() <= when:
+                return
+            self._alarm.cancel()
+        self._alarm = loop.call_at(when, self._ring)
+
+    def _ring(self) -> None:
+        self._alarm = None
+        if self.answer is not None:
+            self.answer.on_alarm()
+
     def pause(self) -> None:
         if not self._is_paused and not self.transport.is_closing():
             self._is_paused = True
@@ -136,6 +157,8 @@ class Connection(asyncio.Protocol):
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
         answer, self.answer = self.answer, None
         if answer is None:
             self.pool.forget(self)

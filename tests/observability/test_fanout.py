@@ -1,7 +1,7 @@
 import structlog
 
 from observability.events import StoreChanged
-from observability.fanout import fanout
+from observability.fanout import BATCH_EVENTS, BATCH_SECONDS, Batch, fanout
 
 EVENT = StoreChanged(up=True, reason="")
 
@@ -40,3 +40,20 @@ def test_a_thousand_failures_are_three_lines_and_one_when_the_window_ends():
         hear(EVENT)
     assert hear.failures == 1001
     assert [line["held_back"] for line in logs] == [0, 0, 0, 997]
+
+
+def test_a_batch_hands_events_on_when_due_when_full_and_when_asked() -> None:
+    seen, timers = [], []
+    batch = Batch(seen.append, lambda seconds, call: timers.append((seconds, call)))
+    for number in range(BATCH_EVENTS):
+        batch(number)
+    assert len(seen) == BATCH_EVENTS  # full
+    batch("next")
+    assert len(seen) == BATCH_EVENTS
+    batch.flush()
+    assert seen[-1] == "next"
+    batch("last")
+    [(seconds, call)] = timers  # one timer, however many events
+    assert seconds == BATCH_SECONDS
+    call()
+    assert seen[-1] == "last"

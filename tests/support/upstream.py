@@ -83,6 +83,9 @@ class Listener:
     def on_broken(self, reason: str) -> None:
         self.heard.append(reason)
 
+    def on_alarm(self) -> None:
+        self.heard.append("alarm")
+
 
 def connected(pool) -> Connection:
     connection = Connection(pool)

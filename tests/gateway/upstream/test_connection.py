@@ -1,8 +1,11 @@
+import asyncio
+
 import pytest
 
 from gateway.upstream.connection import MAX_HEAD_BYTES
 from gateway.upstream.pool import Pool
 from tests.support.upstream import Listener, connected, endpoint
+from tests.support.virtual_clock import virtual_time
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nhi"
 CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -190,3 +193,27 @@ def test_a_bug_of_ours_is_not_blamed_on_the_backend(pool) -> None:
     with pytest.raises(Exception, match="on_body"):
         connection.data_received(OK)
     assert "upstream_protocol" not in listener.heard
+
+
+@virtual_time
+async def test_an_alarm_of_an_earlier_answer_serves_the_next_one() -> None:
+    connection = connected(Pool(endpoint()))
+    rung = []
+
+    class Patient(Listener):
+        def on_alarm(self) -> None:
+            rung.append((self, asyncio.get_running_loop().time()))
+
+    first, second = Patient(), Patient()
+    connection.start(first, b"")
+    connection.wake_in(10.0)
+    connection.answer = None
+    await asyncio.sleep(4)
+    connection.start(second, b"")
+    connection.wake_in(10.0)  # later than the alarm that is set
+    await asyncio.sleep(7)
+    assert rung == [(second, 10.0)]
+    connection.wake_in(5.0)
+    connection.wake_in(1.0)  # sooner than the one that is set
+    await asyncio.sleep(6)
+    assert rung[1:] == [(second, 12.0)]
