@@ -29,7 +29,9 @@ RULE = BreakerRule(of_at_least=1, eject_at_most=1.0, key="k")
 class Story:
     """Backends a, b, ... each with what it does to request after request."""
 
-    def __init__(self, *does, retry: RetryRule = RetryRule(attempts=3), timeout: Timeouts = Timeouts(), **fields) -> None:
+    def __init__(
+        self, *does, retry: RetryRule = RetryRule(attempts=3), timeout: Timeouts = Timeouts(), **fields
+    ) -> None:
         loop = asyncio.get_running_loop()
         self.clock = lambda: 1000.0 + loop.time()
         self.fleet = Fleet(self.clock, Random(4), lambda backend, state: None)
@@ -37,11 +39,19 @@ class Story:
         self.fleet.replace({f"tiny/{name}": endpoint(f"tiny/{name}", **fields) for name in names})
         self.transports = []
         for name, answers in zip(names, does, strict=True):
-            self.connects_to(self.fleet.backends[f"tiny/{name}"], list(answers) if isinstance(answers, tuple) else [answers])
+            self.connects_to(
+                self.fleet.backends[f"tiny/{name}"], list(answers) if isinstance(answers, tuple) else [answers]
+            )
         self.forwarder = Forwarder(self.fleet, self.clock, Random(1), Ids(Random(1)))
         # Equal keys take one backend after the other in the order of the ring, which is the same in each run
         self.route = Route(
-            "chat", Match(), (Target("tiny"),), balance=Balance(BalanceKind.HASH), retry=retry, timeout=timeout, breaker=RULE
+            "chat",
+            Match(),
+            (Target("tiny"),),
+            balance=Balance(BalanceKind.HASH),
+            retry=retry,
+            timeout=timeout,
+            breaker=RULE,
         )
         self.client = MemoryClient()
 
@@ -75,7 +85,12 @@ async def test_a_request_goes_out_with_what_the_backend_must_know() -> None:
     assert b"\r\nx-weir-deadline-ms: 600000\r\n" in head
     assert body == trail.call.body
     assert b"x-weir-backend: a\r\nx-weir-attempts: 1\r\n" in story.client.head
-    assert (trail.service, trail.end_reason, trail.attempts[0].outcome, trail.attempts[0].status) == ("tiny", "ok", "ok", 200)
+    assert (trail.service, trail.end_reason, trail.attempts[0].outcome, trail.attempts[0].status) == (
+        "tiny",
+        "ok",
+        "ok",
+        200,
+    )
     story.assert_given_back()
 
 
@@ -195,7 +210,9 @@ async def test_connections_are_used_again() -> None:
 @virtual_time
 async def test_retries_have_a_budget() -> None:
     story = Story(REFUSED, REFUSED, retry=RetryRule(attempts=2, budget=0.0))
-    story.route = Route("chat", Match(), story.route.to, retry=story.route.retry, balance=story.route.balance)  # no breaker opens
+    story.route = Route(
+        "chat", Match(), story.route.to, retry=story.route.retry, balance=story.route.balance
+    )  # no breaker opens
     made = []
     for _ in range(15):
         with pytest.raises(errors.NoBackend):
@@ -234,7 +251,12 @@ async def test_draining_before_the_answer_is_a_refusal() -> None:
 
 @virtual_time
 async def test_a_load_report_reaches_the_balancer() -> None:
-    story = Story(OK.replace(b"content-length", b'endpoint-load-metrics: JSON {"named_metrics":{"num_requests_running":9}}\r\ncontent-length'))
+    story = Story(
+        OK.replace(
+            b"content-length",
+            b'endpoint-load-metrics: JSON {"named_metrics":{"num_requests_running":9}}\r\ncontent-length',
+        )
+    )
     await story.ask()
     assert story.fleet.backends["tiny/a"].reported == 8  # less our own, which still counts at that moment
 

@@ -36,7 +36,10 @@ class Upload:
         return await read_body(self.incoming, self.call, most, seconds)
 
 
-@pytest.mark.parametrize(("length", "most", "fits"), [(b"", 5, True), (b"5", 5, True), (b"6", 5, False), (b"9" * 5000, 5, False), (b"005", 5, True)])
+@pytest.mark.parametrize(
+    ("length", "most", "fits"),
+    [(b"", 5, True), (b"5", 5, True), (b"6", 5, False), (b"9" * 5000, 5, False), (b"005", 5, True)],
+)
 def test_a_length_that_is_told_is_believed(length, most, fits) -> None:
     call = call_of("/x")
     call.content_length = length

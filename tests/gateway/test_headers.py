@@ -92,7 +92,12 @@ def test_the_head_of_a_request_is_the_callers_in_our_frame() -> None:
 
 @pytest.mark.parametrize(
     ("method", "body", "told"),
-    [("POST", b"", [b"content-length: 0"]), ("PUT", b"ab", [b"content-length: 2"]), ("GET", b"", []), ("DELETE", b"", [])],
+    [
+        ("POST", b"", [b"content-length: 0"]),
+        ("PUT", b"ab", [b"content-length: 2"]),
+        ("GET", b"", []),
+        ("DELETE", b"", []),
+    ],
 )
 def test_a_length_is_told_where_a_body_belongs(method, body, told) -> None:
     lines = head_of(call_of("/x", method=method, body=body))

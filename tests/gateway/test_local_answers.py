@@ -27,7 +27,11 @@ POLICY = Policy(
 class Story:
     def __init__(self, ready: bool = True) -> None:
         fleet = Fleet(lambda: 0.0, Random(1), lambda backend, state: None)
-        shown = (endpoint("tiny/a"), endpoint("big/b", models=(Model("org/huge"),)), endpoint("tiny/c", models=(Model("old"),), draining=True))
+        shown = (
+            endpoint("tiny/a"),
+            endpoint("big/b", models=(Model("org/huge"),)),
+            endpoint("tiny/c", models=(Model("old"),), draining=True),
+        )
         fleet.replace({one.key: one for one in shown})
         self.local = LocalAnswers(fleet, lambda: ready, "1.2.3")
         self.client = MemoryClient()
@@ -40,7 +44,9 @@ class Story:
             self.local.answer(call, self.trail, self.client)
         else:
             assert self.local.answers_caller(call)
-            self.local.answer_caller(call, self.trail, self.client, InForce(POLICY, Router(POLICY)), principal or ANONYMOUS)
+            self.local.answer_caller(
+                call, self.trail, self.client, InForce(POLICY, Router(POLICY)), principal or ANONYMOUS
+            )
         return json.loads(self.client.body) if self.client.body else None
 
 

@@ -140,7 +140,12 @@ async def test_refusals(request_bytes, status, code, end_reason, keeps) -> None:
     assert answer.startswith(b"HTTP/1.1 %d " % status)
     error, (event,) = document(answer)["error"], story.events
     assert (error["code"], error["request_id"]) == (code, header(answer, "x-request-id"))
-    assert (event.status, event.code, event.end_reason, event.request_id) == (status, code, end_reason, error["request_id"])
+    assert (event.status, event.code, event.end_reason, event.request_id) == (
+        status,
+        code,
+        end_reason,
+        error["request_id"],
+    )
     assert (story.transport.closed == "") is keeps
     assert (b"\r\nconnection: close\r\n" in answer) is not keeps
     assert story.upstreams == []
@@ -296,7 +301,9 @@ async def test_a_body_that_does_not_come_is_not_charged() -> None:
 # Clients that leave
 
 
-@pytest.mark.parametrize("does", [[OK], [SILENT], [HANGS], [BUSY, BUSY]], ids=["answered", "waiting", "connecting", "retrying"])
+@pytest.mark.parametrize(
+    "does", [[OK], [SILENT], [HANGS], [BUSY, BUSY]], ids=["answered", "waiting", "connecting", "retrying"]
+)
 @pytest.mark.parametrize("slowly", [False, True])
 @virtual_time
 async def test_when_the_client_leaves_at_any_step_everything_is_given_back(does, slowly) -> None:

@@ -126,7 +126,8 @@ async def test_usage_is_read_from_events_and_documents() -> None:
     usage = b'"usage":{"prompt_tokens":3,"completion_tokens":5}'
     for answer in (
         EVENTS + chunk(b"data: {%b}\n\n" % usage) + chunk(DONE) + END,
-        b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n{%b}" % (len(usage) + 2, usage),
+        b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n{%b}"
+        % (len(usage) + 2, usage),
     ):
         story = Story()
         story.hear(answer)

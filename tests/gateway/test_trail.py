@@ -42,8 +42,20 @@ def test_waiting_is_not_counted_as_ours_and_overhead_is_never_negative() -> None
 
 def test_what_never_became_a_call_is_recorded_under_the_id_it_was_answered_with() -> None:
     event = Trail(Clock(), 5.0, "p1").ended("id-1")
-    assert (event.request_id, event.trace_id, event.method, event.protocol, event.bytes_in) == ("id-1", 0, "", "http", 0)
-    assert (event.status, event.end_reason, event.route, event.model, event.started_at) == (499, "internal", "other", "other", 5.0)
+    assert (event.request_id, event.trace_id, event.method, event.protocol, event.bytes_in) == (
+        "id-1",
+        0,
+        "",
+        "http",
+        0,
+    )
+    assert (event.status, event.end_reason, event.route, event.model, event.started_at) == (
+        499,
+        "internal",
+        "other",
+        "other",
+        5.0,
+    )
 
 
 def test_a_call_lends_its_ids_and_sizes() -> None:

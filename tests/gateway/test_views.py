@@ -32,14 +32,21 @@ def shown(name: str, *endpoints, error=None, seconds_since_contact: float | None
 
 
 def test_backends_in_the_order_of_their_names() -> None:
-    document = shown("backends", endpoint("tiny/b", draining=True, host="::1", address="::1"), endpoint("tiny/a", base_path="/llm"))
+    document = shown(
+        "backends", endpoint("tiny/b", draining=True, host="::1", address="::1"), endpoint("tiny/a", base_path="/llm")
+    )
     first, second = document["backends"]
     assert first == {
         "service": "tiny", "id": "a", "url": "http://127.0.0.1:9000/llm", "models": [{"name": "tiny", "version": "1"}],
         "state": "serving", "healthy": True, "breaker": "closed", "inflight": 0, "weight": 1, "zone": "",
         "reported_load": 0.0,
     }  # fmt: skip
-    assert (second["id"], second["state"], second["healthy"], second["url"]) == ("b", "draining", False, "http://[::1]:9000")
+    assert (second["id"], second["state"], second["healthy"], second["url"]) == (
+        "b",
+        "draining",
+        False,
+        "http://[::1]:9000",
+    )
     assert document["discovery"] == {"state": "watching", "revision": 7, "stale_seconds": 0.123}
 
 
@@ -57,10 +64,18 @@ def test_routes_as_they_are_in_force() -> None:
 
 @pytest.mark.parametrize(
     ("error", "told"),
-    [(None, None), (SimpleNamespace(errors=("policy.yaml:1:1 x",), at=6.0), {"errors": ["policy.yaml:1:1 x"], "at": 6.0})],
+    [
+        (None, None),
+        (SimpleNamespace(errors=("policy.yaml:1:1 x",), at=6.0), {"errors": ["policy.yaml:1:1 x"], "at": 6.0}),
+    ],
 )
 def test_the_policy_and_why_a_newer_one_was_refused(error, told) -> None:
-    assert shown("policy", error=error) == {"version": "v1", "loaded_at": 5.0, "source": "policy.yaml", "last_error": told}
+    assert shown("policy", error=error) == {
+        "version": "v1",
+        "loaded_at": 5.0,
+        "source": "policy.yaml",
+        "last_error": told,
+    }
 
 
 def test_requests_of_late() -> None:

@@ -56,7 +56,13 @@ class MemoryTransport(asyncio.Transport):
 
 def endpoint(key: str = "tiny/a", **fields) -> Endpoint:
     service, _, name = key.partition("/")
-    told = {"scheme": "http", "host": "127.0.0.1", "port": 9000, "address": "127.0.0.1", "models": (Model("tiny", "1"),)}
+    told = {
+        "scheme": "http",
+        "host": "127.0.0.1",
+        "port": 9000,
+        "address": "127.0.0.1",
+        "models": (Model("tiny", "1"),),
+    }
     return Endpoint(key, service, name, **(told | fields))
 
 
