@@ -110,7 +110,7 @@ def _remember(header: tuple[bytes, bytes]) -> tuple[int, bytes]:
 
 
 def judge(call: Call, head: AnswerHead) -> Mode | Failure:
-    """Does this head begin an answer that may pass to the client (and how), or is it a failure?"""
+    """Whether this head begins an answer that may pass to the client (and how), or is a failure."""
     status = head.status
     if head.malformed or not 200 <= status <= 599 or 300 <= status <= 399 or (head.chunked and head.length is not None):
         return Failure.PROTOCOL

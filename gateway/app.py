@@ -70,15 +70,8 @@ ACCEPT_SECONDS = 5.0  # how long a gateway that was told to stop still accepts, 
 DRAIN_SECONDS = 60.0
 FIRST_LIST_SECONDS = 5.0
 LAG_PERIOD_SECONDS = 0.5
-GC_ALLOCATIONS = 50_000  # a request makes no cycles, so looking for them after each 700 new objects costs 5 % for nothing
+GC_ALLOCATIONS = 50_000  # a request makes no cycles: looking for them after each 700 new objects costs 5 % for nothing
 MAX_POLICY_BYTES = 1024 * 1024
-
-_TRANSLATED = {
-    heard.Rejected: lambda e: events.DiscoveryRejected(e.key, e.reason),
-    heard.Resynced: lambda e: events.DiscoveryResynced(e.reason, e.revision),
-    heard.StateChanged: lambda e: events.DiscoveryState(e.state.value),
-    heard.HealthChanged: lambda e: events.BackendHealth(e.service, e.backend, e.healthy, e.reason),
-}
 
 
 class Gateway:
@@ -91,10 +84,10 @@ class Gateway:
         self.version = version_of("weir")
         self.clock = time.perf_counter
         self.wall = time.time
-        self.rng = Random(secrets.randbits(128))
+        self.rng = Random(secrets.randbits(128))  # noqa: S311  spreads load and names requests; nothing secret comes of it
         self._flush: Callable[[], None] = lambda: None
-        self.metrics = Metrics(lambda: self._flush())
-        self.recent = Recent(lambda: self._flush())
+        self.metrics = Metrics(lambda: self._flush())  # noqa: PLW0108  what it is now is not what it will be
+        self.recent = Recent(lambda: self._flush())  # noqa: PLW0108  as above
         self._lags: deque[float] = deque([0.0], maxlen=int(10 / LAG_PERIOD_SECONDS))
         self.data_address: Address
         self.admin_address: Address
@@ -188,9 +181,7 @@ class Gateway:
         stack.callback(writer.close)
         configure(writer, console=telemetry.log == "console")
         observers: list[events.Observer] = [self.metrics, self.recent, AccessLog(writer), EventLog()]
-        self.metrics.counter(
-            "weir_log_dropped_total", "Log lines given up.", (), lambda: [((), float(writer.dropped))]
-        )
+        self.metrics.counter("weir_log_dropped_total", "Log lines given up.", (), lambda: [((), float(writer.dropped))])
         if telemetry.otlp is not None:
             exporter = SpanExporter(otlp_export(telemetry.otlp, "weir", self.version))
             stack.callback(exporter.close)
@@ -319,7 +310,7 @@ class Gateway:
                 raise CannotRun(f"cannot use tls.cert {tls.cert} with tls.key {tls.key}: {error}") from error
         try:
             listener = await asyncio.get_running_loop().create_server(
-                server,  # type: ignore[arg-type]  # aiohttp types its factories more narrowly
+                server,
                 listen.host,
                 listen.port,
                 ssl=context,
@@ -348,7 +339,7 @@ class Gateway:
     async def _wait_idle(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while self.pipeline.inflight:
+                while self.pipeline.inflight:  # noqa: ASYNC110  a poll at the end costs less than an event in each request
                     await asyncio.sleep(0.05)
 
     # Housekeeping
@@ -419,7 +410,15 @@ def _translate(observe: events.Observer) -> heard.Observe:
     """Discovery's own events as those that metrics and logs know."""
 
     def translated(event: heard.DiscoveryEvent) -> None:
-        observe(_TRANSLATED[type(event)](event))
+        match event:
+            case heard.Rejected(key, reason):
+                observe(events.DiscoveryRejected(key, reason))
+            case heard.Resynced(reason, revision):
+                observe(events.DiscoveryResynced(reason, revision))
+            case heard.StateChanged(state):
+                observe(events.DiscoveryState(state.value))
+            case heard.HealthChanged(service, backend, healthy, reason):
+                observe(events.BackendHealth(service, backend, healthy, reason))
 
     return translated
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from random import Random
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from gateway.headers import header_safe, request_head
 from gateway.relay import Ending, Relay
@@ -105,7 +105,7 @@ class Forwarder:
 
 
 class _Attempt:
-    """One try at one backend. On the way out of its `with` the breaker, the balancer and the trail hear how it ended."""
+    """One try at one backend. On the way out of its `with` breaker, balancer and trail hear how it ended."""
 
     __slots__ = (
         "_before",
@@ -198,7 +198,7 @@ class _Attempt:
             if not relay.committed:
                 trail.upstream += trail.lap()
 
-    def __enter__(self) -> _Attempt:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -235,7 +235,7 @@ _PEAK_EWMA = BalanceKind.PEAK_EWMA
 
 
 def _outcome(ending: Ending, head: AnswerHead | None) -> Outcome:
-    """What the breaker hears. 4xx, 429, clients that left and a backend that says it did not start count neither way."""
+    """What the breaker hears. 4xx, 429, clients that left and a backend that did not start count neither way."""
     if ending.reason == "ok":
         return Outcome.SUCCESS if head is None or head.status < 400 else Outcome.IGNORED
     if ending.failure in (Failure.NOT_STARTED, Failure.STALE):  # a stale connection is replaced, unless the client left

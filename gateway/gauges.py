@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Samples = Iterable[tuple[tuple[str, ...], float]]
 
 
-def register_gauges(  # noqa: PLR0913  the parts that have something to show
+def register_gauges(
     metrics: Metrics,
     pipeline: Pipeline,
     server: DataServer,
@@ -64,9 +64,7 @@ def register_gauges(  # noqa: PLR0913  the parts that have something to show
         (),
         one(lambda: watch.seconds_since_contact),
     )
-    metrics.gauge(
-        "weir_policy_info", "The policy in force.", ("version",), lambda: [((policy.policy.version,), 1.0)]
-    )
+    metrics.gauge("weir_policy_info", "The policy in force.", ("version",), lambda: [((policy.policy.version,), 1.0)])
     if store is not None:
         metrics.gauge("weir_store_up", "Whether Redis answers: 1 or 0.", (), one(lambda: float(store.up)))
     metrics.gauge("weir_loop_lag_seconds", "Worst delay of the event loop in the last 10 s.", (), one(loop_lag))

@@ -68,7 +68,9 @@ def _model(name: str) -> dict[str, Any]:
 
 def _write(call: Call, trail: Trail, connection: ClientConnection, status: int, document: dict[str, Any]) -> None:
     body = msgspec.json.encode(document)
-    head = b"%bcontent-type: application/json\r\ncontent-length: %d\r\nx-request-id: %b\r\nx-weir-policy: %b\r\n%b%b%b" % (
+    head = (
+        b"%bcontent-type: application/json\r\ncontent-length: %d\r\nx-request-id: %b\r\nx-weir-policy: %b\r\n%b%b%b"
+    ) % (
         STATUS_LINES[status],
         len(body),
         call.request_id.encode(),

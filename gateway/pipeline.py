@@ -1,7 +1,7 @@
 """The life of a request, in one place: accept -> identify -> admit -> route -> balance -> guard -> forward -> observe.
 
-`_serve` is that sentence. Each step returns a typed value for the next or raises a Refusal; whatever is taken is held by
-`with` to the last streamed byte. Observe is the frame: one event per request, in one `finally`.
+`_serve` is that sentence. Each step returns a typed value for the next or raises a Refusal; whatever is taken is held
+by `with` to the last streamed byte. Observe is the frame: one event per request, in one `finally`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Settings:
 class Pipeline:
     """Serves requests. Everything it needs is handed in; it owns nothing but the order."""
 
-    def __init__(  # noqa: PLR0913  the parts of the sentence
+    def __init__(
         self,
         settings: Settings,
         identifier: Identifier[Account],
@@ -105,7 +105,7 @@ class Pipeline:
             if not trail.bytes_out:  # else the answer has ended, or knows why it did not
                 trail.end_reason = "client_abort"
             raise
-        except Exception:  # a bug of ours must cost one request and be seen
+        except Exception:  # noqa: BLE001  a bug of ours must cost one request and be seen
             self._log.exception("request failed", request_id=trail.call.request_id if trail.call else "")
             self._refuse(errors.InternalError("Something went wrong in the gateway."), trail, incoming)
         finally:
@@ -163,11 +163,13 @@ class Pipeline:
             # Balance, guard, forward: choose a backend that its breaker lets through, relay its answer, or try another.
             await self._forwarder.forward(call, trail, route, principal.consumer, incoming.connection)
 
-    def _known_caller(self, client: ClientConnection, authorization: bytes | None, wall: float) -> Entry[Account] | None:
+    def _known_caller(
+        self, client: ClientConnection, authorization: bytes | None, wall: float
+    ) -> Entry[Account] | None:
         """Who calls, if that is known without verifying: most often whoever called last on this connection."""
-        if client.caller is not None and client.authorization == authorization:
-            if self._identifier.still_holds(client.caller, wall):
-                return client.caller
+        caller = client.caller
+        if caller is not None and client.authorization == authorization and self._identifier.still_holds(caller, wall):
+            return caller
         entry = self._identifier.identify_nowait(authorization, wall)
         if authorization is not None:
             client.authorization, client.caller = authorization, entry

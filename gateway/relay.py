@@ -214,7 +214,7 @@ class Relay:
     # Time
 
     def on_alarm(self) -> None:
-        """Time has passed: is anything overdue?"""
+        """See whether anything is overdue, now that time has passed."""
         if self._over:
             return
         now = self.trail.clock()

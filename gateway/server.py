@@ -1,9 +1,10 @@
 """Accept, the connection's half: aiohttp's low-level server, and what it needs to be safe in front of hostile clients.
 
-aiohttp accepts, parses and holds back what comes too fast. Here is what we do differently: a deadline for the head, JSON
-for what cannot be parsed (without an echo of it and without a traceback), a limit of connections, and a loop of our own
-over the requests of a connection, because answers are written straight to its transport. That loop leans on attributes
-of aiohttp's RequestHandler that are not public: pyproject.toml admits only the minor version it was written against.
+aiohttp accepts, parses and holds back what comes too fast. Here is what we do differently: a deadline for the head,
+JSON for what cannot be parsed (without an echo of it and without a traceback), a limit of connections, and a loop of
+our own over the requests of a connection, because answers are written straight to its transport. That loop leans on
+attributes of aiohttp's RequestHandler that are not public: pyproject.toml admits only the minor version it was written
+against.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ UNREAD_SECONDS = 30.0  # how long a client may leave what it was sent unread
 LINGER_SECONDS = 2.0  # an unread body is read and thrown away this long, so that the client gets to read its refusal
 
 if http_parser.HttpRequestParser.__module__ != "aiohttp._http_parser":  # pragma: no cover  needs a broken install
-    msg = "aiohttp runs without its C parser, which is laxer about framing: reinstall aiohttp, unset AIOHTTP_NO_EXTENSIONS"
+    msg = "aiohttp runs without its C parser, the stricter one: reinstall aiohttp, unset AIOHTTP_NO_EXTENSIONS"
     raise ImportError(msg)
 
 
@@ -60,7 +61,7 @@ Reject = Callable[["ClientConnection", Refusal], None]
 class DataServer(web.Server):
     """The data listener's protocol factory. Its handlers are cancelled when their client leaves."""
 
-    def __init__(  # noqa: PLR0913  the limits of contract 4, each its own
+    def __init__(
         self,
         handle: Handle,
         reject: Reject,
@@ -162,7 +163,7 @@ class ClientConnection(RequestHandler):
             self.transport.write(data)
 
     def cut(self) -> None:
-        """Close after what has been written, without a clean end of the answer; a client that never reads it is aborted."""
+        """Close after what has been written, without a clean end of the answer; abort if it is never read."""
         if self.transport is not None:
             if self.transport.get_write_buffer_size():
                 self._loop.call_later(UNREAD_SECONDS, self.transport.abort)
@@ -221,7 +222,9 @@ class ClientConnection(RequestHandler):
                 # the idle time before the next request begins
                 self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
                 if self._keepalive_handle is None:
-                    self._keepalive_handle = self._loop.call_at(self._next_keepalive_close_time, self._process_keepalive)
+                    self._keepalive_handle = self._loop.call_at(
+                        self._next_keepalive_close_time, self._process_keepalive
+                    )
         except asyncio.CancelledError:
             self.force_close()
             raise
@@ -267,6 +270,6 @@ class ClientConnection(RequestHandler):
 
 
 def _refusal_of(error: BaseException | None, header_bytes: int) -> Refusal:
-    if isinstance(error, LineTooLong) or "headers" in str(error).lower() and "many" in str(error).lower():
+    if isinstance(error, LineTooLong) or ("headers" in str(error).lower() and "many" in str(error).lower()):
         return HeaderTooLarge(f"The head of the request is larger than {header_bytes} bytes, or has over 100 headers.")
     return BadRequest("The request is not well-formed HTTP/1.1.")

@@ -24,7 +24,7 @@ TERMINALS = {
 }
 
 
-class EventTooLarge(Exception):
+class EventTooLarge(Exception):  # noqa: N818  a noun, as in policies/errors.py
     """An event grew past MAX_EVENT_BYTES."""
 
 

@@ -34,7 +34,8 @@ class Connection(asyncio.Protocol):
     """States: idle (answer is None) => busy (start) => idle (whole answer) or closed (anything else)."""
 
     __slots__ = (
-        "_alarm", "_head_bytes", "_headers", "_in_head", "_is_paused", "_keeps_alive", "_parser", "answer", "got_bytes", "idle_since", "leftover",
+        "_alarm", "_head_bytes", "_headers", "_in_head", "_is_paused", "_keeps_alive", "_parser", "answer", "got_bytes",
+        "idle_since", "leftover",
         "pool", "reused", "transport", "whole",
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""One backend as the data path sees it: its registration, connections, breakers and load. Lives as long as the registration.
+"""One backend as the data path sees it: its registration, connections, breakers and load.
 
 What a request takes from a backend is held by a `Lease`, to the last byte, and given back whatever happens.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from random import Random
 from types import TracebackType
+from typing import Self
 
 import msgspec
 
@@ -158,7 +159,7 @@ class Lease:
         self._may_open = may_open
         backend.inflight += 1
 
-    def __enter__(self) -> Lease:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -123,7 +123,7 @@ class Fleet:
 
     def known_model(self, name: str | None) -> str:
         """The name if some backend serves it, else "other": safe as a label and in a log."""
-        return name if name in self._models else "other"  # type: ignore[return-value]  # None is in no set of str
+        return name if name in self._models else "other"
 
     def offered(self) -> Iterable[tuple[str, str, str]]:
         """(service, model, version) of every backend that serves."""
@@ -141,7 +141,7 @@ class Fleet:
         return group if group is not None and group.serving else None
 
     def _group_of(self, service: str, version: str | None, model: str | None) -> Group | None:
-        """The group, made and remembered. What clients may ask for without end is not: models and versions nobody has."""
+        """The group, made and remembered, unless for a version that nobody has: clients invent them without end."""
         if version is not None and version not in self._versions:
             return None
         if model is not None and model not in self._models:

@@ -4,11 +4,11 @@ from random import Random
 
 import pytest
 
+from discovery.endpoint import Model
 from gateway.local_answers import LocalAnswers
 from gateway.pipeline import InForce
 from gateway.trail import Trail
 from gateway.upstream.fleet import Fleet
-from discovery.endpoint import Model
 from policies import errors
 from policies.policy import ANONYMOUS, Allow, Match, Policy, Principal, Route, Target
 from policies.routing import Router
