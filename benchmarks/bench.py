@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from benchmarks.workloads import LATENCY, MANY, STREAM, UNARY, Workload
 WORKLOADS = {each.id: each for each in (UNARY, LATENCY, STREAM, MANY, LIMITS, RELOAD, CHURN)}
 WARM_UP_SECONDS = 2.0
 RSS = Figure("rss_end_mib", "MiB", "RSS", 0)
+OTHERS = Figure("others_percent", "%", "others on its core", 0)
 MIB = 1 << 20
 
 Say = Callable[[str], None]
@@ -52,12 +54,24 @@ def run(rig: Rig, workload: Workload, gateways: Sequence[Gateway], rounds: int, 
         for number in range(1, rounds + 1):
             for name, running in list(under_test.items()):
                 with _dropping_out(outcome, under_test, name, say):
-                    measured = dict(workload.measure(rig, running, seconds))
+                    measured = dict(_measured(rig, workload, running, seconds))
                     measured["rss_start_mib"] = starts[name]
-                    measured["rss_end_mib"] = running.usage().rss_bytes / MIB
                     outcome.rounds.setdefault(name, []).append(measured)
                     say(f"{workload.id} {number}/{rounds} {name}: {told(workload, measured)}")
     return outcome
+
+
+def _measured(rig: Rig, workload: Workload, running: Running, seconds: float) -> Round:
+    """One round, with how much of the gateway's core others took meanwhile."""
+    clock, busy, before = time.monotonic(), running.core_busy_seconds(), running.usage()
+    measured = workload.measure(rig, running, seconds)
+    after = running.usage()
+    others = running.core_busy_seconds() - busy - (after.cpu_seconds - before.cpu_seconds)
+    return {
+        **measured,
+        "others_percent": max(0.0, 100 * others / (time.monotonic() - clock)),
+        "rss_end_mib": after.rss_bytes / MIB,
+    }
 
 
 def told(workload: Workload, measured: Round) -> str:

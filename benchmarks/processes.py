@@ -118,6 +118,22 @@ def _stats() -> Iterator[_Stat]:
                 yield parse_stat(Path(entry.path, "stat").read_text())
 
 
+def core_busy_seconds(core: int) -> float:
+    """What this core has worked until now, what the hypervisor took from it included."""
+    with open("/proc/stat") as file:
+        return parse_busy(file.read(), core) / TICKS
+
+
+def parse_busy(text: str, core: int) -> int:
+    """The ticks of one core in /proc/stat that were not idle (fields 4 and 5 are; the last two are in others)."""
+    for line in text.splitlines():
+        name, *fields = line.split()
+        if name == f"cpu{core}":
+            user, nice, system, _idle, _iowait, *rest = map(int, fields[:8])
+            return user + nice + system + sum(rest)
+    raise Failed(f"/proc/stat does not know core {core}")
+
+
 def free_ports(count: int) -> list[int]:
     """Loopback ports that nobody listens on now, all different."""
     with contextlib.ExitStack() as stack:

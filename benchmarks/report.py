@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.bench import RSS, Outcome
+from benchmarks.bench import OTHERS, RSS, Outcome
 from benchmarks.figures import Figure, Spread
 from benchmarks.gateways.gateway import Gateway
 
@@ -35,7 +35,7 @@ def document(outcomes: Sequence[Outcome], gateways: Sequence[Gateway], absent: M
 
 
 def _workload(outcome: Outcome) -> dict[str, Any]:
-    figures = {figure.name: figure for figure in outcome.workload.figures}
+    figures = {figure.name: figure for figure in (*outcome.workload.figures, RSS, OTHERS)}
     return {
         "work": outcome.workload.title,
         "missing": dict(outcome.missing),
@@ -65,7 +65,7 @@ def table(outcome: Outcome) -> Table:
     """Median of each figure, and its lowest and highest round where there is more than one."""
     shown = Table(title=f"{outcome.workload.id}: {outcome.workload.title}", title_justify="left")
     shown.add_column("gateway")
-    figures = [*outcome.workload.figures, RSS]
+    figures = [*outcome.workload.figures, RSS, OTHERS]
     for figure in figures:
         shown.add_column(f"{figure.title} {figure.unit}".strip(), justify="right")
         if figure.added:

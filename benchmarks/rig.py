@@ -19,12 +19,12 @@ from benchmarks.credentials import Credentials
 from benchmarks.gateways.gateway import OPEN, Gateway, Site
 from benchmarks.mocks import Backends, event_backends, json_backends
 from benchmarks.payloads import EVENTS, PATH, chat_request
-from benchmarks.processes import HOST, Failed, Process, Usage, free_ports, wait_port
+from benchmarks.processes import HOST, Failed, Process, Usage, core_busy_seconds, free_ports, wait_port
 from benchmarks.wrk import Target
 from gateway.children import CannotRun
 from gateway.stack import find_program
 
-READY_SECONDS = 90.0
+READY_SECONDS = 45.0
 EVENT_SECONDS = 0.01
 SLOW_EVENT_SECONDS = 1.0
 ENDLESS = 100_000
@@ -52,9 +52,14 @@ class Running:
     gateway: Gateway
     site: Site
     process: Process
+    cores: frozenset[int]
 
     def usage(self) -> Usage:
         return self.process.usage()
+
+    def core_busy_seconds(self) -> float:
+        """What the gateway's core was kept from idling by, whoever did it."""
+        return sum(core_busy_seconds(core) for core in self.cores)
 
     def target(self, *, consumer: str = OPEN, stream: bool = False, model: str | None = None) -> Target:
         body = chat_request(stream=stream) if model is None else chat_request(model=model, stream=stream)
@@ -118,12 +123,12 @@ class Rig:
         launch = gateway.launch(site)
         if launch is None:
             direct = Site(folder, backends.ports[0], 0, urls, "", self.credentials, self._etcd, self._redis)
-            yield Running(gateway, direct, backends.process)
+            yield Running(gateway, direct, backends.process, frozenset(self.cores.rest))
             return
         log = folder / f"{gateway.name}.log"
         process = Process(gateway.name, launch.argv, cores=self.cores.gateway, log=log, env=launch.env)
         try:
-            running = Running(gateway, site, process)
+            running = Running(gateway, site, process, frozenset(self.cores.gateway))
             wait_answer(running, stream=stream)
             yield running
         finally:

@@ -24,6 +24,9 @@ class Put:
         self.name = name
         self.is_dead = False
 
+    def core_busy_seconds(self):
+        return 0.0
+
     def usage(self):
         if self.is_dead:
             raise Failed(f"{self.name} ended with code 1")

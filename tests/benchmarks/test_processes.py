@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from benchmarks.processes import Failed, Process, free_ports, parse_stat, wait_port
+from benchmarks.processes import Failed, Process, free_ports, parse_busy, parse_stat, wait_port
 
 STAT = "{pid} ({name}) S 1 77 77 0 -1 4194560 100 200 0 0 250 50 999 999 20 0 1 0 1000 123456 4321 18446744073709551615"
 
@@ -44,6 +44,23 @@ def test_one_that_has_ended_is_told_with_its_last_words(tmp_path):
     with pytest.raises(Failed, match=r"peer ended with code 3 \(no such file: x.yaml\)"):
         process.usage()
     process.end()
+
+
+PROC_STAT = """cpu  300 20 100 900 9 0 5 7 1 1
+cpu0 200 10 60 500 4 0 3 4 1 1
+cpu1 100 10 40 400 5 0 2 3 0 0
+intr 1 2 3
+"""
+
+
+@pytest.mark.parametrize(("core", "ticks"), [(0, 277), (1, 155)])
+def test_a_core_is_busy_with_all_but_idling_and_waiting(core, ticks):
+    assert parse_busy(PROC_STAT, core) == ticks
+
+
+def test_a_core_that_is_not_there_is_told():
+    with pytest.raises(Failed, match="core 7"):
+        parse_busy(PROC_STAT, 7)
 
 
 def test_free_ports_are_different_and_nobody_listens_on_them():
