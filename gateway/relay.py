@@ -101,7 +101,7 @@ class Relay:
         self._stalled_since = 0.0
         self.overdue: Kind | None = None  # which timeout has run out
         client.relay = self
-        self._wake_in(timeouts.first_byte)
+        self._wake_in(min(timeouts.first_byte, trail.start + timeouts.total - trail.mark))
 
     def __repr__(self) -> str:
         mode = self._mode.value if self._mode else "waiting"
@@ -239,8 +239,7 @@ class Relay:
 
     def _wake_in(self, seconds: float) -> None:
         """Look again then, or sooner: a head, a pause or a comment's time may come in between and set no alarm."""
-        timeouts = self.timeouts
-        self._connection.wake_in(max(0.001, min(seconds, timeouts.idle, timeouts.total, KEEP_ALIVE_SECONDS)))
+        self._connection.wake_in(max(0.001, min(seconds, self.timeouts.idle, KEEP_ALIVE_SECONDS)))
 
     def _give_up(self, reason: str) -> None:
         if self.ending is not None:  # all but the client's reading is done

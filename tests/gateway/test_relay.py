@@ -35,11 +35,12 @@ def chunk(data: bytes) -> bytes:
 class Story:
     """One relay, its connection, client and trail."""
 
-    def __init__(self, call=None, timeouts: Timeouts = TIMEOUTS, reused: bool = False) -> None:
+    def __init__(self, call=None, timeouts: Timeouts = TIMEOUTS, reused: bool = False, started: float = 0.0) -> None:
         loop = asyncio.get_running_loop()
         self.call = call or call_of()
         self.trail = Trail(lambda: 1000.0 + loop.time(), 0.0, "p1")
         self.trail.call = self.call
+        self.trail.start -= started  # so long ago
         self.client = MemoryClient()
         self.pool = Pool(endpoint())
         self.connection = connected(self.pool)
@@ -321,6 +322,13 @@ async def test_each_timeout_is_in_time(timeouts, pieces, after, ending, overdue)
     assert asyncio.get_running_loop().time() == pytest.approx(after, abs=0.01)
     assert story.relay.overdue is overdue
     assert story.connection.transport.closed == "abort"
+
+
+@virtual_time
+async def test_total_counts_from_the_start_of_the_request_and_not_of_the_attempt() -> None:
+    story = Story(timeouts=Timeouts(first_byte=30.0, total=10.0), started=9.0)
+    assert (await story.end()).failure is Failure.FIRST_BYTE_TIMEOUT
+    assert (story.relay.overdue, asyncio.get_running_loop().time()) == (Kind.TOTAL, pytest.approx(1, abs=0.01))
 
 
 @virtual_time
