@@ -51,7 +51,7 @@ class LimitHeaders:
         if not self._form:
             return b""
         left = int(remaining)
-        reset = ceil((self._burst - remaining) * self._seconds_per_token)
+        reset = -int((remaining - self._burst) * self._seconds_per_token // 1)  # rounded up
         if left != self._last_left or reset != self._last_reset:
             self._last_left, self._last_reset = left, reset
             self._last = self._form % (left, reset, left, encoded_duration(reset))

