@@ -61,6 +61,7 @@ class TestUnmetered:
         assert await meter.take() == 0.0
         meter.put_back(0.0)
         assert meter.remaining(0.0) == float("inf")
+        assert repr(meter) == "<Unmetered>"
 
 
 class TestLocal:
@@ -98,6 +99,14 @@ class TestTaking:
         meter = leased(store, MINUTE)
         await take_many(meter, 8)
         assert [ask.need for ask in store.asked] == [8]
+
+    @virtual_time
+    async def test_repr_shows_the_state(self, ledger):
+        meter = leased(LedgerStore(ledger), MINUTE)
+        waiting = asyncio.create_task(take(meter))
+        await asyncio.sleep(0)
+        assert repr(meter).startswith("<LeasedMeter asking, 1 waiting, <Slice 0 in hand until 0, bucket 10 of 10")
+        await waiting
 
     @virtual_time
     async def test_who_comes_while_asking_is_asked_for_next(self, ledger):
