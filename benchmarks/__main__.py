@@ -43,7 +43,11 @@ class Names(click.ParamType[list[str]]):
         return names
 
 
-@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Example: weir bench --only unary,stream --peers weir,envoy_full --rounds 3 --seconds 5",
+)
 @click.option("--only", type=Names(tuple(WORKLOADS)), default=",".join(WORKLOADS), metavar="LIST", help="Workloads.")
 @click.option("--peers", type=Names(tuple(BY_NAME)), default=",".join(BY_NAME), metavar="LIST", help="Gateways.")
 @click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Of each gateway, in turn.")
@@ -82,6 +86,13 @@ def profile(arguments: tuple[str, ...]) -> None:
     """What a unary request costs in our own code, without sockets."""
     sys.argv = ["weir bench profile", *arguments]
     replay.main()
+
+
+@bench.command(epilog="Example: weir bench markdown benchmarks/results/20261123-170000.json")
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+def markdown(file: Path) -> None:
+    """Print the tables of a result as Markdown."""
+    print(report.markdown(json.loads(file.read_text())))
 
 
 def measure(gateways: list[Gateway], only: list[str], rounds: int, seconds: float, console: Console) -> list[Outcome]:

@@ -6,16 +6,17 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from benchmarks.bench import OTHERS, RSS, Outcome
+from benchmarks.bench import OTHERS, RSS, WORKLOADS, Outcome
 from benchmarks.figures import Figure, Spread
 from benchmarks.gateways.gateway import Gateway
+from benchmarks.workloads import Workload
 
 BASE = "direct"
 OURS = "weir"
@@ -63,20 +64,51 @@ def ratios(found: Mapping[str, Mapping[str, Spread]], figure: str) -> dict[str, 
 
 def table(outcome: Outcome) -> Table:
     """Median of each figure, and its lowest and highest round where there is more than one."""
+    header, *rows = grid(outcome.workload, outcome.spreads)
     shown = Table(title=f"{outcome.workload.id}: {outcome.workload.title}", title_justify="left")
-    shown.add_column("gateway")
-    figures = [*outcome.workload.figures, RSS, OTHERS]
-    for figure in figures:
-        shown.add_column(f"{figure.title} {figure.unit}".strip(), justify="right")
-        if figure.added:
-            shown.add_column("added", justify="right")
-    spreads = outcome.spreads
-    for name, found in spreads.items():
-        shown.add_row(name, *_cells(figures, found, spreads.get(BASE, {})))
+    for number, title in enumerate(header):
+        shown.add_column(title, justify="right" if number else "left")
+    for row in rows:
+        shown.add_row(*row)
     for name, reason in outcome.missing.items():
-        if name not in spreads:
+        if name not in outcome.rounds:
             shown.add_row(name, reason[:60])
     return shown
+
+
+def markdown(told: Any) -> str:
+    """The tables of a JSON document, for a page."""
+    return "\n".join(line for name, found in told["workloads"].items() for line in _page_table(WORKLOADS[name], found))
+
+
+def _page_table(workload: Workload, found: Any) -> Iterator[str]:
+    spreads = {
+        name: {
+            figure: Spread(told["median"], told["low"], told["high"], tuple(told["values"]))
+            for figure, told in figures.items()
+        }
+        for name, figures in found["gateways"].items()
+    }
+    header, *rows = grid(workload, spreads)
+    yield f"### {workload.id}: {workload.title}\n"
+    yield _page_row(header)
+    yield _page_row(["---", *(["---:"] * (len(header) - 1))])
+    yield from map(_page_row, rows)
+    yield ""
+
+
+def _page_row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def grid(workload: Workload, spreads: Mapping[str, Mapping[str, Spread]]) -> list[list[str]]:
+    """The header, and a row for each gateway that was measured."""
+    figures = (*workload.figures, RSS, OTHERS)
+    header = ["gateway"]
+    for figure in figures:
+        header.append(f"{figure.title} {figure.unit}".strip())
+        header += ["added"] * figure.added
+    return [header, *([name, *_cells(figures, found, spreads.get(BASE, {}))] for name, found in spreads.items())]
 
 
 def _cells(figures: Iterable[Figure], found: Mapping[str, Spread], base: Mapping[str, Spread]) -> list[str]:

@@ -69,6 +69,15 @@ def test_what_is_added_to_the_base_line_stands_beside_the_figure():
     assert [cell.strip() for cell in line.split("│")[2:6]] == ["0.130", "0.110", "0.500", "0.400"]
 
 
+def test_the_page_has_the_same_cells_as_the_table():
+    lines = report.markdown(json.loads(json.dumps(document()))).splitlines()
+    assert lines[0].startswith("### unary: ")
+    assert lines[2].startswith("| gateway | CPU per request µs | ")
+    assert lines[3].startswith("| --- | ---: | ")
+    assert lines[6].startswith("| weir | 60.0 (57.0-66.0) | ")
+    assert len({line.count("|") for line in lines[2:7]}) == 1
+
+
 @pytest.mark.parametrize(
     ("spread", "digits", "expected"),
     [
