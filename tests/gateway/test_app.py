@@ -188,14 +188,13 @@ async def test_sigterm_lets_requests_end_and_takes_no_new_ones(tmp_path, monkeyp
 
 async def test_a_second_signal_ends_it_at_once(tmp_path, monkeypatch) -> None:
     served = Served(monkeypatch, tmp_path)
-    async with served.running() as serving:
-        async with RawClient(served.gateways[0].data_address) as client:
-            client.send(chat_request())
-            await asyncio.wait_for(served.asked.wait(), 5)
-            os.kill(os.getpid(), signal.SIGINT)
-            await until(lambda: served.gateways[0].pipeline.draining)
-            os.kill(os.getpid(), signal.SIGINT)
-            await asyncio.wait_for(asyncio.shield(serving), 5)
+    async with served.running() as serving, RawClient(served.gateways[0].data_address) as client:
+        client.send(chat_request())
+        await asyncio.wait_for(served.asked.wait(), 5)
+        os.kill(os.getpid(), signal.SIGINT)
+        await until(lambda: served.gateways[0].pipeline.draining)
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.wait_for(asyncio.shield(serving), 5)
 
 
 async def test_a_part_that_fails_in_the_background_ends_the_gateway_with_its_error(tmp_path, monkeypatch) -> None:
@@ -225,11 +224,14 @@ async def test_two_failures_at_once_are_both_told() -> None:
         await asyncio.sleep(0)
         raise error
 
-    with pytest.raises(BaseExceptionGroup) as caught:
+    async def run() -> None:
         async with module._background() as background:
             background(fail(KeyError()))
             background(fail(ValueError()))
             await asyncio.sleep(5)
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await run()
     assert {type(error) for error in caught.value.exceptions} == {KeyError, ValueError}
 
 

@@ -23,15 +23,14 @@ BAD = b"HTTP/1.1 500 X\r\ncontent-length: 0\r\n\r\n"
 WRONG = b"HTTP/1.1 400 X\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
 HALF = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n8\r\ndata: 1\n\r\n1\r\n\n\r\n"
 
+THREE, DEFAULT = RetryRule(attempts=3), Timeouts()
 RULE = BreakerRule(of_at_least=1, eject_at_most=1.0, key="k")
 
 
 class Story:
     """Backends a, b, ... each with what it does to request after request."""
 
-    def __init__(
-        self, *does, retry: RetryRule = RetryRule(attempts=3), timeout: Timeouts = Timeouts(), **fields
-    ) -> None:
+    def __init__(self, *does, retry: RetryRule = THREE, timeout: Timeouts = DEFAULT, **fields) -> None:
         loop = asyncio.get_running_loop()
         self.clock = lambda: 1000.0 + loop.time()
         self.fleet = Fleet(self.clock, Random(4), lambda backend, state: None)

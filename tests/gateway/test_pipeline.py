@@ -28,6 +28,7 @@ ROUTES = (
     Route("team", Match(headers=(("x-team", "blue"),)), (Target("tiny"),), allow=Allow(groups=frozenset({"blue"}))),
     Route("chat", Match(), (Target("tiny"),), retry=RetryRule(attempts=2)),
 )
+FREE = Plan("free", concurrency=2)
 
 
 class Caller:
@@ -49,7 +50,7 @@ class Caller:
 
 
 class Story:
-    def __init__(self, *does, plan: Plan = Plan("free", concurrency=2), slowly: bool = False) -> None:
+    def __init__(self, *does, plan: Plan = FREE, slowly: bool = False) -> None:
         loop = asyncio.get_running_loop()
         clock = lambda: 1000.0 + loop.time()  # noqa: E731
         self.fleet = Fleet(clock, Random(1), lambda backend, state: None)

@@ -1,13 +1,10 @@
 import asyncio
 
-import asyncio
-
 import pytest
 
 from gateway.upstream.connection import MAX_HEAD_BYTES
 from gateway.upstream.pool import Pool
 from tests.support.upstream import Listener, connected, endpoint
-from tests.support.virtual_clock import virtual_time
 from tests.support.virtual_clock import virtual_time
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nhi"
@@ -220,20 +217,3 @@ async def test_an_alarm_of_an_earlier_answer_serves_the_next_one() -> None:
     connection.wake_in(1.0)  # sooner than the one that is set
     await asyncio.sleep(6)
     assert rung[1:] == [(second, 12.0)]
-
-
-@virtual_time
-async def test_an_alarm_rings_for_whoever_is_there_and_an_earlier_one_moves_it() -> None:
-    connection = connected(Pool(endpoint()))
-    rings = []
-    listener = exchange(connection)
-    listener.on_alarm = lambda: rings.append(asyncio.get_running_loop().time())
-    connection.wake_in(10.0)
-    connection.wake_in(20.0)
-    connection.wake_in(5.0)
-    await asyncio.sleep(30)
-    assert rings == [5.0]
-    connection.wake_in(5.0)
-    connection.close()
-    await asyncio.sleep(30)
-    assert rings == [5.0]

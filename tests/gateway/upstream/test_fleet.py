@@ -223,9 +223,8 @@ def test_who_has_been_tried_is_not_asked_again() -> None:
 
 def test_no_more_than_max_concurrency_at_a_time() -> None:
     story = Story("tiny/a", max_concurrency=2)
-    with story.lease(), story.lease():
-        with pytest.raises(errors.Overloaded):
-            story.lease()
+    with story.lease(), story.lease(), pytest.raises(errors.Overloaded):
+        story.lease()
     with story.lease():
         pass
 
