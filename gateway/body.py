@@ -13,30 +13,40 @@ if TYPE_CHECKING:
     from gateway.call import Call
     from gateway.server import Incoming
 
+_BADLY_FRAMED = "The body is not framed as HTTP/1.1 says."
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
-def check_length(call: Call, most: int) -> None:
-    """Raise BodyTooLarge from the Content-Length alone, before a byte of the body is read."""
+def body_at_hand(incoming: Incoming, call: Call, most: int) -> bytes | None:
+    """The whole body if it came together with the head, as most do; None: it must be waited for, `read_body`.
+
+    Raises BodyTooLarge, from the Content-Length alone where there is one: then not a byte of it is read.
+    """
     length = call.content_length
     if length and (len(length) > 15 or int(length) > most):
         raise BodyTooLarge(f"The body is larger than {most} bytes.")
+    payload = incoming.payload
+    if not payload.is_eof():
+        return None
+    try:
+        body = payload.read_nowait()
+    except RequestPayloadError:
+        raise BadRequest(_BADLY_FRAMED) from None
+    if len(body) > most:
+        raise BodyTooLarge(f"The body is larger than {most} bytes.")
+    return body
 
 
 async def read_body(incoming: Incoming, call: Call, most: int, seconds: float) -> bytes:
-    """The whole body. Raises BodyTooLarge, ClientTimeout, BadRequest."""
-    payload = incoming.payload
-    if call.expects_continue and not payload.is_eof():
+    """Wait for the whole body. Raises BodyTooLarge, ClientTimeout, BadRequest."""
+    if call.expects_continue:
         incoming.connection.write(_CONTINUE)
     try:
-        if payload.is_eof():  # it came together with the head
-            body = payload.read_nowait()
-        else:
-            body = await _read_slowly(incoming, most, seconds)
+        body = await _read_slowly(incoming, most, seconds)
     except TimeoutError:
         raise ClientTimeout(f"The body did not come within {seconds:g} s.") from None
     except RequestPayloadError:
-        raise BadRequest("The body is not framed as HTTP/1.1 says.") from None
+        raise BadRequest(_BADLY_FRAMED) from None
     if len(body) > most:
         raise BodyTooLarge(f"The body is larger than {most} bytes.")
     return body

@@ -184,8 +184,14 @@ class Ids:
         self._next_span = span = (self._next_span + 1) & 0x7FFFFFFFFFFFFFFF or 1
         return span
 
-    def is_sampled(self, share: float) -> bool:
-        return self._rng.random() < share
+    def give(self, call: Call, share: float) -> None:
+        """All that a new request needs; its trace is kept by a chance of `share`."""
+        rng = self._rng
+        call.trace_id = trace_id = rng.getrandbits(128) or 1
+        self._next_span = call.span_id = (self._next_span + 1) & 0x7FFFFFFFFFFFFFFF or 1
+        call.parent_span_id = 0
+        call.request_id = "%032x" % trace_id  # noqa: UP031  until the client names one; twice as fast as an f-string
+        call.sampled = rng.random() < share
 
 
 def begin(message: Any, ids: Ids, sample: float) -> Call:
@@ -200,9 +206,7 @@ def begin(message: Any, ids: Ids, sample: float) -> Call:
         call.path = target.partition("?")[0]
         call.protocol = _protocol_of(call.path)
     call.raw_headers = message.raw_headers
-    call.trace_id, call.span_id, call.parent_span_id = ids.trace(), ids.span(), 0
-    call.request_id = "%032x" % call.trace_id  # noqa: UP031  until the client names one; twice as fast as an f-string
-    call.sampled = ids.is_sampled(sample)
+    ids.give(call, sample)
     call.body, call.model, call.version, call.stream = b"", None, None, False
     call.http10 = message.version == (1, 0)
     call.keep_alive = not message.should_close and not call.http10  # which would have to be told so in each answer

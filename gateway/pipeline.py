@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from gateway.attempts import Forwarder
-from gateway.body import check_length, read_body
+from gateway.body import body_at_hand, read_body
 from gateway.call import Ids, accept, begin, peek
 from gateway.rescue import refusal_bytes
 from gateway.server import ClientConnection, Incoming
@@ -122,7 +122,7 @@ class Pipeline:
         accept(call, incoming.message)
         if self.draining:
             call.keep_alive = False
-        if self._local.answers_anybody(call):
+        if call.method != "POST" and self._local.answers_anybody(call):
             self._local.answer(call, trail, incoming.connection)
             return
 
@@ -142,14 +142,16 @@ class Pipeline:
             trail.account = account.headers(trail.mark)
 
             # Read what is asked for. Only now: who may not send makes us read nothing.
-            check_length(call, settings.body_bytes)
-            try:
-                call.body = await read_body(incoming, call, settings.body_bytes, settings.body_timeout)
-            except errors.ClientTimeout:
-                account.refund()
-                raise
+            body = body_at_hand(incoming, call, settings.body_bytes)
+            if body is None:
+                try:
+                    body = await read_body(incoming, call, settings.body_bytes, settings.body_timeout)
+                except errors.ClientTimeout:
+                    account.refund()
+                    raise
+            call.body = body
             trail.body = trail.lap()
-            if self._local.answers_caller(call):
+            if call.method == "GET" and self._local.answers_caller(call):
                 self._local.answer_caller(call, trail, incoming.connection, in_force, principal)
                 return
 

@@ -67,7 +67,7 @@ class Relay:
     """One answer. Make it, `connection.start(relay, ...)`, `await relay.wait()`, `relay.release()` whatever happens."""
 
     __slots__ = (
-        "_activity", "_client", "_connection", "_done", "_held", "_held_bytes", "_mode", "_out", "_over", "_scanner",
+        "_activity", "_client", "_connection", "_done", "_held", "_held_bytes", "_is_chunked", "_mode", "_out", "_over", "_scanner",
         "_stalled_since", "call", "committed", "ending", "head", "lines", "overdue", "timeouts",
         "trail",
     )  # fmt: skip
@@ -87,6 +87,7 @@ class Relay:
         self.lines = lines  # header lines about this attempt: x-weir-*
         self.head: AnswerHead | None = None
         self.committed = False  # the head has gone out: there is no second answer
+        self._is_chunked = False  # and says that chunks follow
         self.ending: Ending | None = None
         self._client = client
         self._connection = connection
@@ -169,7 +170,10 @@ class Relay:
         if self.ending is not None:
             return
         if self._out:
-            self._commit_and_flush()
+            if self.committed:
+                self._flush_more()
+            else:
+                self._commit_and_flush()
         elif self._mode is Mode.EMPTY:
             self._commit_and_flush(last=True)
             self._end("ok")
@@ -262,7 +266,8 @@ class Relay:
         self.committed = True
         answer = self._head_bytes() + body
         trail.first_token = trail.mark - trail.start
-        self._send(answer)
+        trail.bytes_out += len(answer)
+        self._client.write(answer)
         self._end("ok")
 
     def _end_events(self, scanner: sse.Scanner) -> None:
@@ -341,10 +346,20 @@ class Relay:
         if not self.committed:
             framed = self._head_bytes() + framed
             self.committed = True
+            self._is_chunked = self._chunks
         if data and self.trail.first_token < 0:
             self.trail.first_token = self.trail.clock() - self.trail.start
         if framed:
             self._send(framed)
+
+    def _flush_more(self) -> None:
+        """`_commit_and_flush` for all but the first piece: what each event of a stream costs."""
+        out, self._out = self._out, []
+        data = out[0] if len(out) == 1 else b"".join(out)
+        if self._is_chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        self.trail.bytes_out += len(data)
+        self._client.write(data)
 
     @property
     def _chunks(self) -> bool:

@@ -109,7 +109,7 @@ def _route(section: RouteSection) -> policy.Route:
             headers=tuple(match.header.items()),
         ),
         to=tuple(policy.Target(target.service, target.version, target.weight) for target in section.to),
-        allow=_allow(section.allow or ()),
+        allow=_allow(section.allow) if section.allow else policy.EVERYBODY,
         stick=section.stick is not None,
         balance=section.balance,
         timeout=policy.Timeouts(**dict(section.timeout)),

@@ -92,6 +92,9 @@ class Allow:
     models: tuple[Pattern[str], ...] = ()
 
 
+EVERYBODY = Allow()
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """Where a route may send: a service, perhaps one version of it, with a share of the weight."""
@@ -157,7 +160,7 @@ class Route:
     name: str
     match: Match
     to: tuple[Target, ...]
-    allow: Allow = Allow()
+    allow: Allow = EVERYBODY
     stick: bool = False  # `stick: consumer`
     balance: Balance = Balance()
     timeout: Timeouts = Timeouts()
