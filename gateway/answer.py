@@ -102,16 +102,20 @@ def _look_at(header: tuple[bytes, bytes]) -> tuple[int, bytes]:
 
 
 def _remember(header: tuple[bytes, bytes]) -> tuple[int, bytes]:
-    """Backends say the same few headers all day. The memory is bounded: it starts anew when it is full."""
-    if len(_known) >= 1024:
-        _known.clear()
-    known = _known[header] = _look_at(header)
+    """Backends say the same few headers all day. Bounded: only short ones, and it starts anew when it is full."""
+    known = _look_at(header)
+    if len(header[0]) + len(header[1]) <= 256:
+        if len(_known) >= 1024:
+            _known.clear()
+        _known[header] = known
     return known
 
 
 def judge(call: Call, head: AnswerHead) -> Mode | Failure:
     """Whether this head begins an answer that may pass to the client (and how), or is a failure."""
     status = head.status
+    if status == 304 and call.protocol == "http" and not head.malformed:  # the client has asked whether it changed
+        return Mode.EMPTY
     if head.malformed or not 200 <= status <= 599 or 300 <= status <= 399 or (head.chunked and head.length is not None):
         return Failure.PROTOCOL
     if status == 429:

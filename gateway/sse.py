@@ -16,6 +16,10 @@ _BOUNDARY = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r)")
 _FINISHED = re.compile(rb'"finish_reason" *: *"').search
 _DATA = re.compile(rb"(?:^|[\r\n])data: ?([^\r\n]*)").findall
 
+# What says so must stand at the beginning of a line, or as a key and not in a text: a model may write anything.
+_TERMINATES = re.compile(rb'(?:^|[\r\n])(?:data: ?\[DONE\]|event: ?message_stop)|"type" *: *"message_stop"').search
+_TELLS_ERROR = re.compile(rb'(?:^|[\r\n])(?:event: ?error|data: ?\{"error")').search
+
 # How a stream of each kind says that it is whole. A kind that is not here says it by its framing alone.
 TERMINALS = {
     "/v1/chat/completions": b"[DONE]",
@@ -71,18 +75,30 @@ def usage_of(document: bytes) -> tuple[int, int]:
 class Scanner:
     """Feed bytes, get back the bytes of whole events. `repr` tells what was seen."""
 
-    __slots__ = ("_held", "_last", "_terminal", "errored", "terminated", "tokens_in", "tokens_out")
+    __slots__ = (
+        "_held",
+        "_held_bytes",
+        "_last",
+        "_tail",
+        "_terminal",
+        "errored",
+        "terminated",
+        "tokens_in",
+        "tokens_out",
+    )
 
     def __init__(self, path: str) -> None:
         self._terminal = TERMINALS.get(path, b"")
-        self._held = b""
+        self._held: list[bytes] = []  # pieces of the event that has not ended
+        self._held_bytes = 0
+        self._tail = b""  # the last bytes of them
         self._last = (b"", b"")
         self.terminated = False  # the terminal event of this kind of stream has passed
         self.errored = False  # the backend reported an error inside the stream
         self.tokens_in = self.tokens_out = -1
 
     def __repr__(self) -> str:
-        return f"<Scanner held={len(self._held)} terminated={self.terminated} errored={self.errored}>"
+        return f"<Scanner held={self._held_bytes} terminated={self.terminated} errored={self.errored}>"
 
     def feed(self, data: bytes) -> bytes:
         """The bytes up to the last event that has ended. Raises EventTooLarge."""
@@ -93,21 +109,33 @@ class Scanner:
         self._last = (self._last[1], data)
         if b'"usage"' in data:
             self._note_usage(data)
-        if self._terminal and self._terminal in data:
-            self.terminated = True
-        if b'"error"' in data and (b'data: {"error"' in data or b"event: error" in data):
+        self._note_end(data)
+        if b'"error"' in data and _TELLS_ERROR(data):
             self.errored = True
         return data
 
+    def _note_end(self, data: bytes) -> None:
+        if self._terminal and self._terminal in data and _TERMINATES(data):
+            self.terminated = True
+
     def _split(self, data: bytes) -> bytes:
-        data = self._held + data
-        end = 0
-        for boundary in _BOUNDARY.finditer(data, max(0, len(self._held) - 3)):
+        """What is held is not looked at again, but for its last bytes: a large event comes in many pieces."""
+        seen, end = self._tail + data, 0
+        for boundary in _BOUNDARY.finditer(seen):
             end = boundary.end()
-        self._held = data[end:]
-        if len(self._held) > MAX_EVENT_BYTES:
+        whole = b""
+        if end:
+            cut = end - len(self._tail)
+            whole = b"".join((*self._held, data[:cut]))
+            data = data[cut:]
+            self._held, self._held_bytes, seen = [], 0, data
+        if data:
+            self._held.append(data)
+            self._held_bytes += len(data)
+        self._tail = seen[-3:]
+        if self._held_bytes > MAX_EVENT_BYTES:
             raise EventTooLarge
-        return data[:end]
+        return whole
 
     def _note_usage(self, data: bytes) -> None:
         for document in _DATA(data):
@@ -118,9 +146,9 @@ class Scanner:
 
     def rest(self) -> bytes:
         """What was held back, once the framing has said that nothing more comes. Ends the scan."""
-        held, self._held = self._held, b""
-        if self._terminal and self._terminal in held:
-            self.terminated = True
+        held = b"".join(self._held)
+        self._held, self._held_bytes, self._tail = [], 0, b""
+        self._note_end(held)
         return held
 
     @property

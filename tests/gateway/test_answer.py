@@ -58,6 +58,10 @@ API, STREAM, PLAIN = call(), call(stream=True), call("/hooks", "http")
         (PLAIN, 200, [HTML], Failure.PROTOCOL),
         (PLAIN, 200, [EVENTS, CHUNKED], Mode.EVENTS),
         (PLAIN, 500, [HTML, SIZED], Failure.SERVER_ERROR),
+        (PLAIN, 304, [(b"etag", b"x")], Mode.EMPTY),
+        (PLAIN, 304, [SIZED, SIZED], Failure.PROTOCOL),
+        (PLAIN, 307, [SIZED], Failure.PROTOCOL),
+        (API, 304, [], Failure.PROTOCOL),
     ],
 )
 def test_what_a_head_means(asked, status, headers, verdict) -> None:

@@ -108,3 +108,28 @@ def test_usage_and_errors_are_noticed() -> None:
 )
 def test_usage_of_a_document(document, tokens) -> None:
     assert usage_of(document) == tokens
+
+
+@pytest.mark.parametrize(
+    ("path", "event", "ends"),
+    [
+        (CHAT, b"data: [DONE]\n\n", True),
+        (CHAT, b"data:[DONE]\r\n\r\n", True),
+        (CHAT, b"id: 1\ndata: [DONE]\n\n", True),
+        (CHAT, b'data: {"content":"[DONE]"}\n\n', False),
+        (CHAT, b'data: {"content":"data: [DONE]"}\n\n', False),
+        (CHAT, b'data: {"content":"\\"finish_reason\\":\\"stop\\""}\n\n', False),
+        ("/v1/messages", b'data: {"type": "message_stop"}\n\n', True),
+        ("/v1/messages", b"event: message_stop\ndata: {}\n\n", True),
+        ("/v1/messages", b'data: {"text":"message_stop"}\n\n', False),
+        ("/v1/messages", b'data: {"text":"\\"type\\":\\"message_stop\\" event: message_stop"}\n\n', False),
+    ],
+)
+def test_what_a_model_writes_does_not_end_its_stream(path, event, ends) -> None:
+    assert fed([event], path)[1].is_whole is ends
+    assert fed([bytes([byte]) for byte in event], path)[1].is_whole is ends
+
+
+def test_what_a_model_writes_is_no_error() -> None:
+    assert not fed([b'data: {"content":"event: error","error":null}\n\n'])[1].errored
+    assert fed([b'event: error\ndata: {"error":{}}\n\n'])[1].errored
