@@ -8,23 +8,31 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 
 from benchmarks.etcd import Etcd
 from benchmarks.figures import Figure, Round, admitted_share, micros_each, percentile
 from benchmarks.gateways.gateway import BURST, LIMIT_PER_SECOND, LIMITED, OPEN, REFUSED
-from benchmarks.gateways.weir import CANARY, POLICY, SERVICE, backend_key, registration
+from benchmarks.gateways.weir import (
+    CANARIES,
+    POLICY,
+    SERVICE,
+    backend_key,
+    canary,
+    policy_with_canaries,
+    registration,
+)
 from benchmarks.payloads import MODEL
 from benchmarks.processes import HOST, Failed
 from benchmarks.rig import Rig, Running
 from benchmarks.workloads import CONNECTIONS, FAILED, Workload, loaded
-from benchmarks.wrk import Wrk
+from benchmarks.wrk import Target, Wrk
 
 LIMIT_SECONDS = 10.0
 REFILL_SECONDS = 2 * BURST / LIMIT_PER_SECOND
 CHURN_BACKENDS = 1000
 CHANGES_PER_SECOND = 50
 CANARY_SECONDS = 5.0
+CANARY_PAUSE = 0.05
 CONNECT_SECONDS = 2.0
 LOAD_CONNECTIONS = 16
 """Under churn: enough to see a pause, little enough that latency is not the queue."""
@@ -54,7 +62,7 @@ def reload(_: Rig, running: Running, seconds: float) -> Round:
     swaps = 0
     while swapper.is_running():
         swaps += 1
-        swap_policy(running.site.folder / "policy.yaml", swaps)
+        put_policy(running, POLICY.replace("name: chat", f"name: {POLICY_MARK.format(swaps)}", 1))
         _wait_in_force(running, POLICY_MARK.format(swaps))
         time.sleep(1.0)
     swapped = swapper.result()
@@ -70,6 +78,8 @@ def reload(_: Rig, running: Running, seconds: float) -> Round:
 
 def churn(rig: Rig, running: Running, seconds: float) -> Round:
     """The same load twice before CHURN_BACKENDS backends: left alone, and with CHANGES_PER_SECOND changes."""
+    put_policy(running, policy_with_canaries())
+    _wait_in_force(running, canary(CANARIES - 1))
     etcd = Etcd(rig.etcd)
     for number in range(CHURN_BACKENDS):
         etcd.put(*_backend(running, number, weight=1))
@@ -96,13 +106,14 @@ def churn(rig: Rig, running: Running, seconds: float) -> Round:
 
 # A policy that is swapped
 
-POLICY_MARK = "swap-{}"
+POLICY_MARK = "swap-{}"  # the name of its first route
 
 
-def swap_policy(path: Path, number: int) -> None:
-    """Another policy by rename, told from the others by the name of its first route."""
+def put_policy(running: Running, text: str) -> None:
+    """Another policy by rename."""
+    path = running.site.folder / "policy.yaml"
     fresh = path.with_suffix(".new")
-    fresh.write_text(POLICY.replace("name: chat", f"name: {POLICY_MARK.format(number)}", 1))
+    fresh.write_text(text)
     fresh.replace(path)
 
 
@@ -147,36 +158,36 @@ def _changing(rig: Rig, running: Running) -> Iterator[None]:
 
 
 def canary_lags(rig: Rig, running: Running, load: Wrk) -> Iterator[float]:
-    """How long each new backend of a service of its own took from its put to the first request that it got.
+    """How long each new backend took from its put to the first request that it answered.
 
-    The one before is deleted then, so that the service has one backend and every request must go to it.
+    Each is the first and only one of a service of its own, so that it is chosen as soon as the gateway knows of it.
     """
     etcd = Etcd(rig.etcd)
-    target = running.target(model=CANARY)
-    with closing(http.client.HTTPConnection(HOST, target.port, timeout=10)) as connection:
-        for number in itertools.count():
-            if not load.is_running():
-                return
-            name = f"canary-{running.usage().cpu_seconds}-{number}"
-            key = backend_key(running.site, CANARY, name)
-            url = f"{running.site.backends[0]}/{number}"
+    with closing(http.client.HTTPConnection(HOST, running.site.port, timeout=10)) as connection:
+        while load.is_running():
+            service = canary(next(_canaries))
+            target = running.target(model=service)
+            key = backend_key(running.site, service, "only")
             put = time.perf_counter()
-            etcd.put(key, registration(url, CANARY))
-            while not _chosen(connection, target.path, target.body, target.headers).endswith(name):
+            etcd.put(key, registration(running.site.backends[0], service))
+            while not _is_answered(connection, target):
                 if time.perf_counter() - put > CANARY_SECONDS:
                     raise Failed(
                         f"{running.gateway.name} did not choose a backend {CANARY_SECONDS:.0f} s after its put"
                     )
             yield time.perf_counter() - put
             etcd.delete(key)
+            time.sleep(CANARY_PAUSE)
 
 
-def _chosen(connection: http.client.HTTPConnection, path: str, body: bytes, headers: object) -> str:
-    """The backend that answered; empty when none did."""
-    connection.request("POST", path, body, dict(headers))  # type: ignore[call-overload]
+_canaries = itertools.count()
+
+
+def _is_answered(connection: http.client.HTTPConnection, target: Target) -> bool:
+    connection.request("POST", target.path, target.body, dict(target.headers))
     answer = connection.getresponse()
     answer.read()
-    return answer.headers.get("x-weir-backend", "")
+    return answer.status == 200
 
 
 def _wait_known(running: Running, count: int) -> None:

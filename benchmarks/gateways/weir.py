@@ -14,7 +14,6 @@ from benchmarks.payloads import MODEL
 from benchmarks.processes import HOST
 
 SERVICE = "bench"
-CANARY = "canary"
 
 POLICY = f"""\
 version: 1
@@ -32,10 +31,25 @@ routes:
   - name: chat
     match: {{path: /v1/chat/completions, model: "{MODEL}*"}}
     to: [{{service: {SERVICE}}}]
-  - name: canary
-    match: {{path: /v1/chat/completions, model: {CANARY}}}
-    to: [{{service: {CANARY}}}]
 """
+
+CANARIES = 500
+
+
+def canary(number: int) -> str:
+    """A service, and the model that is routed to it, that nobody else uses."""
+    return f"canary-{number % CANARIES}"
+
+
+def policy_with_canaries() -> str:
+    """POLICY with a route to the service of each canary behind the others."""
+    routes = (
+        f"  - name: {canary(number)}\n"
+        f"    match: {{path: /v1/chat/completions, model: {canary(number)}}}\n"
+        f"    to: [{{service: {canary(number)}}}]\n"
+        for number in range(CANARIES)
+    )
+    return POLICY + "".join(routes)
 
 
 @dataclass(frozen=True, slots=True)
