@@ -277,10 +277,10 @@ class Relay:
         if not scanner.is_whole and not scanner.errored:
             self._break("stream_truncated")
             return
-        if rest:
-            self._out.append(rest)
         if not scanner.terminated and scanner.is_finished and not scanner.errored:
-            self._out.append(b"data: [DONE]\n\n")
+            self._out.append(b"data: [DONE]\n\n")  # in the place of `rest`: an event that has not ended is none
+        elif rest:
+            self._out.append(rest)
         self._commit_and_flush(last=True)
         self._end("upstream_error" if scanner.errored else "ok")
 

@@ -78,6 +78,7 @@ class Story:
         ([EVENTS, chunk(ONE[:9]), chunk(ONE[9:]), chunk(DONE), END], ONE + DONE),
         ([EVENTS, chunk(ONE), chunk(LAST), END], ONE + LAST + DONE),
         ([EVENTS, chunk(ONE), chunk(DONE[:-1]), END], ONE + DONE[:-1]),
+        ([EVENTS, chunk(ONE), chunk(LAST + b'data: {"usage'), END], ONE + LAST + DONE),
         ([b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n", ONE, DONE, FIN], ONE + DONE),
         ([b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n", b"{", b"}", FIN], b"{}"),
         ([BYTES, chunk(b"a"), chunk(b"b"), END], b"ab"),
