@@ -67,9 +67,8 @@ class Relay:
     """One answer. Make it, `connection.start(relay, ...)`, `await relay.wait()`, `relay.release()` whatever happens."""
 
     __slots__ = (
-        "_activity", "_client", "_connection", "_done", "_held", "_held_bytes", "_is_chunked", "_mode", "_out", "_over", "_scanner",
-        "_stalled_since", "call", "committed", "ending", "head", "lines", "overdue", "timeouts",
-        "trail",
+        "_activity", "_client", "_connection", "_done", "_held", "_held_bytes", "_is_chunked", "_mode", "_out", "_over",
+        "_scanner", "_stalled_since", "call", "committed", "ending", "head", "lines", "overdue", "timeouts", "trail",
     )  # fmt: skip
 
     def __init__(

@@ -186,7 +186,7 @@ class Breaker:
 
 
 def may_eject(ejected: int, total: int, eject_at_most: float) -> bool:
-    """Whether one more of `total` backends may be ejected: up to the share, but always one (as Envoy's max_ejection_percent).
+    """Whether one more of `total` may be ejected: up to the share, but always one (as Envoy's max_ejection_percent).
 
     So a backend that is alone can be left alone too: failing fast is better than sending to what fails.
     """

@@ -11,7 +11,9 @@ SIZED = (b"content-length", b"10")
 CHUNKED = (b"transfer-encoding", b"chunked")
 
 
-def call(path: str = "/v1/chat/completions", protocol: str = "openai", method: str = "POST", *, stream: bool = False) -> Call:
+def call(
+    path: str = "/v1/chat/completions", protocol: str = "openai", method: str = "POST", *, stream: bool = False
+) -> Call:
     made = Call()
     made.path, made.protocol, made.method, made.stream = path, protocol, method, stream
     return made

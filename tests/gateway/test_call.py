@@ -171,9 +171,9 @@ def test_a_form_names_its_model_in_a_field() -> None:
     "disposition",
     [
         b"form-data; name=model",
-        b"form-data;name=\"model\"; filename=\"x\"",
-        b"form-data; filename=\"x\"; name=\"model\"",
-        b"form-data; name = \"model\"",
+        b'form-data;name="model"; filename="x"',
+        b'form-data; filename="x"; name="model"',
+        b'form-data; name = "model"',
         b"form-data; name*=utf-8''model",
     ],
 )

@@ -336,3 +336,14 @@ async def test_until_a_policy_is_used_nobody_is_accepted():
         assert fresh.identify_nowait(None, WALL) is None
         with pytest.raises(Unauthenticated):
             await fresh.identify(bearer(), WALL)
+
+
+async def test_where_nobody_issues_tokens_one_is_neither_needed_nor_looked_at() -> None:
+    async with aiohttp.ClientSession() as session:
+        keys = KeyStore((), session, lambda _event: None, Random(1))
+        identifier = Identifier(keys, lambda principal: principal.consumer)
+        identifier.use(Policy("v", anonymous=True))
+        for authorization in (None, b"Bearer sk-made-up", b"Basic x"):
+            entry = identifier.identify_nowait(authorization, 0.0)
+            assert entry is not None
+            assert entry.account == "anonymous"

@@ -20,7 +20,7 @@ def event(content: str, finish: str | None = None) -> str:
 
 
 async def last_request(gateway):
-    await until(lambda: gateway.recent.requests())
+    await until(gateway.recent.requests)
     return gateway.recent.requests()[0]
 
 
@@ -56,11 +56,15 @@ async def test_phases_add_up_to_the_total(tmp_path) -> None:
 
 
 async def test_the_backend_sees_who_asks_and_nothing_that_the_client_made_up(tmp_path) -> None:
-    spoofed = ["x-weir-consumer: root", "x-forwarded-for: 1.2.3.4", "x-weir-deadline-ms: 1", "authorization: Bearer x.y.z"]
-    policy = OPEN_POLICY
-    async with ScriptedBackend() as backend, running_gateway(tmp_path, backend.url, policy=policy) as gateway:
+    spoofed = [
+        "x-weir-consumer: root",
+        "x-forwarded-for: 1.2.3.4",
+        "x-weir-deadline-ms: 1",
+        "authorization: Bearer x.y.z",
+    ]
+    async with ScriptedBackend() as backend, running_gateway(tmp_path, backend.url) as gateway:
         async with RawClient(gateway.data_address) as client:
-            assert (await client.ask(None, *spoofed[:3], "x-team: blue")).status == 200
+            assert (await client.ask(None, *spoofed, "x-team: blue")).status == 200
     head = backend.heads[0].lower()
     assert head.count(b"x-weir-consumer: ") == 1
     assert b"x-weir-consumer: anonymous\r\n" in head
@@ -93,7 +97,6 @@ async def test_events_pass_one_by_one_and_byte_for_byte(tmp_path) -> None:
             seen.set()
             rest = await client.reader.readuntil(b"0\r\n\r\n")
             assert b"[DONE]" in rest
-            assert (await client.ask()).status == 200 or True
     assert gateway.recent.requests()[-1]["end_reason"] == "ok"
 
 
@@ -185,7 +188,7 @@ async def test_connections_to_the_backend_are_kept_and_used_again(tmp_path) -> N
         ("busy", b"HTTP/1.1 429 X\r\nretry-after: 7\r\ncontent-length: 0\r\n\r\n", 429),
         ("overloaded", b"HTTP/1.1 503 X\r\nretry-after: 7\r\ncontent-length: 0\r\n\r\n", 503),
         ("JSON to the end of the connection", b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n{}", 200),
-        ("a bad parameter", b'HTTP/1.1 400 X\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}', 400),
+        ("a bad parameter", b"HTTP/1.1 400 X\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}", 400),
     ],
 )  # fmt: skip
 async def test_before_the_first_byte_a_broken_answer_becomes_an_error_of_ours(tmp_path, name, sends, status) -> None:
@@ -249,7 +252,9 @@ async def test_an_event_stream_without_framing_is_whole_only_with_its_last_event
 async def test_junk_behind_an_answer_does_not_reach_the_next_request(tmp_path) -> None:
     async def poison(connection: BackendConnection) -> None:
         await connection.json({"n": connection.requests})
-        await connection.send(b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 12\r\n\r\n{"evil":true}')
+        await connection.send(
+            b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 12\r\n\r\n{"evil":true}'
+        )
 
     async with ScriptedBackend(poison) as backend, running_gateway(tmp_path, backend.url) as gateway:
         async with RawClient(gateway.data_address) as client:
@@ -404,7 +409,10 @@ async def test_a_slow_reader_leaves_a_connection_that_works(tmp_path) -> None:
 async def test_a_body_that_comes_too_slowly_is_408_and_not_charged(tmp_path) -> None:
     policy = OPEN_POLICY + "plans: {p: {requests: 1/hour}}\nconsumers: [{match: {any: true}, plan: p}]\n"
     config = "limits: {body_timeout: 100ms}\n"
-    async with ScriptedBackend() as backend, running_gateway(tmp_path, backend.url, policy=policy, config=config) as gateway:
+    async with (
+        ScriptedBackend() as backend,
+        running_gateway(tmp_path, backend.url, policy=policy, config=config) as gateway,
+    ):
         async with RawClient(gateway.data_address) as client:
             client.send(chat_request()[:-5])
             answer = await client.answer()
@@ -455,7 +463,9 @@ async def test_malformed_requests_are_refused_in_json_without_an_echo(tmp_path, 
 
 
 async def test_a_client_that_expects_100_is_asked_for_its_body_only_when_it_may_send(tmp_path) -> None:
-    closed = OPEN_POLICY.replace("anonymous: true", 'issuers: [{issuer: "https://i", audience: a, algorithms: [ES256], jwks: k.json}]')
+    closed = OPEN_POLICY.replace(
+        "anonymous: true", 'issuers: [{issuer: "https://i", audience: a, algorithms: [ES256], jwks: k.json}]'
+    )
     (tmp_path / "k.json").write_text('{"keys": []}')
     request = chat_request(None, "expect: 100-continue")
     head, _, body = request.partition(b"\r\n\r\n")
@@ -464,12 +474,11 @@ async def test_a_client_that_expects_100_is_asked_for_its_body_only_when_it_may_
             async with RawClient(gateway.data_address) as client:
                 client.send(head + b"\r\n\r\n")
                 assert (await client.answer()).status == 401
-        async with running_gateway(tmp_path, backend.url) as gateway:
-            async with RawClient(gateway.data_address) as client:
-                client.send(head + b"\r\n\r\n")
-                assert await client.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
-                client.send(body)
-                assert (await client.answer()).status == 200
+        async with running_gateway(tmp_path, backend.url) as gateway, RawClient(gateway.data_address) as client:
+            client.send(head + b"\r\n\r\n")
+            assert await client.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+            client.send(body)
+            assert (await client.answer()).status == 200
 
 
 # Several backends
@@ -514,7 +523,9 @@ async def test_a_breaker_opens_on_failures_and_lets_probes_close_it(tmp_path) ->
     async def script(connection: BackendConnection) -> None:
         await connection.json({}, 500 if failing else 200)
 
-    policy = policy_with(breaker="{failures: 50%, of_at_least: 5, window: 10s, open: 200ms, probes: 1, eject_at_most: 100%}")
+    policy = policy_with(
+        breaker="{failures: 50%, of_at_least: 5, window: 10s, open: 200ms, probes: 1, eject_at_most: 100%}"
+    )
     async with ScriptedBackend(script) as backend, running_gateway(tmp_path, backend.url, policy=policy) as gateway:
         async with RawClient(gateway.data_address) as client:
             assert [(await client.ask()).status for _ in range(5)] == [502] * 5
@@ -532,7 +543,9 @@ async def test_the_breaker_ignores_bad_requests_and_clients_that_leave(tmp_path)
     async def script(connection: BackendConnection) -> None:
         await connection.json({"error": {}}, 400)
 
-    policy = policy_with(breaker="{failures: 50%, of_at_least: 3, window: 10s, open: 5s, probes: 1, eject_at_most: 100%}")
+    policy = policy_with(
+        breaker="{failures: 50%, of_at_least: 3, window: 10s, open: 5s, probes: 1, eject_at_most: 100%}"
+    )
     async with ScriptedBackend(script) as backend, running_gateway(tmp_path, backend.url, policy=policy) as gateway:
         async with RawClient(gateway.data_address) as client:
             assert [(await client.ask()).status for _ in range(10)] == [400] * 10

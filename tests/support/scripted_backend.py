@@ -9,9 +9,10 @@ import json
 import socket
 import struct
 from collections.abc import Awaitable, Callable
+from typing import Self
 
 
-class Hangup(Exception):
+class Hangup(Exception):  # noqa: N818  it is an ending, not an error
     """Raised by a script to end its connection."""
 
 
@@ -94,7 +95,7 @@ class ScriptedBackend:
         self.failures: list[BaseException] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def __aenter__(self) -> "ScriptedBackend":
+    async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         self.port = self._server.sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
