@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from re import Pattern
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -60,19 +62,29 @@ def _route(route: Route) -> dict[str, Any]:
     return {
         "name": route.name,
         "match": {
-            "path": match.path.pattern if match.path else None,
-            "model": match.model.pattern if match.model else None,
+            "path": as_glob(match.path) if match.path else None,
+            "model": as_glob(match.model) if match.model else None,
             "header": dict(match.headers),
         },
         "allow": [
             *(f"group:{name}" for name in sorted(allow.groups)),
             *(f"consumer:{name}" for name in sorted(allow.consumers)),
             *(f"scope:{name}" for name in sorted(allow.scopes)),
-            *(f"model:{pattern.pattern}" for pattern in allow.models),
+            *(f"model:{as_glob(pattern)}" for pattern in allow.models),
         ],
         "to": [{"service": to.service, "version": to.version, "weight": to.weight} for to in route.to],
         "balance": route.balance.kind.value,
     }
+
+
+# What fnmatch.translate makes of a glob, piece by piece: a star, a class of one character, an escaped one, a bracket.
+_PIECES = re.compile(r"(?P<star>\(\?>\.\*\?|\.\*)|\[\\?(?P<one>.)\]|\\(?P<escaped>.)|(?P<bracket>[()])", re.DOTALL)
+
+
+def as_glob(pattern: Pattern[str]) -> str:
+    """The glob that a route's pattern was compiled from: what the operator wrote."""
+    inner = pattern.pattern.removeprefix("(?s:").removesuffix(r")\Z")
+    return _PIECES.sub(lambda piece: "*" if piece["star"] else piece["one"] or piece["escaped"] or "", inner)
 
 
 def _policy(source: PolicySource) -> dict[str, Any]:

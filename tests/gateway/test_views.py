@@ -8,8 +8,9 @@ import pytest
 
 from discovery.source import SyncState
 from gateway.upstream.fleet import Fleet
-from gateway.views import views
+from gateway.views import as_glob, views
 from observability.recent import Recent
+from policies.cross_check import glob
 from policies.policy import Allow, Match, Policy, Route, Target
 from tests.support.upstream import endpoint
 
@@ -56,7 +57,7 @@ def test_before_the_first_contact_nothing_is_stale() -> None:
 
 def test_routes_as_they_are_in_force() -> None:
     (route,) = shown("routes")["routes"]
-    assert route["match"] == {"path": "/v1/.*", "model": None, "header": {"x-team": "blue"}}
+    assert route["match"] == {"path": "/v1/*", "model": None, "header": {"x-team": "blue"}}
     assert route["allow"] == ["group:a", "group:b", "consumer:ci", "scope:s", "model:tiny.*"]
     assert [(to["service"], to["version"], to["weight"]) for to in route["to"]] == [("tiny", "1", 95), ("tiny", "2", 5)]
     assert (route["name"], route["balance"]) == ("chat", "least_load")
@@ -80,3 +81,10 @@ def test_the_policy_and_why_a_newer_one_was_refused(error, told) -> None:
 
 def test_requests_of_late() -> None:
     assert shown("requests") == {"requests": []}
+
+
+@pytest.mark.parametrize(
+    "text", ["*", "/v1/*", "/v1/chat/completions", "tiny-*-v2*", "a.b+c", "m(1)", "[x]", "what?", "a\\b", "*a*b*c*", ""]
+)
+def test_a_pattern_is_shown_as_the_glob_that_was_written(text) -> None:
+    assert as_glob(glob(text)) == text
