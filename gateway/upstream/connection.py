@@ -160,6 +160,9 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._alarm is not None:
             self._alarm.cancel()
+        if self._alarm is not None:
+            self._alarm.cancel()  # it would keep all of this until it rings
+            self._alarm = None
         answer, self.answer = self.answer, None
         if answer is None:
             self.pool.forget(self)

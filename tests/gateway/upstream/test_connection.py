@@ -217,3 +217,13 @@ async def test_an_alarm_of_an_earlier_answer_serves_the_next_one() -> None:
     connection.wake_in(1.0)  # sooner than the one that is set
     await asyncio.sleep(6)
     assert rung[1:] == [(second, 12.0)]
+
+
+@virtual_time
+async def test_a_connection_that_is_gone_leaves_no_alarm() -> None:
+    connection = connected(Pool(endpoint()))
+    exchange(connection)
+    connection.wake_in(10.0)
+    alarm = connection._alarm
+    connection.transport.lose()
+    assert alarm.cancelled()
