@@ -231,16 +231,16 @@ async def test_without_redis_each_gateway_has_its_share_and_all_is_merged_when_i
     async with gateways(2, tmp_path, etcd, redis, f"{{requests: {rate}/second, burst: {burst}}}") as running:
         begun = time.perf_counter()
         async with Traffic(running[0].data_address) as one, Traffic(running[1].data_address) as two:
-            await asyncio.sleep(0.7)  # the bucket is empty
+            await until(lambda: statuses(one, two) == {200, 429})  # the bucket is empty
             await asyncio.to_thread(redis.kill)
             await wait_store(False, *running)
             away = time.perf_counter()
-            await asyncio.sleep(1.2)
+            await asyncio.sleep(1.0)
             alone = time.perf_counter() - away
             shares = [admitted(each.since(away)) for each in (one, two)]
             await asyncio.to_thread(redis.start)
             await wait_store(True, *running)
-            await asyncio.sleep(0.5)
+            await one.more(50)
         seconds = time.perf_counter() - begun
     assert statuses(one, two) == {200, 429}
     assert not one.broken + two.broken
