@@ -207,7 +207,7 @@ class _Attempt:
         trail, ending, backend = self._trail, self.ending, self.lease.backend
         head = self.relay.head if self.relay is not None else None
         connect_before, upstream_before = self._before
-        self.lease.outcome = _outcome(ending, head)
+        self.lease.outcome = _outcome(ending, head, self.overdue)
         if head is not None and head.load_report:
             backend.hear_load(head.load_report, trail.mark)
         if ending.failure is Failure.BUSY:
@@ -234,11 +234,16 @@ _TOO_LATE = Ending("upstream_timeout", Failure.FIRST_BYTE_TIMEOUT)
 _PEAK_EWMA = BalanceKind.PEAK_EWMA
 
 
-def _outcome(ending: Ending, head: AnswerHead | None) -> Outcome:
-    """What the breaker hears. 4xx, 429, clients that left and a backend that did not start count neither way."""
+def _outcome(ending: Ending, head: AnswerHead | None, overdue: Kind | None) -> Outcome:
+    """What the breaker hears. 4xx, 429, clients that left and a backend that did not start count neither way.
+
+    Nor does an answer that was on its way when the request's own time ran out: it was only long.
+    """
     if ending.reason == "ok":
         return Outcome.SUCCESS if head is None or head.status < 400 else Outcome.IGNORED
     if ending.failure in (Failure.NOT_STARTED, Failure.STALE):  # a stale connection is replaced, unless the client left
+        return Outcome.IGNORED
+    if overdue is Kind.TOTAL and head is not None:
         return Outcome.IGNORED
     return Outcome.FAILURE if ending.reason in _FAILURES else Outcome.IGNORED
 

@@ -349,7 +349,7 @@ def peek(call: Call) -> Asked:
         return Asked(_form_model(body), False)
     try:
         asked = _peek(body)
-        if body.count(b'"model"') != 1 or b"\\u006" in body:
+        if body.count(b'"model"') != 1 or body.count(b'"stream"') > 1 or b"\\u006" in body:
             _refuse_duplicates(body)
     except msgspec.ValidationError as problem:
         raise errors.BadRequest(f"The body is not what this path takes: {_safe(problem)}.") from None

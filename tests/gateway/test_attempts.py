@@ -5,12 +5,15 @@ from random import Random
 
 import pytest
 
-from gateway.attempts import Forwarder
+from gateway.answer import AnswerHead
+from gateway.attempts import Forwarder, _outcome
 from gateway.call import Ids
+from gateway.relay import Ending
 from gateway.trail import Trail
 from gateway.upstream.fleet import Fleet
 from policies import errors
-from policies.breaker import State
+from policies.breaker import Outcome, State
+from policies.deadline import Kind
 from policies.policy import Balance, BalanceKind, BreakerRule, Match, RetryRule, Route, Target, Timeouts
 from tests.support.call import MemoryClient, call_of
 from tests.support.upstream import CLOSED, HANGS, REFUSED, SILENT, endpoint, script
@@ -308,3 +311,15 @@ async def test_one_who_left_is_recorded_as_such() -> None:
     with pytest.raises(asyncio.CancelledError):
         await asking
     assert (story.trail.end_reason, story.trail.attempts[0].outcome) == ("client_abort", "client_abort")
+
+
+@pytest.mark.parametrize(
+    ("overdue", "head", "outcome"),
+    [
+        (Kind.TOTAL, AnswerHead(200, []), Outcome.IGNORED),  # it was only long
+        (Kind.TOTAL, None, Outcome.FAILURE),
+        (Kind.IDLE, AnswerHead(200, []), Outcome.FAILURE),
+    ],
+)
+def test_a_long_answer_is_no_failure_of_its_backend(overdue, head, outcome) -> None:
+    assert _outcome(Ending("upstream_timeout"), head, overdue) is outcome

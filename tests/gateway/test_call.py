@@ -193,3 +193,9 @@ def test_a_path_that_takes_json_takes_nothing_else_for_it(kind) -> None:
 def test_the_name_of_a_model_is_bounded() -> None:
     with pytest.raises(errors.BadRequest, match="at most 256"):
         peek(with_body(b'{"model":"%b"}' % (b"a" * 257)))
+
+
+def test_a_body_with_two_stream_flags_is_a_bad_request() -> None:
+    with pytest.raises(errors.BadRequest):
+        peek(with_body(b'{"model":"a","stream":true,"stream":false}'))
+    assert peek(with_body(b'{"model":"a","stream":true,"stream_options":{"include_usage":true}}')).stream
