@@ -190,8 +190,9 @@ class Pipeline:
         if trail.bytes_out:  # an answer is half out: all that is left is to end it as broken
             incoming.connection.abort()
             return
+        trail.end_phase()
         if trail.payer is not None:  # how far over the limit, too
-            trail.account = trail.payer.headers(trail.clock())
+            trail.account = trail.payer.headers(trail.mark)
         unread = not incoming.payload.is_eof()
         in_doubt = isinstance(refusal, errors.BadRequest) and not trail.consumer  # where does the next request begin?
         if call is not None and (unread or in_doubt):

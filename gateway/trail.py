@@ -50,6 +50,17 @@ class Trail:
         self.mark = now
         return lap
 
+    def end_phase(self) -> None:
+        """The request is refused: what has passed since the last lap belongs to the phase that was under way."""
+        if self.payer is None:
+            self.auth += self.lap()
+        elif not self.limit:
+            self.limit = self.lap()
+        elif not self.body:
+            self.body = self.lap()
+        else:
+            self.pick += self.lap()
+
     def server_timing(self) -> bytes:
         """The `server-timing` header line: phases in milliseconds, and their sum."""
         ms = 1000.0

@@ -289,6 +289,20 @@ async def test_a_frozen_redis_delays_nobody_for_long(tmp_path, etcd, redis) -> N
     assert waits(felt)[-1] < 2.0  # the client library would by itself have waited longer
 
 
+async def test_what_a_refusal_waited_for_is_told(tmp_path, etcd, redis) -> None:
+    plan = "{requests: 1/hour, burst: 1, when_store_is_down: closed}"
+    async with gateways(1, tmp_path, etcd, redis, plan) as [gateway], RawClient(gateway.data_address) as client:
+        redis.pause()
+        refused = await client.ask()
+        redis.resume()
+        assert (refused.status, refused.json["error"]["rule"]) == (503, "plans.p.when_store_is_down")
+        timing = refused.headers["server-timing"].split(", ")
+        phases = {name: float(value) for name, value in (part.split(";dur=") for part in timing)}
+        total = phases.pop("total")
+        assert phases["limit"] > 20
+        assert sum(phases.values()) == pytest.approx(total, rel=0.05)
+
+
 async def test_a_redis_that_forgets_is_told_nothing_new_by_clients(tmp_path, etcd, redis) -> None:
     rate, burst = 100, 20
     async with gateways(2, tmp_path, etcd, redis, f"{{requests: {rate}/second, burst: {burst}}}") as running:
