@@ -1,3 +1,6 @@
+import pytest
+
+from gateway.admission import UNLIMITED
 from gateway.trail import Trail
 from tests.support.call import call_of
 
@@ -20,6 +23,23 @@ def test_phases_follow_each_other_without_gaps() -> None:
     phases = event.auth + event.limit + event.body + event.queue + event.pick + event.connect + event.upstream
     assert phases == event.total == 21.0
     assert event.overhead == event.auth + event.limit + event.pick == 7.0
+
+
+@pytest.mark.parametrize("ended", ["auth", "limit", "body", "pick"])
+def test_a_refusal_ends_the_phase_that_was_under_way(ended: str) -> None:
+    clock = Clock()
+    trail = Trail(clock, 0.0, "p1")
+    for phase in ("auth", "limit", "body", "pick"):
+        clock.now += 1.0
+        if phase == ended:
+            break
+        setattr(trail, phase, trail.lap())
+        if phase == "auth":
+            trail.payer = UNLIMITED
+    trail.end_phase()
+    event = trail.ended("")
+    assert getattr(event, ended) == 1.0
+    assert event.auth + event.limit + event.body + event.pick == event.total
 
 
 def test_the_timing_header_tells_phases_and_total_in_milliseconds() -> None:
