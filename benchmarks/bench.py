@@ -43,19 +43,16 @@ def run(rig: Rig, workload: Workload, gateways: Sequence[Gateway], rounds: int, 
     with contextlib.ExitStack() as stack:
         backends = stack.enter_context(_backends(rig, workload))
         under_test: dict[str, Running] = {}
-        starts: dict[str, float] = {}
         for gateway in chosen:
             with _dropping_out(outcome, under_test, gateway.name, say):
                 is_stream = workload.backends != "json"
                 running = stack.enter_context(rig.running(gateway, backends, stream=is_stream))
-                starts[gateway.name] = running.usage().rss_bytes / MIB
                 workload.warm_up(rig, running, WARM_UP_SECONDS)
                 under_test[gateway.name] = running
         for number in range(1, rounds + 1):
             for name, running in list(under_test.items()):
                 with _dropping_out(outcome, under_test, name, say):
-                    measured = dict(_measured(rig, workload, running, seconds))
-                    measured["rss_start_mib"] = starts[name]
+                    measured = _measured(rig, workload, running, seconds)
                     outcome.rounds.setdefault(name, []).append(measured)
                     say(f"{workload.id} {number}/{rounds} {name}: {told(workload, measured)}")
     return outcome
@@ -70,6 +67,7 @@ def _measured(rig: Rig, workload: Workload, running: Running, seconds: float) ->
     return {
         **measured,
         "others_percent": max(0.0, 100 * others / (time.monotonic() - clock)),
+        "rss_start_mib": running.idle.rss_bytes / MIB,
         "rss_end_mib": after.rss_bytes / MIB,
     }
 

@@ -11,7 +11,7 @@ import http.client
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -53,6 +53,7 @@ class Running:
     site: Site
     process: Process
     cores: frozenset[int]
+    idle: Usage  # when it had answered its first request
 
     def usage(self) -> Usage:
         return self.process.usage()
@@ -123,14 +124,15 @@ class Rig:
         launch = gateway.launch(site)
         if launch is None:
             direct = Site(folder, backends.ports[0], 0, urls, "", self.credentials, self._etcd, self._redis)
-            yield Running(gateway, direct, backends.process, frozenset(self.cores.rest))
+            process = backends.process
+            yield Running(gateway, direct, process, frozenset(self.cores.rest), process.usage())
             return
         log = folder / f"{gateway.name}.log"
         process = Process(gateway.name, launch.argv, cores=self.cores.gateway, log=log, env=launch.env)
         try:
-            running = Running(gateway, site, process, frozenset(self.cores.gateway))
+            running = Running(gateway, site, process, frozenset(self.cores.gateway), process.usage())
             wait_answer(running, stream=stream)
-            yield running
+            yield replace(running, idle=process.usage())
         finally:
             process.end()
 

@@ -77,14 +77,13 @@ def stream(_: Rig, running: Running, seconds: float) -> Round:
 
 
 def many(_: Rig, running: Running, seconds: float) -> Round:
-    before = running.usage()
     with _client(running, "hold", MANY_STREAMS, seconds) as output:
         opened = _line(output)
         start = running.usage()
         held = _line(output)
         end = running.usage()
     return {
-        "stream_kib": (end.rss_bytes - before.rss_bytes) / max(1, opened["open"]) / 1024,
+        "stream_kib": (end.rss_bytes - running.idle.rss_bytes) / max(1, opened["open"]) / 1024,
         "rss_mib": end.rss_bytes / MIB,
         "cpu_us": micros_each(_cpu(start, end), held["events"]),
         "failed": MANY_STREAMS - opened["open"] + held["cut"],
@@ -182,7 +181,7 @@ MANY = Workload(
     f"{MANY_STREAMS} open streams, 1 event/s each",
     (
         Figure("stream_kib", "KiB", "memory per stream"),
-        Figure("rss_mib", "MiB", "RSS"),
+        Figure("rss_mib", "MiB", "RSS held"),
         Figure("cpu_us", "µs", "CPU per event"),
         FAILED,
     ),

@@ -23,6 +23,7 @@ class Put:
     def __init__(self, name):
         self.name = name
         self.is_dead = False
+        self.idle = Usage(0.0, 2 << 20)
 
     def core_busy_seconds(self):
         return 0.0
