@@ -11,6 +11,7 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -70,13 +71,15 @@ def bench(
     for name, reason in absent.items():
         console.print(f"absent: {name}, {reason}")
     started = time.time()
-    outcomes = measure(gateways, only, rounds, seconds, console)
-    for outcome in outcomes:
-        console.print(report.table(outcome))
-    told = report.document(outcomes, gateways, absent, started=round(started), rounds=rounds, seconds=seconds)
     place = file or RESULTS / time.strftime("%Y%m%d-%H%M%S.json", time.localtime(started))
     place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text(json.dumps(told, indent=1))
+    outcomes = []
+    for outcome in measure(gateways, only, rounds, seconds, console):
+        outcomes.append(outcome)  # written after each: an interrupted run keeps what it has
+        told = report.document(outcomes, gateways, absent, started=round(started), rounds=rounds, seconds=seconds)
+        place.write_text(json.dumps(told, indent=1))
+    for outcome in outcomes:
+        console.print(report.table(outcome))
     console.print(f"written to {place}")
 
 
@@ -95,11 +98,15 @@ def markdown(file: Path) -> None:
     print(report.markdown(json.loads(file.read_text())))
 
 
-def measure(gateways: list[Gateway], only: list[str], rounds: int, seconds: float, console: Console) -> list[Outcome]:
+def measure(
+    gateways: list[Gateway], only: list[str], rounds: int, seconds: float, console: Console
+) -> Iterator[Outcome]:
+    """Each workload's outcome as soon as it is there."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, OPEN_FILES)), hard))
     with tempfile.TemporaryDirectory(prefix="weir-bench-") as folder, Rig(Path(folder)) as rig:
-        return [run(rig, WORKLOADS[name], gateways, rounds, seconds, console.print) for name in only]
+        for name in only:
+            yield run(rig, WORKLOADS[name], gateways, rounds, seconds, console.print)
 
 
 def main() -> None:
