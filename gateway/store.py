@@ -240,14 +240,23 @@ class RedisStore:
     async def _serve_until_away(self) -> None:
         failed, reason = 0, ""
         while failed < FAILURES:
-            while not self._submitted:
-                self._wake.clear()
-                await self._wake.wait()
-            answers = await self._serve_batch()
-            reason = next((answer for answer in answers if isinstance(answer, str)), "")
+            if await self._is_asked():
+                answers = await self._serve_batch()
+                reason = next((answer for answer in answers if isinstance(answer, str)), "")
+            else:  # so that its going away is known before somebody needs it
+                reason = await self._probe() or ""
             failed = failed + 1 if reason else 0
         self._change(up=False, reason=reason)
         self._fail_waiting()
+
+    async def _is_asked(self) -> bool:
+        """Wait for a question; False when nobody has one for the time between two probes."""
+        self._wake.clear()
+        if not self._submitted:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PROBE_SECONDS):
+                    await self._wake.wait()
+        return bool(self._submitted)
 
     async def _serve_batch(self) -> list[Grant | str]:
         self._serving = [self._submitted.popleft() for _ in range(min(BATCH, len(self._submitted)))]

@@ -255,6 +255,15 @@ class TestAway:
             assert longest < PATIENCE
             assert "secret" not in repr(store)
 
+    async def test_one_that_goes_while_nobody_asks_is_missed_all_the_same(self, fragile, monkeypatch):
+        monkeypatch.setattr("gateway.store.PROBE_SECONDS", 0.02)
+        async with running(fragile.url) as (store, events):
+            await asyncio.to_thread(fragile.kill)
+            await until(lambda: not store.up)
+            await asyncio.to_thread(fragile.start)
+            await until(lambda: store.up)
+        assert [event.up for event in events] == [True, False, True]
+
     async def test_killed_and_started_again(self, fragile):
         async with running(fragile.url) as (store, events):
             meter = leased(store, gateways=2)
