@@ -15,6 +15,7 @@ import resource
 import secrets
 import signal
 import ssl
+import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -359,6 +360,7 @@ class Gateway:
 async def serve(settings: Config, *, worker: int | None = None) -> None:
     """Run a gateway until SIGTERM or SIGINT, which drain it; a second one ends it at once. Raises CannotRun."""
     _raise_file_limit()
+    sys.setswitchinterval(0.0005)  # threads write logs and export spans: none may hold the loop for Python's usual 5 ms
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
     stop = asyncio.Event()
