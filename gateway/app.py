@@ -372,6 +372,7 @@ async def serve(settings: Config, *, worker: int | None = None) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    loop.add_signal_handler(signal.SIGHUP, lambda: None)  # during the start: the policy is read anew anyway
     gateway = Gateway(settings, worker)
     try:
         async with gateway.running():

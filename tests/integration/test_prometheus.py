@@ -238,6 +238,11 @@ def test_the_rules_are_good():
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
+def test_the_configuration_to_deploy_is_good():
+    config = OBSERVABILITY.parent / "deploy" / "prometheus.yml"
+    subprocess.run([PROMTOOL, "check", "config", str(config)], check=True, capture_output=True, timeout=30)
+
+
 def test_each_alert_fires_when_it_should_and_on_a_good_day_none(tmp_path):
     rules = [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
     assert {rule["alert"] for rule in rules} == set(FIRES)
