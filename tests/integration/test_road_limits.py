@@ -109,7 +109,7 @@ async def test_two_gateways_admit_what_the_bucket_holds_and_hardly_less(tmp_path
             await until(lambda: statuses(one, two) == {200, 429})  # the burst is used up
             rounds = [await used(rate, one, two)]
             while (
-                rounds[-1] < 0.97 and len(rounds) < 8
+                rounds[-1] < 0.97 and len(rounds) < 4
             ):  # on a busy machine the pressure may be the one that was not steady
                 rounds.append(await used(rate, one, two))
         seconds = time.perf_counter() - begun
