@@ -140,22 +140,31 @@ async def _drive(
     server = DataServer(
         gateway.pipeline.handle, gateway.pipeline.reject, idle=75, head_timeout=10, header_bytes=32768, connections=10
     )
-    answered: asyncio.Queue[bytes] = asyncio.Queue()
     client = server()
-    client.connection_made(Pipe(answered.put_nowait))  # type: ignore[arg-type]
-    for _ in range(500):
-        client.data_received(request)
-        answer = await answered.get()
-    assert answer.startswith(b"HTTP/1.1 200 "), answer
-    best = float("inf")
+    loop = asyncio.get_running_loop()
+    left, done = 0, loop.create_future()
+
+    def on_answer(answer: bytes) -> None:
+        nonlocal left
+        assert answer.startswith(b"HTTP/1.1 200 "), answer
+        left -= 1
+        if left:
+            loop.call_soon(client.data_received, request)
+        else:
+            done.set_result(None)
+
+    async def batch(count: int) -> float:
+        nonlocal left, done
+        left, done = count, loop.create_future()
+        started = time.thread_time()
+        loop.call_soon(client.data_received, request)
+        await done
+        return (time.thread_time() - started) / count
+
+    client.connection_made(Pipe(on_answer))  # type: ignore[arg-type]
+    await batch(500)
     with watched:
-        for _ in range(requests // BATCH):
-            started = time.thread_time()
-            for _ in range(BATCH):
-                client.data_received(request)
-                answer = await answered.get()
-            assert answer.startswith(b"HTTP/1.1 200 "), answer
-            best = min(best, (time.thread_time() - started) / BATCH)
+        best = min([await batch(BATCH) for _ in range(requests // BATCH)])
     return best * 1e6
 
 

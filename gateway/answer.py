@@ -114,7 +114,7 @@ def _remember(header: tuple[bytes, bytes]) -> tuple[int, bytes]:
 def judge(call: Call, head: AnswerHead) -> Mode | Failure:
     """Whether this head begins an answer that may pass to the client (and how), or is a failure."""
     status = head.status
-    if status == 304 and call.protocol == "http" and not head.malformed:  # the client has asked whether it changed
+    if status == 304 and call.resource.protocol == "http" and not head.malformed:  # the client asked if it changed
         return Mode.EMPTY
     if head.malformed or not 200 <= status <= 599 or 300 <= status <= 399 or (head.chunked and head.length is not None):
         return Failure.PROTOCOL
@@ -124,7 +124,7 @@ def judge(call: Call, head: AnswerHead) -> Mode | Failure:
         return Failure.NOT_STARTED if status == 503 and head.not_started else Failure.SERVER_ERROR
     if call.method == "HEAD" or status == 204:
         return Mode.EMPTY
-    if call.protocol == "http":
+    if call.resource.protocol == "http":
         return _mode_of_plain(head)
     return _mode_of_api(call, head)
 

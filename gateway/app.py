@@ -57,7 +57,7 @@ from gateway.upstream.endpoint import Backend
 from gateway.upstream.fleet import Fleet
 from gateway.views import views
 from observability import events
-from observability.fanout import Batch, fanout
+from observability.fanout import Fanout
 from observability.logs import AccessLog, EventLog, LineWriter, configure
 from observability.metrics import Metrics
 from observability.recent import Recent
@@ -65,7 +65,7 @@ from observability.tracing import SpanExporter, Tracer, otlp_export
 from policies.breaker import State
 from policies.policy import Policy, Principal
 from policies.problems import InvalidDocument
-from policies.routing import Router, plan_of
+from policies.routing import plan_of
 
 ACCEPT_SECONDS = 5.0  # how long a gateway that was told to stop still accepts, so that balancers get to know
 DRAIN_SECONDS = 60.0
@@ -141,7 +141,7 @@ class Gateway:
                 keys.update(policy.issuers)
                 identifier.use(policy)
                 fleet.keep_breakers(route.breaker for route in policy.routes)
-                self.pipeline.in_force = InForce(policy, Router(policy))
+                self.pipeline.in_force = InForce.of(policy)
 
             put_in_force(self.policy.policy)
             self.policy.subscribe(put_in_force)
@@ -190,10 +190,10 @@ class Gateway:
             self.metrics.counter(
                 "weir_otlp_export_failures_total", "Traces lost.", (), lambda: [((), float(exporter.failures))]
             )
-        batch = Batch(fanout(observers, self.clock), asyncio.get_running_loop().call_later)
-        self._flush = batch.flush
-        stack.callback(batch.flush)
-        return batch
+        fanout = Fanout(observers, asyncio.get_running_loop().call_later, self.clock)
+        self._flush = fanout.flush
+        stack.callback(fanout.flush)
+        return fanout
 
     async def _start_policy(
         self, stack: contextlib.AsyncExitStack, observe: events.Observer, etcd: Etcd | None
@@ -327,15 +327,15 @@ class Gateway:
 
     async def _drain(self, listener: asyncio.Server, server: DataServer) -> None:
         self.pipeline.draining = True
-        if server.open_connections:
+        if server.connections:
             await asyncio.sleep(ACCEPT_SECONDS if self.pipeline.inflight else 0)
         listener.close()
-        server.pre_shutdown()
+        server.close_idle()
         await self._wait_idle(DRAIN_SECONDS)
         for relay in tuple(self.forwarder.relays):
             relay.drain()
         await self._wait_idle(1.0)
-        await server.shutdown(timeout=1.0)
+        server.abort()
 
     async def _wait_idle(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):

@@ -11,8 +11,7 @@ import asyncio
 from collections.abc import Callable
 from functools import lru_cache
 from random import Random
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from gateway.headers import header_safe, request_head
 from gateway.relay import Ending, Relay
@@ -27,7 +26,6 @@ from policies.routing import pick_target
 if TYPE_CHECKING:
     from gateway.answer import AnswerHead
     from gateway.call import Call, Ids
-    from gateway.server import ClientConnection
     from gateway.trail import Trail
     from gateway.upstream.connection import Connection
     from gateway.upstream.endpoint import Backend, Lease
@@ -40,6 +38,11 @@ consumer_line = lru_cache(maxsize=4096)(header_safe)
 _FAILURES = frozenset(
     {"upstream_reset", "upstream_timeout", "upstream_protocol", "upstream_error", "stream_truncated", "connect_fail"}
 )
+_TOO_LATE = Ending("upstream_timeout", Failure.FIRST_BYTE_TIMEOUT)
+# Looking a member up in its Enum costs as much as a short function.
+_STALE, _BUSY, _NOT_STARTED = Failure.STALE, Failure.BUSY, Failure.NOT_STARTED
+_SUCCESS, _FAILURE, _IGNORED = Outcome.SUCCESS, Outcome.FAILURE, Outcome.IGNORED
+_PEAK_EWMA, _HASH = BalanceKind.PEAK_EWMA, BalanceKind.HASH
 
 
 class Forwarder:
@@ -53,14 +56,14 @@ class Forwarder:
         self._budgets: dict[tuple[str, float], RetryBudget] = {}
         self.relays: set[Relay] = set()  # answers on their way
 
-    async def forward(self, call: Call, trail: Trail, route: Route, consumer: str, client: ClientConnection) -> None:
+    async def forward(self, call: Call, trail: Trail, route: Route, consumer: str) -> None:
         """Answer the call from a backend. Raises a Refusal while nothing has gone out to the client."""
         group = self._group(call, trail, route, consumer)
         budget = self._budget(route)
         budget.deposit(trail.mark)
-        hash_key = _hash_key(call, route, consumer)
+        hash_key = _hash_key(call, route, consumer) if route.balance.kind is _HASH else ""
         tried: tuple[Backend, ...] = ()
-        last: _Attempt | None = None
+        last: Relay | None = None
         while True:
             try:
                 lease = self._fleet.lease(group, route, tried, hash_key)
@@ -69,8 +72,9 @@ class Forwarder:
                     raise
                 raise _refusal(last, route) from None  # nobody is left to retry with: what the last one did stands
             trail.pick += trail.lap()
-            with lease, _Attempt(lease, call, trail, route, client, self._ids.span()) as last:
-                ending = await last.run(self.relays, consumer)
+            with lease:
+                last = await self._attempt(lease, call, trail, route, consumer)
+            ending = last.ending
             failure = ending.failure
             if failure is None:
                 return
@@ -85,8 +89,77 @@ class Forwarder:
                 await asyncio.sleep(delay)
                 trail.queue += trail.lap()
 
+    async def _attempt(self, lease: Lease, call: Call, trail: Trail, route: Route, consumer: str) -> Relay:
+        """One try at one backend. At its end breaker, balancer and trail hear how it ended, whatever happens."""
+        started, connect_before, upstream_before = trail.mark, trail.connect, trail.upstream
+        backend, timeout, span_id = lease.backend, route.timeout, self._ids.span()
+        deadline_ms = remaining_ms(timeout, trail.start, started)
+        request = request_head(call, backend, consumer_line(consumer), span_id, deadline_ms) + call.body
+        relay = Relay(call, trail, timeout, backend.name_line)
+        try:
+            connection = backend.pool.take(started)
+            if connection is not None:
+                await self._exchange(relay, connection, request)
+            if connection is None or relay.ending.failure is _STALE:  # a dead pooled one is replaced once, for free
+                relay = Relay(call, trail, timeout, backend.name_line)
+                connection = await self._connect(relay, backend.pool)
+                if connection is not None:
+                    await self._exchange(relay, connection, request)
+        finally:
+            ending, head = relay.ending, relay.head
+            lease.outcome = _outcome(ending, head, relay.overdue)
+            if head is not None and head.load_report:
+                backend.hear_load(head.load_report, trail.mark)
+            if ending.failure is _BUSY:
+                backend.hear_busy(trail.mark)
+            elif ending.reason == "ok" and route.balance.kind is _PEAK_EWMA:
+                backend.ewma.observe(trail.upstream - upstream_before, trail.mark)
+            trail.end_reason = ending.reason
+            trail.attempts.append(
+                Attempt(
+                    backend.endpoint.id,
+                    backend.endpoint.service,
+                    started - trail.start,
+                    trail.connect - connect_before,
+                    trail.clock() - started,
+                    ending.reason,
+                    head.status if head is not None else 0,
+                    span_id,
+                )
+            )
+        return relay
+
+    async def _connect(self, relay: Relay, pool: Pool) -> Connection | None:
+        """A new connection; None: none could be made, and the relay has ended so."""
+        trail = relay.trail
+        due, kind = next_due(Phase.CONNECTING, relay.timeouts, trail.start, trail.mark)
+        try:
+            async with asyncio.timeout(due - trail.mark):
+                return await pool.connect()
+        except TimeoutError:
+            relay.overdue = kind
+            is_late = kind is Kind.TOTAL  # then there is no time for another backend either
+            relay.ending = _TOO_LATE if is_late else Ending("connect_fail", Failure.CONNECT_TIMEOUT)
+        except OSError:
+            relay.ending = Ending("connect_fail", Failure.CONNECT_FAIL)
+        finally:
+            trail.connect += trail.lap()
+        return None
+
+    async def _exchange(self, relay: Relay, connection: Connection, request: bytes) -> None:
+        """Send the request, and relay the answer to its end."""
+        self.relays.add(relay)
+        try:
+            relay.start(connection, request)
+            await relay
+        finally:
+            self.relays.discard(relay)
+            relay.release()
+            if not relay.committed:
+                relay.trail.upstream += relay.trail.lap()
+
     def _group(self, call: Call, trail: Trail, route: Route, consumer: str) -> Group:
-        fleet, model, version = self._fleet, call.model, call.version
+        fleet, model, version = self._fleet, call.model, call.resource.version
         target: Target | None = route.to[0]
         if len(route.to) > 1:
             target = pick_target(route, self._rng, consumer, lambda one: fleet.group(one, model, version) is not None)
@@ -104,164 +177,33 @@ class Forwarder:
         return budget
 
 
-class _Attempt:
-    """One try at one backend. On the way out of its `with` breaker, balancer and trail hear how it ended."""
-
-    __slots__ = (
-        "_before",
-        "_call",
-        "_client",
-        "_route",
-        "_span_id",
-        "_started",
-        "_trail",
-        "ending",
-        "lease",
-        "overdue",
-        "relay",
-    )
-
-    def __init__(
-        self, lease: Lease, call: Call, trail: Trail, route: Route, client: ClientConnection, span_id: int
-    ) -> None:
-        self.lease = lease
-        self.relay: Relay | None = None
-        self.ending = _LEFT
-        self.overdue: Kind | None = None  # which timeout has run out
-        self._call = call
-        self._trail = trail
-        self._route = route
-        self._client = client
-        self._span_id = span_id
-        self._started = trail.mark
-        self._before = (trail.connect, trail.upstream)
-
-    async def run(self, relays: set[Relay], consumer: str) -> Ending:
-        """Until the answer has ended. A pooled connection that turns out to be dead is replaced once, for free."""
-        pool, trail = self.lease.backend.pool, self._trail
-        connection = pool.take(trail.mark)
-        if connection is not None:
-            await self._exchange(connection, relays, consumer)
-            if self.ending.failure is not Failure.STALE:
-                return self.ending
-        connection = await self._connect(pool)
-        if connection is not None:
-            await self._exchange(connection, relays, consumer)
-        return self.ending
-
-    async def _connect(self, pool: Pool) -> Connection | None:
-        trail, timeout = self._trail, self._route.timeout
-        due, kind = next_due(Phase.CONNECTING, timeout, trail.start, trail.mark)
-        self.ending = _LEFT  # what a stale connection did before stands no longer
-        try:
-            async with asyncio.timeout(due - trail.mark):
-                return await pool.connect()
-        except TimeoutError:
-            self.overdue = kind
-            is_late = kind is Kind.TOTAL  # then there is no time for another backend either
-            self.ending = _TOO_LATE if is_late else Ending("connect_fail", Failure.CONNECT_TIMEOUT)
-        except OSError:
-            self.ending = Ending("connect_fail", Failure.CONNECT_FAIL)
-        finally:
-            trail.connect += trail.lap()
-        return None
-
-    async def _exchange(self, connection: Connection, relays: set[Relay], consumer: str) -> None:
-        call, trail, backend, timeout = self._call, self._trail, self.lease.backend, self._route.timeout
-        lines = b"x-request-id: %b\r\nx-weir-policy: %b\r\n%bx-weir-attempts: %d\r\n" % (
-            call.request_id.encode(),
-            trail.policy.encode(),
-            backend.name_line,
-            len(trail.attempts) + 1,
-        )
-        head = request_head(
-            call,
-            backend.head_lines,
-            backend.endpoint.base_path,
-            self._client.forwarded_lines,
-            consumer_line(consumer),
-            self._span_id,
-            remaining_ms(timeout, trail.start, trail.mark),
-        )
-        self.relay = relay = Relay(call, trail, self._client, connection, timeout, lines)
-        self.ending = _LEFT
-        relays.add(relay)
-        try:
-            connection.start(relay, head + call.body)
-            await relay.wait()
-        finally:
-            relays.discard(relay)
-            relay.release()
-            self.overdue = relay.overdue
-            if relay.ending is not None:  # also when its own cut of the client's connection cancelled us
-                self.ending = relay.ending
-            if not relay.committed:
-                trail.upstream += trail.lap()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        trail, ending, backend = self._trail, self.ending, self.lease.backend
-        head = self.relay.head if self.relay is not None else None
-        connect_before, upstream_before = self._before
-        self.lease.outcome = _outcome(ending, head, self.overdue)
-        if head is not None and head.load_report:
-            backend.hear_load(head.load_report, trail.mark)
-        if ending.failure is Failure.BUSY:
-            backend.hear_busy(trail.mark)
-        elif ending.reason == "ok" and self._route.balance.kind is _PEAK_EWMA:
-            backend.ewma.observe(trail.upstream - upstream_before, trail.mark)
-        trail.end_reason = ending.reason
-        trail.attempts.append(
-            Attempt(
-                backend.endpoint.id,
-                backend.endpoint.service,
-                self._started - trail.start,
-                trail.connect - connect_before,
-                trail.clock() - self._started,
-                ending.reason,
-                head.status if head is not None else 0,
-                self._span_id,
-            )
-        )
-
-
-_LEFT = Ending("client_abort")
-_TOO_LATE = Ending("upstream_timeout", Failure.FIRST_BYTE_TIMEOUT)
-_PEAK_EWMA = BalanceKind.PEAK_EWMA
-
-
 def _outcome(ending: Ending, head: AnswerHead | None, overdue: Kind | None) -> Outcome:
     """What the breaker hears. 4xx, 429, clients that left and a backend that did not start count neither way.
 
     Nor does an answer that was on its way when the request's own time ran out: it was only long.
     """
     if ending.reason == "ok":
-        return Outcome.SUCCESS if head is None or head.status < 400 else Outcome.IGNORED
-    if ending.failure in (Failure.NOT_STARTED, Failure.STALE):  # a stale connection is replaced, unless the client left
-        return Outcome.IGNORED
+        return _SUCCESS if head is None or head.status < 400 else _IGNORED
+    if ending.failure in (_NOT_STARTED, _STALE):  # a stale connection is replaced, unless the client left
+        return _IGNORED
     if overdue is Kind.TOTAL and head is not None:
-        return Outcome.IGNORED
-    return Outcome.FAILURE if ending.reason in _FAILURES else Outcome.IGNORED
+        return _IGNORED
+    return _FAILURE if ending.reason in _FAILURES else _IGNORED
 
 
-def _refusal(attempt: _Attempt, route: Route) -> errors.Refusal:
+def _refusal(relay: Relay, route: Route) -> errors.Refusal:
     """What the client is told when the last attempt failed."""
-    failure, relay = attempt.ending.failure, attempt.relay
-    head = relay.head if relay is not None else None
+    failure, head = relay.ending.failure, relay.head
     after = _retry_after(head.retry_after) if head is not None else None
     if failure in (Failure.CONNECT_FAIL, Failure.CONNECT_TIMEOUT):
         return errors.NoBackend("No backend of this route could be reached.", retry_after=1.0)
-    if failure is Failure.BUSY:
+    if failure is _BUSY:
         rule = f"routes.{route.name}"
         return errors.BackendsBusy("The backends of this route are busy.", rule=rule, retry_after=after or 1.0)
-    if failure is Failure.NOT_STARTED or (head is not None and head.status == 503 and after is not None):
+    if failure is _NOT_STARTED or (head is not None and head.status == 503 and after is not None):
         return errors.Overloaded("The backends of this route take no more requests now.", retry_after=after or 1.0)
     if failure is Failure.FIRST_BYTE_TIMEOUT:
-        overdue = attempt.overdue or Kind.FIRST_BYTE
+        overdue = relay.overdue or Kind.FIRST_BYTE
         rule = f"routes.{route.name}.timeout.{overdue.value}"
         if overdue is Kind.TOTAL:
             return errors.DeadlineExceeded("The request took longer than its route allows.", rule=rule)

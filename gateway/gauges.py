@@ -40,7 +40,7 @@ def register_gauges(
 
     watch = discovery.watch
     metrics.gauge("weir_inflight", "Requests being served.", (), one(lambda: pipeline.inflight))
-    metrics.gauge("weir_connections", "Open client connections.", (), one(lambda: server.open_connections))
+    metrics.gauge("weir_connections", "Open client connections.", (), one(lambda: len(server.connections)))
     metrics.counter(
         "weir_connections_refused_total",
         "Client connections closed at once because limits.connections was reached.",

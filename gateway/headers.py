@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from http import HTTPStatus
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
-from gateway.call import Call
+if TYPE_CHECKING:
+    from gateway.call import Call
+    from gateway.upstream.endpoint import Backend
 
 ANSWER_HEADERS: Final = frozenset(
     {
@@ -60,33 +62,25 @@ def header_safe(text: str) -> bytes:
     return quote(text, safe=" !#$&'()*+,-./:;<=>?@[]^_`{|}~").encode()
 
 
-def request_head(
-    call: Call,
-    backend_lines: bytes,
-    base_path: str,
-    client_lines: bytes,
-    consumer: bytes,
-    span_id: int,
-    deadline_ms: int,
-) -> bytes:
-    """The head of a request to a backend, with the empty line.
-
-    `backend_lines` (host and such) are the backend's, `client_lines` (x-forwarded-*) the client connection's.
-    """
-    lines = call.lines
-    return b"".join(
-        (
-            f"{call.method} {base_path}{call.target} HTTP/1.1\r\n".encode(),
-            backend_lines,
-            *lines,
-            client_lines,
-            b"x-forwarded-host: %b\r\n" % call.host if call.host else b"",
-            b"tracestate: %b\r\n" % call.tracestate if call.tracestate else b"",
-            b"traceparent: 00-%032x-%016x-%02x\r\nx-request-id: %b\r\nx-weir-consumer: %b\r\n"
-            b"x-weir-deadline-ms: %d\r\n"
-            % (call.trace_id, span_id, call.sampled, call.request_id.encode(), consumer, deadline_ms),
-            b"content-length: %d\r\n\r\n" % len(call.body) if call.body or call.method in _WITH_BODY else b"\r\n",
-        )
+def request_head(call: Call, backend: Backend, consumer: bytes, span_id: str, deadline_ms: int) -> bytes:
+    """The head of a request to a backend, with the empty line. `consumer` is fit to stand in a header line."""
+    body = call.body
+    return (
+        b"%b %b%b HTTP/1.1\r\n%b%b%btraceparent: 00-%b-%b-%b\r\n%bx-weir-consumer: %b\r\nx-weir-deadline-ms: %d\r\n%b"
+    ) % (
+        call.method.encode(),
+        backend.base_path,
+        call.resource.encoded,
+        backend.head_lines,
+        call.head.forwarded,
+        call.connection.forwarded_lines,
+        call.trace_id.encode(),
+        span_id.encode(),
+        b"01" if call.sampled else b"00",
+        call.id_line,
+        consumer,
+        deadline_ms,
+        b"content-length: %d\r\n\r\n" % len(body) if body or call.method in _WITH_BODY else b"\r\n",
     )
 
 

@@ -13,7 +13,6 @@ from policies import access, errors
 if TYPE_CHECKING:
     from gateway.call import Call
     from gateway.pipeline import InForce
-    from gateway.server import ClientConnection
     from gateway.trail import Trail
     from gateway.upstream.fleet import Fleet
     from policies.policy import Principal
@@ -31,54 +30,50 @@ class LocalAnswers:
         self._version = version
 
     def answers_anybody(self, call: Call) -> bool:
-        return call.method in ("GET", "HEAD") and call.path in _FOR_ANYBODY
+        return call.method in ("GET", "HEAD") and call.resource.path in _FOR_ANYBODY
 
     def answers_caller(self, call: Call) -> bool:
-        return call.method == "GET" and (call.path == _MODELS or call.path.startswith("/v1/models/"))
+        return call.method == "GET" and (call.resource.path == _MODELS or call.resource.path.startswith("/v1/models/"))
 
-    def answer(self, call: Call, trail: Trail, connection: ClientConnection) -> None:
+    def answer(self, call: Call, trail: Trail) -> None:
         """Health, for anybody: no token, no limit."""
-        trail.route, trail.path = "gateway", call.path
-        if call.path in ("/v2", "/v2/"):
-            _write(call, trail, connection, 200, {"name": "weir", "version": self._version, "extensions": []})
-        elif call.path == "/v2/health/ready":
+        trail.route, trail.path = "gateway", call.resource.path
+        if call.resource.path in ("/v2", "/v2/"):
+            _write(call, trail, 200, {"name": "weir", "version": self._version, "extensions": []})
+        elif call.resource.path == "/v2/health/ready":
             ready = self._is_ready()
-            _write(call, trail, connection, 200 if ready else 503, {"ready": ready})
+            _write(call, trail, 200 if ready else 503, {"ready": ready})
         else:
-            _write(call, trail, connection, 200, {"live": True})
+            _write(call, trail, 200, {"live": True})
 
-    def answer_caller(
-        self, call: Call, trail: Trail, connection: ClientConnection, in_force: InForce, principal: Principal
-    ) -> None:
+    def answer_caller(self, call: Call, trail: Trail, in_force: InForce, principal: Principal) -> None:
         """The models that this caller may use, from discovery. Raises ModelNotFound for one that is not among them."""
         trail.route, trail.path = "gateway", _MODELS
         names = access.visible_models(in_force.policy.routes, principal, self._fleet.offered())
-        if call.path == _MODELS:
-            _write(call, trail, connection, 200, {"object": "list", "data": [_model(name) for name in names]})
+        if call.resource.path == _MODELS:
+            _write(call, trail, 200, {"object": "list", "data": [_model(name) for name in names]})
             return
-        name = call.path.removeprefix(_MODELS + "/")
+        name = call.resource.path.removeprefix(_MODELS + "/")
         if name not in names:
             raise errors.ModelNotFound("There is no such model, or it is not for this caller.", param="model")
-        _write(call, trail, connection, 200, _model(name))
+        _write(call, trail, 200, _model(name))
 
 
 def _model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "weir"}
 
 
-def _write(call: Call, trail: Trail, connection: ClientConnection, status: int, document: dict[str, Any]) -> None:
+def _write(call: Call, trail: Trail, status: int, document: dict[str, Any]) -> None:
     body = msgspec.json.encode(document)
-    head = (
-        b"%bcontent-type: application/json\r\ncontent-length: %d\r\nx-request-id: %b\r\nx-weir-policy: %b\r\n%b%b%b"
-    ) % (
+    head = b"%bcontent-type: application/json\r\ncontent-length: %d\r\n%b%b%b%b%b" % (
         STATUS_LINES[status],
         len(body),
-        call.request_id.encode(),
-        trail.policy.encode(),
-        trail.account,
+        call.id_line,
+        trail.policy_line,
+        trail.limit_lines,
         trail.server_timing(),
         b"\r\n" if call.keep_alive else b"connection: close\r\n\r\n",
     )
     answer = head if call.method == "HEAD" else head + body
     trail.status, trail.end_reason, trail.bytes_out = status, "ok", len(answer)
-    connection.write(answer)
+    call.connection.write(answer)

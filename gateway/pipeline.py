@@ -15,18 +15,19 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from gateway.attempts import Forwarder
-from gateway.body import body_at_hand, read_body
-from gateway.call import Ids, accept, begin, peek
+from gateway.body import is_at_hand, read_body
+from gateway.call import Call, Ids, accept
+from gateway.peek import peek
 from gateway.rescue import refusal_bytes
-from gateway.server import ClientConnection, Incoming
 from gateway.trail import Trail
 from policies import access, errors
 from policies.routing import Router
 
 if TYPE_CHECKING:
     from gateway.admission import Account
-    from gateway.identify import Entry, Identifier
+    from gateway.identify import Identifier
     from gateway.local_answers import LocalAnswers
+    from gateway.server import ClientConnection
     from gateway.upstream.fleet import Fleet
     from observability.events import Observer
     from policies.policy import Policy
@@ -47,6 +48,11 @@ class InForce:
 
     policy: Policy
     router: Router
+    line: bytes  # names the policy's version in each answer
+
+    @classmethod
+    def of(cls, policy: Policy) -> InForce:
+        return cls(policy, Router(policy), b"x-weir-policy: %b\r\n" % policy.version.encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,49 +95,54 @@ class Pipeline:
         self.draining = False
         self._log = structlog.get_logger()
 
-    async def handle(self, incoming: Incoming) -> bool:
+    async def handle(self, call: Call) -> bool:
         """Serve one request and tell what became of it. The answer has gone out when this returns.
 
         True: the connection may carry another request.
         """
         in_force = self.in_force
-        trail = Trail(self._clock, self._wall(), in_force.policy.version)
+        trail = Trail(self._clock, self._wall(), in_force.policy.version, in_force.line)
+        trail.call = call
         self.inflight += 1
         try:
-            await self._serve(incoming, trail, in_force)
+            await self._serve(call, trail, in_force)
         except errors.Refusal as refusal:
-            self._refuse(refusal, trail, incoming)
+            self._refuse(refusal, trail, call)
         except asyncio.CancelledError:
             if not trail.bytes_out:  # else the answer has ended, or knows why it did not
                 trail.end_reason = "client_abort"
             raise
         except Exception:  # noqa: BLE001  a bug of ours must cost one request and be seen
-            self._log.exception("request failed", request_id=trail.call.request_id if trail.call else "")
-            self._refuse(errors.InternalError("Something went wrong in the gateway."), trail, incoming)
+            self._log.exception("request failed", request_id=call.request_id)
+            self._refuse(errors.InternalError("Something went wrong in the gateway."), trail, call)
         finally:
             self.inflight -= 1
-            self._observe(trail.ended(""))
-        call = trail.call
-        return call is not None and call.keep_alive and not self.draining
+            trail.end()
+            self._observe(trail)
+        return call.keep_alive and not self.draining
 
-    async def _serve(self, incoming: Incoming, trail: Trail, in_force: InForce) -> None:
-        settings = self._settings
+    async def _serve(self, call: Call, trail: Trail, in_force: InForce) -> None:
+        settings, connection = self._settings, call.connection
 
         # Accept: a head that two readers could not understand differently.
-        call = trail.call = begin(incoming.message, self._ids, settings.sample)
-        accept(call, incoming.message)
+        self._ids.give(call, settings.sample)
+        accept(call)
         if self.draining:
             call.keep_alive = False
         if call.method != "POST" and self._local.answers_anybody(call):
-            self._local.answer(call, trail, incoming.connection)
+            self._local.answer(call, trail)
             return
 
         # Identify: whose token is this? Remembered until it expires, so mostly a lookup.
-        entry = self._known_caller(incoming.connection, call.authorization, trail.started_at)
-        if entry is None:
-            entry = await self._identifier.identify(call.authorization, trail.started_at)
-        principal, account = entry.principal, entry.account
-        trail.consumer, trail.plan, trail.payer = principal.consumer, account.plan.name, account
+        entry = connection.caller  # whoever sent the same header lines last
+        if entry is None or not self._identifier.still_holds(entry, trail.started_at):
+            authorization = call.head.authorization
+            entry = self._identifier.identify_nowait(authorization, trail.started_at)
+            if entry is None:
+                entry = await self._identifier.identify(authorization, trail.started_at)
+            connection.caller = entry
+        account = trail.payer = entry.account
+        trail.consumer, trail.plan = entry.principal.consumer, account.plan.name
         trail.auth = trail.lap()
 
         # Admit: one request of the consumer's plan, and a place among its concurrent ones.
@@ -139,90 +150,81 @@ class Pipeline:
             await account.admit(trail.mark)
         with account:
             trail.limit = trail.lap()
-            trail.account = account.headers(trail.mark)
+            trail.limit_lines = account.headers(trail.mark)
 
             # Read what is asked for. Only now: who may not send makes us read nothing.
-            body = body_at_hand(incoming, call, settings.body_bytes)
-            if body is None:
+            if not is_at_hand(call, settings.body_bytes):
                 try:
-                    body = await read_body(incoming, call, settings.body_bytes, settings.body_timeout)
+                    await read_body(call, settings.body_bytes, settings.body_timeout)
                 except errors.ClientTimeout:
                     account.refund()
                     raise
-            call.body = body
             trail.body = trail.lap()
             if call.method == "GET" and self._local.answers_caller(call):
-                self._local.answer_caller(call, trail, incoming.connection, in_force, principal)
+                self._local.answer_caller(call, trail, in_force, entry.principal)
                 return
 
             # Route: the first one that matches, and the caller must be allowed on it.
-            call.model, call.stream = peek(call)
+            asked, resource = peek(call), call.resource
+            call.model, call.stream = asked.model, asked.stream is True
             trail.model = self._fleet.known_model(call.model)
-            route = in_force.router.route(call.path, call.model, call.header)
-            trail.route, trail.path = route.name, call.path if call.protocol != "http" else "other"
-            access.check(route, principal, call.model)
+            route = in_force.router.route(resource.path, call.model, call.header)
+            trail.route, trail.path = route.name, resource.path if resource.protocol != "http" else "other"
+            access.check(route, entry.principal, call.model)
 
             # Balance, guard, forward: choose a backend that its breaker lets through, relay its answer, or try another.
-            await self._forwarder.forward(call, trail, route, principal.consumer, incoming.connection)
-
-    def _known_caller(
-        self, client: ClientConnection, authorization: bytes | None, wall: float
-    ) -> Entry[Account] | None:
-        """Who calls, if that is known without verifying: most often whoever called last on this connection."""
-        caller = client.caller
-        if caller is not None and client.authorization == authorization and self._identifier.still_holds(caller, wall):
-            return caller
-        entry = self._identifier.identify_nowait(authorization, wall)
-        if authorization is not None:
-            client.authorization, client.caller = authorization, entry
-        return entry
+            await self._forwarder.forward(call, trail, route, entry.principal.consumer)
 
     def reject(self, connection: ClientConnection, refusal: errors.Refusal) -> None:
         """Answer what never became a request."""
-        trail = Trail(self._clock, self._wall(), self.in_force.policy.version)
-        request_id = f"{self._ids.trace():032x}"
-        self._write_refusal(refusal, trail, connection, request_id, close=True)
+        in_force = self.in_force
+        trail = Trail(self._clock, self._wall(), in_force.policy.version, in_force.line)
+        request_id = self._ids.trace()
+        self._tell(refusal, trail, connection, "openai", request_id, close=True, head_only=False)
         trail.end_reason = "client_slow" if refusal.status == 408 else "parse_error"
-        self._observe(trail.ended(request_id))
+        trail.end(request_id)
+        self._observe(trail)
 
-    def _refuse(self, refusal: errors.Refusal, trail: Trail, incoming: Incoming) -> None:
-        call = trail.call
+    def _refuse(self, refusal: errors.Refusal, trail: Trail, call: Call) -> None:
         if trail.bytes_out:  # an answer is half out: all that is left is to end it as broken
-            incoming.connection.abort()
+            call.connection.abort()
             return
         trail.end_phase()
         if trail.payer is not None:  # how far over the limit, too
-            trail.account = trail.payer.headers(trail.mark)
-        unread = not incoming.payload.is_eof()
+            trail.limit_lines = trail.payer.headers(trail.mark)
         in_doubt = isinstance(refusal, errors.BadRequest) and not trail.consumer  # where does the next request begin?
-        if call is not None and (unread or in_doubt):
+        if in_doubt or not call.is_whole:
             call.keep_alive = False
-        request_id = call.request_id if call is not None else ""
-        close = call is None or not call.keep_alive
-        self._write_refusal(refusal, trail, incoming.connection, request_id, close=close)
+        self._tell(
+            refusal,
+            trail,
+            call.connection,
+            call.resource.protocol,
+            call.request_id,
+            close=not call.keep_alive,
+            head_only=call.method == "HEAD",
+        )
         if trail.end_reason in ("internal", "client_abort", "ok"):
             trail.end_reason = _END_REASONS_BY_CODE.get(refusal.code) or _END_REASONS.get(refusal.status, "parse_error")
 
-    def _write_refusal(
-        self, refusal: errors.Refusal, trail: Trail, connection: ClientConnection, request_id: str, *, close: bool
+    def _tell(
+        self,
+        refusal: errors.Refusal,
+        trail: Trail,
+        connection: ClientConnection,
+        protocol: str,
+        request_id: str,
+        *,
+        close: bool,
+        head_only: bool,
     ) -> None:
-        call = trail.call
-        lines = b"x-request-id: %b\r\nx-weir-policy: %b\r\n%b%b" % (
+        lines = b"x-request-id: %b\r\n%b%b%b" % (
             request_id.encode(),
-            trail.policy.encode(),
-            trail.account,
+            trail.policy_line,
+            trail.limit_lines,
             trail.server_timing(),
         )
-        protocol = call.protocol if call is not None else "openai"
-        answer = refusal_bytes(
-            protocol,
-            refusal,
-            request_id,
-            lines,
-            self._rng,
-            close=close,
-            head_only=call is not None and call.method == "HEAD",
-        )
+        answer = refusal_bytes(protocol, refusal, request_id, lines, self._rng, close=close, head_only=head_only)
         trail.status, trail.code, trail.rule = refusal.status, refusal.code, refusal.rule or ""
         trail.bytes_out = len(answer)
         connection.write(answer)

@@ -1,7 +1,7 @@
 r"""Forward, the answer's half: one backend's answer on its way to the client, byte by byte.
 
 The relay is what a connection talks to. It decides nothing about other attempts: it ends with an `Ending`, and whoever
-awaits `wait()` reads it. Its states:
+awaits it reads that. Its states:
 
     WAITING   => PASSING (a head that may pass) or ENDED (failure: nothing has gone out, another backend may be tried)
     PASSING   => ENDED, whole (the client has all) or broken (one error event where the protocol has one, then cut)
@@ -15,7 +15,6 @@ here, and an error event can always be placed. The bytes of the body are the bac
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -24,13 +23,13 @@ from gateway import sse
 from gateway.answer import HOLD_BYTES, AnswerHead, Mode, judge
 from gateway.headers import STATUS_LINES
 from gateway.rescue import error_event
+from gateway.wakeup import Wakeup
 from policies.deadline import Kind, Phase, next_due
 from policies.errors import DeadlineExceeded, Draining, Refusal, UpstreamFailed, UpstreamTimeout
 from policies.retry import Failure
 
 if TYPE_CHECKING:
     from gateway.call import Call
-    from gateway.server import ClientConnection
     from gateway.trail import Trail
     from gateway.upstream.connection import Connection
     from policies.policy import Timeouts
@@ -45,6 +44,11 @@ class Ending(NamedTuple):
 
     reason: str
     failure: Failure | None = None  # set while nothing has gone out
+
+
+LEFT = Ending("client_abort")  # the ending of every answer until it has another
+_OK = Ending("ok")
+_ERRED = Ending("upstream_error")
 
 
 _FAILURE_REASONS = {
@@ -63,57 +67,52 @@ _BREAK_FAILURES = {
 }
 
 
-class Relay:
-    """One answer. Make it, `connection.start(relay, ...)`, `await relay.wait()`, `relay.release()` whatever happens."""
+class Relay(Wakeup):
+    """One answer. Make it, `connection.start(relay, ...)`, `await relay`, `relay.release()` whatever happens.
+
+    Awaiting it ends when the answer has ended, back-pressure included.
+    """
 
     __slots__ = (
-        "_activity", "_client", "_connection", "_done", "_held", "_held_bytes", "_is_chunked", "_mode", "_out", "_over",
-        "_scanner", "_stalled_since", "call", "committed", "ending", "head", "lines", "overdue", "timeouts", "trail",
+        "_activity", "_client", "_connection", "_held", "_held_bytes", "_is_chunked", "_mode", "_name_line", "_out",
+        "_over", "_scanner", "_stalled_since", "call", "committed", "ending", "head", "overdue", "timeouts", "trail",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        call: Call,
-        trail: Trail,
-        client: ClientConnection,
-        connection: Connection,
-        timeouts: Timeouts,
-        lines: bytes,
-    ) -> None:
+    _connection: Connection  # once it is started
+
+    def __init__(self, call: Call, trail: Trail, timeouts: Timeouts, name_line: bytes) -> None:
+        self._client = client = call.connection
+        super().__init__(client.loop)
         self.call = call
         self.trail = trail
         self.timeouts = timeouts
-        self.lines = lines  # header lines about this attempt: x-weir-*
         self.head: AnswerHead | None = None
         self.committed = False  # the head has gone out: there is no second answer
-        self._is_chunked = False  # and says that chunks follow
-        self.ending: Ending | None = None
-        self._client = client
-        self._connection = connection
+        self.ending = LEFT
+        self.overdue: Kind | None = None  # which timeout has run out
+        self._name_line = name_line  # the `x-weir-backend` header line
+        self._is_chunked = False  # the head has said that chunks follow
         self._mode: Mode | None = None
         self._scanner: sse.Scanner | None = None
         self._out: list[bytes] = []  # body bytes to send at the next flush
         self._held: list[bytes] = []
         self._held_bytes = 0
-        self._done: asyncio.Future[None] | None = None
         self._over = False  # ended, and the client has taken what it was sent
-        self._activity = trail.mark
-        self._stalled_since = 0.0
-        self.overdue: Kind | None = None  # which timeout has run out
-        client.relay = self
-        self._wake_in(min(timeouts.first_byte, trail.start + timeouts.total - trail.mark))
+        self._activity = self._stalled_since = 0.0
 
     def __repr__(self) -> str:
         mode = self._mode.value if self._mode else "waiting"
-        return f"<Relay {mode} committed={self.committed} ending={self.ending}>"
+        ending = None if self.ending is LEFT else self.ending
+        return f"<Relay {mode} committed={self.committed} ending={ending}>"
 
-    async def wait(self) -> Ending:
-        """Until the answer has ended; back-pressure included."""
-        if not self._over:
-            self._done = asyncio.get_running_loop().create_future()
-            await self._done
-        assert self.ending is not None  # noqa: S101  being over is having ended
-        return self.ending
+    def start(self, connection: Connection, request: bytes) -> None:
+        """Send the request; from here on the answer comes."""
+        self._connection = connection
+        self._client.relay = self
+        trail = self.trail
+        self._activity = now = trail.mark
+        self._wake_in(min(self.timeouts.first_byte, trail.start + self.timeouts.total - now), now)
+        connection.start(self, request)
 
     def release(self) -> None:
         """Give back what the answer held. A connection whose answer is not whole is closed here."""
@@ -123,7 +122,7 @@ class Relay:
     # What the connection tells
 
     def on_head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
-        if self.ending is not None:
+        if self.ending is not LEFT:
             return
         self.head = head = AnswerHead(status, headers)
         verdict = judge(self.call, head)
@@ -132,10 +131,10 @@ class Relay:
             return
         self._mode = verdict
         if verdict is Mode.EVENTS:
-            self._scanner = sse.Scanner(self.call.path)
+            self._scanner = sse.Scanner(self.call.resource.path)
 
     def on_body(self, data: bytes) -> None:
-        if self.ending is not None:
+        if self.ending is not LEFT:
             return
         if self._mode is Mode.HOLD:
             self._held.append(data)
@@ -153,7 +152,7 @@ class Relay:
 
     def on_end(self) -> None:
         """The framing says that the answer is whole."""
-        if self.ending is not None:
+        if self.ending is not LEFT:
             return
         if self._mode is Mode.HOLD:
             self._send_held()
@@ -161,13 +160,17 @@ class Relay:
             self._end_events(self._scanner)
         else:
             self._commit_and_flush(last=True)
-            self._end("ok")
+            self._end(_OK)
 
     def on_flush(self) -> None:
-        """All callbacks of one read are done: send what there is."""
-        self._activity = self.trail.clock()
-        if self.ending is not None:
-            return
+        """All callbacks of one read are done: send what there is. Whoever waits for the end goes on from here."""
+        if self.ending is LEFT:
+            self._activity = self.trail.clock()
+            self._flush()
+        if self._over:
+            self.set()
+
+    def _flush(self) -> None:
         if self._out:
             if self.committed:
                 self._flush_more()
@@ -175,7 +178,7 @@ class Relay:
                 self._commit_and_flush()
         elif self._mode is Mode.EMPTY:
             self._commit_and_flush(last=True)
-            self._end("ok")
+            self._end(_OK)
         elif self._held_bytes > HOLD_BYTES:
             self._mode = Mode.RAW
             self._out, self._held = self._held, []
@@ -183,8 +186,12 @@ class Relay:
 
     def on_broken(self, reason: str) -> None:
         """The connection ended or sent what is not HTTP. `eof` is the clean end of the connection."""
-        if self.ending is not None:
-            return
+        if self.ending is LEFT:
+            self._hear_end(reason)
+        if self._over:
+            self.set()
+
+    def _hear_end(self, reason: str) -> None:
         if reason == "eof" and self.head is not None and not self.head.chunked and self.head.length is None:
             if self._scanner is not None:
                 self._end_events(self._scanner)
@@ -203,16 +210,19 @@ class Relay:
 
     def resume(self) -> None:
         self._connection.resume()
-        if self.ending is not None:
+        if self.ending is not LEFT:
             self._finish()
         if self._stalled_since:
             self._activity = self.trail.clock()
             self._stalled_since = 0.0
+        if self._over:
+            self.set()
 
     def drain(self) -> None:
         """The gateway ends and cannot wait any longer."""
-        if self.ending is None:
+        if self.ending is LEFT:
             self._break("drain")
+            self.set()
 
     # Time
 
@@ -238,19 +248,20 @@ class Relay:
                 self._send(self._framed(_KEEP_ALIVE))
                 quiet_until = now + KEEP_ALIVE_SECONDS
             due = min(due, quiet_until)
-        self._wake_in(due - now)
+        self._wake_in(due - now, now)
 
-    def _wake_in(self, seconds: float) -> None:
+    def _wake_in(self, seconds: float, now: float) -> None:
         """Look again then, or sooner: a head, a pause or a comment's time may come in between and set no alarm."""
-        self._connection.wake_in(max(0.001, min(seconds, self.timeouts.idle, KEEP_ALIVE_SECONDS)))
+        self._connection.wake_in(max(0.001, min(seconds, self.timeouts.idle, KEEP_ALIVE_SECONDS)), now)
 
     def _give_up(self, reason: str) -> None:
-        if self.ending is not None:  # all but the client's reading is done
+        if self.ending is not LEFT:  # all but the client's reading is done
             self._client.abort()
             self.ending = Ending(reason)
             self._finish()
         else:
             self._break(reason)
+        self.set()
 
     # Endings
 
@@ -267,7 +278,7 @@ class Relay:
         trail.first_token = trail.mark - trail.start
         trail.bytes_out += len(answer)
         self._client.write(answer)
-        self._end("ok")
+        self._end(_OK)
 
     def _end_events(self, scanner: sse.Scanner) -> None:
         rest = scanner.rest()
@@ -281,7 +292,7 @@ class Relay:
         elif rest:
             self._out.append(rest)
         self._commit_and_flush(last=True)
-        self._end("upstream_error" if scanner.errored else "ok")
+        self._end(_ERRED if scanner.errored else _OK)
 
     def _break(self, reason: str) -> None:
         """The answer will never be whole."""
@@ -295,7 +306,7 @@ class Relay:
             self._commit_and_flush()
         if self._scanner is not None:
             self.trail.tokens_in, self.trail.tokens_out = self._scanner.tokens_in, self._scanner.tokens_out
-            event = error_event(self.call.protocol, _refusal_of(reason, self.overdue), self.call.request_id)
+            event = error_event(self.call.resource.protocol, _refusal_of(reason, self.overdue), self.call.request_id)
             if event:
                 self._send(self._framed(event))
         if reason == "client_slow" or (self.call.http10 and self._is_unframed()):
@@ -314,19 +325,17 @@ class Relay:
 
     def _fail(self, failure: Failure, reason: str = "") -> None:
         named = reason if reason in ("drain", "client_slow") else _FAILURE_REASONS[failure]
-        self._end(named, failure)
+        self._end(Ending(named, failure))
 
-    def _end(self, reason: str, failure: Failure | None = None) -> None:
-        self.ending = Ending(reason, failure)
-        if not self._stalled_since or failure is not None:
+    def _end(self, ending: Ending) -> None:
+        self.ending = ending
+        if not self._stalled_since or ending.failure is not None:
             self._finish()  # else resume() does, or the end of the client's patience: it has not read all yet
 
     def _finish(self) -> None:
         self._over = True
         if self.committed and (self._mode is not Mode.HOLD or self._stalled_since):
             self.trail.waited = self.trail.clock() - self.trail.mark  # for the backend's next piece, or for the client
-        if self._done is not None and not self._done.done():
-            self._done.set_result(None)
 
     # Bytes out
 
@@ -383,17 +392,18 @@ class Relay:
         else:
             framing = b""
             call.keep_alive = call.keep_alive and self._mode is Mode.EMPTY
-        return b"".join(
-            (
-                STATUS_LINES[head.status],
-                *head.lines,
-                framing,
-                b"x-accel-buffering: no\r\n" if self._scanner is not None else b"",
-                self.lines,
-                trail.account,
-                trail.server_timing(),
-                b"\r\n" if call.keep_alive else b"connection: close\r\n\r\n",
-            )
+        return b"%b%b%b%b%b%b%bx-weir-attempts: %d\r\n%b%b%b" % (
+            STATUS_LINES[head.status],
+            b"".join(head.lines),
+            framing,
+            b"x-accel-buffering: no\r\n" if self._scanner is not None else b"",
+            call.id_line,
+            trail.policy_line,
+            self._name_line,
+            len(trail.attempts) + 1,
+            trail.limit_lines,
+            trail.server_timing(),
+            b"\r\n" if call.keep_alive else b"connection: close\r\n\r\n",
         )
 
 

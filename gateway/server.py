@@ -1,65 +1,46 @@
-"""Accept, the connection's half: aiohttp's low-level server, and what it needs to be safe in front of hostile clients.
+"""Accept, the connection's half: bytes from a client become calls, one after another.
 
-aiohttp accepts, parses and holds back what comes too fast. Here is what we do differently: a deadline for the head,
-JSON for what cannot be parsed (without an echo of it and without a traceback), a limit of connections, and a loop of
-our own over the requests of a connection, because answers are written straight to its transport. That loop leans on
-attributes of aiohttp's RequestHandler that are not public: pyproject.toml admits only the minor version it was written
-against.
+httptools (llhttp, strict) parses; this file holds what a hostile client must not get around: a deadline for the head, a
+limit of its size, of connections and of requests sent ahead, back-pressure on bodies that nobody reads yet, one refusal
+without an echo for what cannot be parsed. A connection serves its requests in one task of its own; when the client
+leaves, that task is cancelled wherever it waits.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Final, cast
 
-from aiohttp import http_parser, web
-from aiohttp.http_exceptions import LineTooLong
-from aiohttp.web_protocol import RequestHandler, RequestPayloadError, _ErrInfo
+import httptools
 
+from gateway.call import Call
+from gateway.head import Head, Lines
+from gateway.wakeup import Wakeup
 from policies.errors import BadRequest, ClientTimeout, HeaderTooLarge, Refusal
 
 if TYPE_CHECKING:
-    from aiohttp.streams import StreamReader
-
     from gateway.admission import Account
     from gateway.identify import Entry
     from gateway.relay import Relay
 
-WRITE_HIGH_BYTES = 64 * 1024
-WRITE_LOW_BYTES = 16 * 1024
-UNREAD_SECONDS = 30.0  # how long a client may leave what it was sent unread
-LINGER_SECONDS = 2.0  # an unread body is read and thrown away this long, so that the client gets to read its refusal
+WRITE_HIGH_BYTES: Final = 64 * 1024
+WRITE_LOW_BYTES: Final = 16 * 1024
+HELD_BYTES: Final = 64 * 1024  # of a body that nobody has asked for yet
+MOST_LINES: Final = 100  # of a head
+MOST_AHEAD: Final = 128  # requests sent before the first is answered; those beyond are not served
+UNREAD_SECONDS: Final = 30.0  # how long a client may leave what it was sent unread
+LINGER_SECONDS: Final = 2.0  # a body nobody wants is thrown away this long, so that the client gets to read its refusal
 
-if http_parser.HttpRequestParser.__module__ != "aiohttp._http_parser":  # pragma: no cover  needs a broken install
-    msg = "aiohttp runs without its C parser, the stricter one: reinstall aiohttp, unset AIOHTTP_NO_EXTENSIONS"
-    raise ImportError(msg)
-
-
-class Incoming:
-    """A parsed head and its body to come: what aiohttp's `BaseRequest` would be, less all that is not needed here."""
-
-    __slots__ = ("connection", "message", "payload")
-
-    def __init__(self, message: Any, payload: StreamReader, connection: ClientConnection) -> None:
-        self.message = message
-        self.payload = payload
-        self.connection = connection
-
-    def _cancel(self, exc: BaseException) -> None:
-        """Tell a reader of the body that the client has gone (aiohttp's hook)."""
-        self.payload.set_exception(exc)
-
-
-# Serves one request; tells whether its connection may carry another.
-Handle = Callable[[Incoming], Awaitable[bool]]
-# Answers a head that never became a request; writes the refusal and tells the observers.
+# Serves one call; tells whether its connection may carry another.
+Handle = Callable[[Call], Awaitable[bool]]
+# Answers a head that never became a call; writes the refusal and tells the observers.
 Reject = Callable[["ClientConnection", Refusal], None]
 
 
-class DataServer(web.Server):
-    """The data listener's protocol factory. Its handlers are cancelled when their client leaves."""
+class DataServer:
+    """The data listener's protocol factory."""
 
     def __init__(
         self,
@@ -71,78 +52,228 @@ class DataServer(web.Server):
         header_bytes: int,
         connections: int,
     ) -> None:
-        super().__init__(
-            handle,  # type: ignore[arg-type]  # ClientConnection.start calls it, not aiohttp's
-            handler_cancellation=True,
-            access_log=None,
-            auto_decompress=False,
-            keepalive_timeout=idle,
-            max_line_size=header_bytes,
-            max_field_size=header_bytes,
-            max_headers=100,
-        )
         self.handle = handle
         self.reject = reject
+        self.idle = idle
         self.head_timeout = head_timeout
         self.header_bytes = header_bytes
         self.most_connections = connections
-        self.open_connections = 0
         self.refused_connections = 0
+        self.connections: set[ClientConnection] = set()
 
     def __call__(self) -> ClientConnection:
-        return ClientConnection(self, loop=self._loop, **self._kwargs)
+        return ClientConnection(self, asyncio.get_running_loop())
+
+    def close_idle(self) -> None:
+        """Close the connections that wait for a request; the others close after their answers."""
+        for connection in tuple(self.connections):
+            connection.close_if_idle()
+
+    def abort(self) -> None:
+        """Close all connections at once, whatever they are doing."""
+        for connection in tuple(self.connections):
+            connection.abort()
 
 
-class ClientConnection(RequestHandler):
+class ClientConnection(asyncio.Protocol):
     """One client's connection. `relay` is whoever is writing an answer to it."""
 
-    __slots__ = ("_counted", "_head_timer", "_server", "authorization", "caller", "forwarded_lines", "relay")
+    __slots__ = (
+        "_ahead", "_alarm", "_arrival", "_body_wakeup", "_call", "_drained", "_head_bytes", "_head_timer", "_hold",
+        "_in_head", "_is_first_read", "_is_reading_paused", "_is_writing_paused", "_known", "_known_lines", "_length",
+        "_lines", "_parser", "_quiet_since", "_reading", "_server", "_takes_more", "_target", "_task", "caller",
+        "forwarded_lines", "loop", "relay", "transport",
+    )  # fmt: skip
 
-    def __init__(self, server: DataServer, **kwargs: Any) -> None:
-        super().__init__(server, **kwargs)
-        self._server = server
-        self._counted = False
-        self._head_timer: asyncio.TimerHandle | None = None
+    def __init__(self, server: DataServer, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.transport: asyncio.Transport | None = None
         self.relay: Relay | None = None
         self.forwarded_lines = b""
-        self.authorization: bytes | None = None  # of the last request, and who that was
-        self.caller: Entry[Account] | None = None
+        self.caller: Entry[Account] | None = None  # of the last request, as long as its header lines are repeated
+        self._server = server
+        self._parser = httptools.HttpRequestParser(self)
+        self._task: asyncio.Task[None] | None = None  # made with the first request
+        self._ahead: deque[Call | Refusal] = deque()  # calls not begun; a refusal is the last
+        self._call: Call | None = None  # the one under way
+        self._arrival: Wakeup | None = None  # set while the task waits for a call
+        self._takes_more = True  # False: what else comes is not looked at
+        self._alarm: asyncio.TimerHandle | None = None
+        self._quiet_since = 0.0
+        self._head_timer: asyncio.TimerHandle | None = None
+        # the message that is being parsed
+        self._in_head = False
+        self._is_first_read = False  # its head began in the present read
+        self._head_bytes = 0
+        self._target = self._length = b""
+        self._lines: Lines = []
+        self._reading: Call | None = None  # whose body is coming
+        self._hold = HELD_BYTES  # how much of it may come before reading is paused
+        self._body_wakeup: Wakeup | None = None
+        self._is_reading_paused = False
+        self._is_writing_paused = False
+        self._drained: Wakeup | None = None
+        self._known_lines: Lines | None = None
+        self._known: Head
+
+    def __repr__(self) -> str:
+        state = "closed" if self.transport is None else "serving" if self._call else "idle"
+        return f"<ClientConnection {state} ahead={len(self._ahead)}>"
+
+    # What the transport does
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        stream = cast("asyncio.Transport", transport)
+        self.transport = stream = cast("asyncio.Transport", transport)
         server = self._server
-        if server.open_connections >= server.most_connections:
+        if len(server.connections) >= server.most_connections:
             server.refused_connections += 1
+            self._takes_more = False
             stream.abort()
             return
-        server.open_connections += 1
-        self._counted = True
+        server.connections.add(self)
         stream.set_write_buffer_limits(high=WRITE_HIGH_BYTES, low=WRITE_LOW_BYTES)
         peer = stream.get_extra_info("peername")
         scheme = b"https" if stream.get_extra_info("sslcontext") else b"http"
         address = str(peer[0]).encode() if isinstance(peer, tuple) else b"unknown"
         self.forwarded_lines = b"x-forwarded-for: %b\r\nx-forwarded-proto: %b\r\n" % (address, scheme)
+        self._quiet_since = self.loop.time()
+        self._alarm = self.loop.call_later(server.idle, self._close_if_quiet)
 
-    def connection_lost(self, exc: BaseException | None) -> None:
-        if self._counted:
-            self._counted = False
-            self._server.open_connections -= 1
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        self.transport = None
+        self._takes_more = False
+        self._server.connections.discard(self)
         self._stop_head_timer()
-        super().connection_lost(exc)
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+        if self._task is not None:
+            self._task.cancel()
+
+    def eof_received(self) -> bool:
+        return False  # who sends no more is taken as gone
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._current_request is None and not self._messages and not self._force_close:
-            if self._head_timer is None and data:  # a head has begun and is not complete
-                self._head_timer = self._loop.call_later(self._server.head_timeout, self._head_is_late)
-        elif self._head_timer is not None:
-            self._stop_head_timer()
+        if not self._takes_more:
+            return
+        self._is_first_read = False
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserCallbackError:
+            raise  # a bug of ours: the event loop logs it and closes the connection
+        except httptools.HttpParserUpgrade:
+            self._takes_more = False  # what follows the request is another protocol's
+        except httptools.HttpParserError:
+            self._unreadable()
+        if self._in_head:
+            self._measure_head(len(data))
+        if self._body_wakeup is not None:
+            self._wake_for_body()
+        if self._ahead:
+            self._wake_for_call()
+        if self._in_head and self._head_timer is None and self._call is None and not self._ahead:
+            self._start_head_timer()
 
-    def resume_reading(self, resume_parser: bool = True) -> None:
-        """Skip aiohttp's second look at the parser when nothing was paused: it is asked for with each body read."""
-        if self._reading_paused:
-            super().resume_reading(resume_parser)
+    def pause_writing(self) -> None:
+        self._is_writing_paused = True
+        if self.relay is not None:
+            self.relay.pause()
+
+    def resume_writing(self) -> None:
+        self._is_writing_paused = False
+        if self._drained is not None:
+            self._drained.set()
+        if self.relay is not None:
+            self.relay.resume()
+
+    # What the parser finds
+
+    def on_message_begin(self) -> None:
+        if self._takes_more:
+            self._in_head = self._is_first_read = True
+            self._head_bytes = 0
+            self._target = self._length = b""
+            self._lines = []
+
+    def on_url(self, piece: bytes) -> None:
+        self._target += piece
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_head:
+            return  # a trailer: it ends here
+        if len(name) == 14 and name.lower() == b"content-length":  # apart: the other lines mostly repeat themselves
+            self._length = value
+        else:
+            self._lines.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        if not self._in_head:
+            return
+        self._in_head = False
+        parser, lines = self._parser, self._lines
+        call = Call(
+            self, parser.get_method().decode(), self._target, parser.get_http_version(), lines, self._length
+        )  # fmt: skip
+        if len(lines) > MOST_LINES or self._parsed_head_bytes() > self._server.header_bytes:
+            self._refuse_head()
+        elif len(self._ahead) >= MOST_AHEAD:
+            self._takes_more = False
+        else:
+            self._reading = call
+            self._ahead.append(call)
+
+    def on_body(self, data: bytes) -> None:
+        call = self._reading
+        if call is None:
+            return
+        call.size = size = call.size + len(data)
+        if call.pieces is not None:
+            call.pieces.append(data)
+        elif not call.body:
+            call.body = data
+        else:
+            call.pieces = [call.body, data]
+        if size > self._hold:
+            self._pause_reading()
+
+    def on_message_complete(self) -> None:
+        call, self._reading = self._reading, None
+        if call is not None:
+            if call.pieces is not None:
+                call.body, call.pieces = b"".join(call.pieces), None
+            call.is_whole = True
+
+    def _unreadable(self) -> None:
+        call, self._reading = self._reading, None
+        self._takes_more = False
+        if call is not None:
+            call.is_broken = True
+        elif not self._ahead or not isinstance(self._ahead[-1], Refusal):
+            self._in_head = False
+            self._ahead.append(BadRequest("The request is not well-formed HTTP/1.1."))
+
+    def _measure_head(self, received: int) -> None:
+        """A head is not complete: count what has come of it, at most one read too little."""
+        self._head_bytes = self._parsed_head_bytes() if self._is_first_read else self._head_bytes + received
+        if self._head_bytes > self._server.header_bytes or len(self._lines) > MOST_LINES:
+            self._refuse_head()
+
+    def _parsed_head_bytes(self) -> int:
+        return len(self._target) + sum([len(name) + len(value) + 4 for name, value in self._lines])
+
+    def _refuse_head(self) -> None:
+        self._in_head = self._takes_more = False
+        self._ahead.append(
+            HeaderTooLarge(
+                f"The head of the request is larger than {self._server.header_bytes} bytes, "
+                f"or has over {MOST_LINES} headers."
+            )
+        )
+
+    # Time
+
+    def _start_head_timer(self) -> None:
+        self._head_timer = self.loop.call_later(self._server.head_timeout, self._head_is_late)
 
     def _stop_head_timer(self) -> None:
         if self._head_timer is not None:
@@ -151,9 +282,26 @@ class ClientConnection(RequestHandler):
 
     def _head_is_late(self) -> None:
         self._head_timer = None
-        if self.transport is not None and self._current_request is None and not self._messages:
-            self._server.reject(self, ClientTimeout("The head of the request did not come in time."))
-            self.force_close()
+        if self._in_head and self._call is None:
+            self._in_head = self._takes_more = False
+            self._ahead.append(ClientTimeout("The head of the request did not come in time."))
+            self._wake_for_call()
+
+    def _close_if_quiet(self) -> None:
+        """The alarm of the idle time; one that rings too early is set anew, so that most requests set none."""
+        idle = self._server.idle
+        left = self._quiet_since + idle - self.loop.time()
+        if left > 0.001:
+            self._alarm = self.loop.call_later(left, self._close_if_quiet)
+        elif not self.close_if_idle():
+            self._alarm = self.loop.call_later(idle, self._close_if_quiet)
+
+    def close_if_idle(self) -> bool:
+        """Close the connection if no request is under way or has begun to come."""
+        is_idle = self._call is None and not self._ahead and not self._in_head
+        if is_idle and self.transport is not None:
+            self.transport.close()
+        return is_idle
 
     # What the relay uses
 
@@ -166,7 +314,7 @@ class ClientConnection(RequestHandler):
         """Close after what has been written, without a clean end of the answer; abort if it is never read."""
         if self.transport is not None:
             if self.transport.get_write_buffer_size():
-                self._loop.call_later(UNREAD_SECONDS, self.transport.abort)
+                self.loop.call_later(UNREAD_SECONDS, self.transport.abort)
             self.transport.close()
 
     def abort(self) -> None:
@@ -174,102 +322,115 @@ class ClientConnection(RequestHandler):
         if self.transport is not None:
             self.transport.abort()
 
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        if self.relay is not None:
-            self.relay.pause()
+    # What the pipeline uses
 
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if self.relay is not None:
-            self.relay.resume()
+    def head_of(self, lines: Lines) -> Head:
+        """The vetted head of these lines. Raises as `Head` does."""
+        if lines != self._known_lines:
+            self.caller = None
+            self._known = Head(lines)
+            self._known_lines = lines
+        return self._known
 
-    # Request after request
-
-    async def start(self) -> None:
-        """Serve the requests of this connection one after another, until either side has had enough.
-
-        In place of aiohttp's loop, which makes a task, a writer and a response object for each request: answers are
-        written by whoever has them, and this task, which is the connection's own, is what a client's leaving cancels.
-        """
-        handle, messages = self._server.handle, self._messages
+    async def receive_body(self, call: Call, most: int) -> None:
+        """Until the body is whole, broken or larger than `most`."""
+        self._hold = most
         try:
-            while not self._force_close:
-                if not messages:
-                    await self._wait_message()
-                message, payload = messages.popleft()
-                self._resume_parser()
-                if isinstance(message, _ErrInfo):
-                    self._server.reject(self, _refusal_of(message.exc, self._server.header_bytes))
+            while not (call.is_whole or call.is_broken or call.size > most):
+                self._resume_reading()
+                self._body_wakeup = wakeup = Wakeup(self.loop)
+                await wakeup
+        finally:
+            self._body_wakeup = None
+            self._hold = HELD_BYTES
+
+    # Call after call
+
+    async def _serve(self) -> None:
+        """Serve the requests of this connection one after another, until either side has had enough."""
+        ahead, handle = self._ahead, self._server.handle
+        try:
+            while ahead or self._takes_more:
+                if not ahead:
+                    await self._wait_call()
+                call = ahead.popleft()
+                if isinstance(call, Refusal):
+                    self._server.reject(self, call)
                     break
-                incoming = Incoming(message, payload, self)
-                self._current_request = incoming  # type: ignore[assignment]  # aiohttp calls nothing but its _cancel
-                self._request_in_progress = True
-                try:
-                    keeps = await handle(incoming)
-                finally:
-                    self._current_request = None
-                    self._request_in_progress = False
-                    if self._handler_waiter is not None:
-                        self._tell_shutdown()
-                if self._paused and not await self._is_read():
+                self._call = call
+                keeps = await handle(call)
+                if self._is_writing_paused and not await self._is_read():
                     break
-                if not payload.is_eof():
-                    await self._linger(payload)
-                    keeps = keeps and payload.is_eof()
-                if not keeps or self._close or self._upgraded:
+                if not call.is_whole and not await self._is_thrown_away(call):
                     break
-                # the idle time before the next request begins
-                self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
-                if self._keepalive_handle is None:
-                    self._keepalive_handle = self._loop.call_at(
-                        self._next_keepalive_close_time, self._process_keepalive
-                    )
+                if not keeps:
+                    break
+                self._call = None
+                if self._is_reading_paused and not ahead:
+                    self._resume_reading()
+                self._quiet_since = self.loop.time()
         except asyncio.CancelledError:
-            self.force_close()
+            self.abort()
             raise
         finally:
-            if self.transport is not None and not self._force_close:
-                self._task_handler = None
-                self.cut()
+            self._task = self._call = None
+            self._takes_more = False
+            self.cut()
 
-    async def _wait_message(self) -> None:
-        self._waiter = self._loop.create_future()
+    async def _wait_call(self) -> None:
+        if self._in_head and self._head_timer is None:
+            self._start_head_timer()
+        self._arrival = arrival = Wakeup(self.loop)
         try:
-            await self._waiter
+            await arrival
         finally:
-            self._waiter = None
+            self._arrival = None
 
-    def _resume_parser(self) -> None:
-        """A message was taken: aiohttp holds back a client that sends more than it may before it is answered."""
-        if self._parser is not None:
-            self._parser.message_consumed()
-        if self._buffer_paused and len(self._messages) <= self._msg_queue_resume_size:
-            self._resume_reading_if_drained()
+    def _wake_for_call(self) -> None:
+        if self._head_timer is not None:
+            self._stop_head_timer()
+        if len(self._ahead) > 8:
+            self._pause_reading()
+        if self._arrival is not None:
+            self._arrival.set()
+        elif self._task is None and self.transport is not None:
+            self._task = self.loop.create_task(self._serve())
 
-    def _tell_shutdown(self) -> None:
-        if self._handler_waiter is not None and not self._handler_waiter.done():
-            self._handler_waiter.set_result(None)
+    def _wake_for_body(self) -> None:
+        call = self._call
+        if call is not None and (call.is_whole or call.is_broken or call.size > self._hold):
+            cast("Wakeup", self._body_wakeup).set()
+
+    def _pause_reading(self) -> None:
+        if not self._is_reading_paused and self.transport is not None and not self.transport.is_closing():
+            self._is_reading_paused = True
+            self.transport.pause_reading()
+
+    def _resume_reading(self) -> None:
+        if self._is_reading_paused and self.transport is not None and not self.transport.is_closing():
+            self._is_reading_paused = False
+            self.transport.resume_reading()
 
     async def _is_read(self) -> bool:
         """Wait until the client has read most of its answers: refusals and our own answers have no relay that does."""
+        self._drained = drained = Wakeup(self.loop)
         try:
             async with asyncio.timeout(UNREAD_SECONDS):
-                await self._drain_helper()
+                await drained
         except TimeoutError:
             self.abort()
             return False
+        finally:
+            self._drained = None
         return True
 
-    async def _linger(self, payload: StreamReader) -> None:
-        """Read and throw away a body that nobody wanted: a close with bytes unread would take the answer with it."""
-        with contextlib.suppress(TimeoutError, RequestPayloadError):
+    async def _is_thrown_away(self, call: Call) -> bool:
+        """Read and forget a body that nobody wanted: a close with bytes unread would take the answer with it."""
+        try:
             async with asyncio.timeout(LINGER_SECONDS):
-                while not payload.is_eof():
-                    await payload.readany()
-
-
-def _refusal_of(error: BaseException | None, header_bytes: int) -> Refusal:
-    if isinstance(error, LineTooLong) or ("headers" in str(error).lower() and "many" in str(error).lower()):
-        return HeaderTooLarge(f"The head of the request is larger than {header_bytes} bytes, or has over 100 headers.")
-    return BadRequest("The request is not well-formed HTTP/1.1.")
+                while not call.is_whole and not call.is_broken:
+                    call.body, call.pieces, call.size = b"", None, 0
+                    await self.receive_body(call, HELD_BYTES)
+        except TimeoutError:
+            return False
+        return call.is_whole

@@ -1,4 +1,4 @@
-"""What has happened to a request so far: phase times, names and counts, and the one event made of them at the end.
+"""What has happened to a request so far: phase times, names and counts. At its end it is the one event of the request.
 
 Phases follow each other without gaps (`lap` ends one and begins the next), so they add up to the total by construction.
 """
@@ -8,40 +8,36 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from gateway.call import Call
-from observability.events import Attempt, RequestEnded
+from observability.events import RequestEnded
 
 if TYPE_CHECKING:
     from gateway.admission import Account
+    from gateway.call import Call
 
 
-class Trail:
-    """Mutable record of one request. All times are seconds of `clock`, a monotonic one."""
+class Trail(RequestEnded):
+    """The record of one request. `start` and `mark` are readings of `clock`, a monotonic one, in seconds."""
 
-    __slots__ = (
-        "account", "attempts", "auth", "body", "bytes_out", "call", "clock", "code", "connect", "consumer",
-        "end_reason", "first_token", "limit", "mark", "model", "path", "payer", "pick", "plan", "policy", "queue",
-        "route", "rule", "service", "start", "started_at", "status", "tokens_in", "tokens_out", "upstream", "waited",
-    )  # fmt: skip
+    __slots__ = ("call", "clock", "limit_lines", "mark", "payer", "policy_line", "start", "waited")
 
-    def __init__(self, clock: Callable[[], float], started_at: float, policy: str) -> None:
+    def __init__(self, clock: Callable[[], float], started_at: float, policy: str, policy_line: bytes) -> None:
         self.clock = clock
         self.start = self.mark = clock()
-        self.started_at = started_at  # Unix seconds
+        self.started_at = started_at
         self.policy = policy
+        self.policy_line = policy_line  # the `x-weir-policy` header line
+        self.call: Call | None = None
+        self.payer: Account | None = None
+        self.limit_lines = b""  # header lines about the payer's limits
         self.auth = self.limit = self.body = self.queue = self.pick = self.connect = self.upstream = 0.0
         self.waited = 0.0  # of upstream and after it: spent waiting for the backend or the client, not for us
         self.first_token = -1.0
-        self.call: Call | None = None
-        self.payer: Account | None = None
-        self.account = b""  # its rate limit header lines
         self.consumer = self.plan = self.code = self.rule = self.service = ""
         self.route = self.model = self.path = "other"
-        self.status = 0
+        self.status = self.bytes_out = 0
         self.end_reason = "internal"
-        self.bytes_out = 0
         self.tokens_in = self.tokens_out = -1
-        self.attempts: list[Attempt] = []
+        self.attempts = []
 
     def lap(self) -> float:
         """Seconds since the last lap; the next one begins now."""
@@ -63,60 +59,34 @@ class Trail:
 
     def server_timing(self) -> bytes:
         """The `server-timing` header line: phases in milliseconds, and their sum."""
-        ms = 1000.0
         return (
             b"server-timing: auth;dur=%.3f, limit;dur=%.3f, body;dur=%.3f, queue;dur=%.3f, pick;dur=%.3f, "
             b"connect;dur=%.3f, upstream;dur=%.3f, total;dur=%.3f\r\n"
         ) % (
-            self.auth * ms,
-            self.limit * ms,
-            self.body * ms,
-            self.queue * ms,
-            self.pick * ms,
-            self.connect * ms,
-            self.upstream * ms,
-            (self.clock() - self.start) * ms,
+            self.auth * 1e3,
+            self.limit * 1e3,
+            self.body * 1e3,
+            self.queue * 1e3,
+            self.pick * 1e3,
+            self.connect * 1e3,
+            self.upstream * 1e3,
+            (self.clock() - self.start) * 1e3,
         )
 
-    def ended(self, request_id: str) -> RequestEnded:
-        """The event of this request."""
+    def end(self, request_id: str = "") -> None:
+        """Fill in what is known only now. `request_id` is for what never became a call."""
         call = self.call
-        total = self.clock() - self.start
-        outside = self.body + self.queue + self.connect + self.upstream + self.waited
-        return RequestEnded(
-            request_id=call.request_id if call else request_id,
-            trace_id=call.trace_id if call else 0,
-            span_id=call.span_id if call else 0,
-            parent_span_id=call.parent_span_id if call else 0,
-            sampled=call.sampled if call else False,
-            started_at=self.started_at,
-            method=call.method if call else "",
-            path=self.path,
-            protocol=call.protocol if call else "http",
-            route=self.route,
-            service=self.service,
-            model=self.model,
-            consumer=self.consumer,
-            plan=self.plan,
-            policy=self.policy,
-            status=self.status or 499,
-            end_reason=self.end_reason,
-            code=self.code,
-            rule=self.rule,
-            stream=call.stream if call else False,
-            bytes_in=len(call.body) if call else 0,
-            bytes_out=self.bytes_out,
-            tokens_in=self.tokens_in,
-            tokens_out=self.tokens_out,
-            auth=self.auth,
-            limit=self.limit,
-            body=self.body,
-            queue=self.queue,
-            pick=self.pick,
-            connect=self.connect,
-            upstream=self.upstream,
-            total=total,
-            first_token=self.first_token,
-            overhead=max(0.0, total - outside),
-            attempts=tuple(self.attempts),
-        )
+        self.total = total = self.clock() - self.start
+        self.overhead = max(0.0, total - self.body - self.queue - self.connect - self.upstream - self.waited)
+        if not self.status:
+            self.status = 499
+        if call is None:
+            self.request_id, self.trace_id, self.span_id, self.sampled = request_id, "", "", False
+            self.parent_span_id, self.method, self.protocol = "", "", "http"
+            self.stream, self.bytes_in = False, 0
+        else:
+            self.request_id, self.trace_id, self.span_id = call.request_id, call.trace_id, call.span_id
+            self.sampled, self.stream, self.bytes_in = call.sampled, call.stream, call.size
+            self.method, self.protocol, self.parent_span_id = call.method, call.resource.protocol, call.parent_span_id
+            self.call = None  # who keeps the record does not keep the body
+        self.payer = None

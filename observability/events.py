@@ -1,6 +1,5 @@
-"""What happened, as frozen records. The core knows these; metrics, traces and logs subscribe to them.
+"""What happened, as records. The core knows these; metrics, traces and logs subscribe to them.
 
-msgspec structs, because one is made for each request on the hot path (a frozen dataclass costs ten times as much).
 All durations are seconds. No field may carry a token, a prompt, an answer or a backend's address.
 """
 
@@ -21,20 +20,27 @@ class Attempt(msgspec.Struct, frozen=True, gc=False):
     duration: float
     outcome: str  # ok | connect_fail | connect_timeout | upstream_reset | upstream_timeout | upstream_protocol | ...
     status: int  # 0: none came
-    span_id: int
+    span_id: str
 
 
-class RequestEnded(msgspec.Struct, frozen=True, gc=False):
-    """One per accepted request, whatever became of it.
+class RequestEnded:
+    """One per accepted request, whatever became of it. It is filled in while the request runs, and not changed after.
 
     Names that came from a client are already bounded: `route`, `service` and `model` are names that the policy or
-    discovery knows, else "other".
+    discovery knows, else "other". Ids of traces and spans are 32 and 16 hexadecimal digits.
     """
 
+    __slots__ = (
+        "attempts", "auth", "body", "bytes_in", "bytes_out", "code", "connect", "consumer", "end_reason", "first_token",
+        "limit", "method", "model", "overhead", "parent_span_id", "path", "pick", "plan", "policy", "protocol", "queue",
+        "request_id", "route", "rule", "sampled", "service", "span_id", "started_at", "status", "stream", "tokens_in",
+        "tokens_out", "total", "trace_id", "upstream",
+    )  # fmt: skip
+
     request_id: str
-    trace_id: int
-    span_id: int
-    parent_span_id: int  # 0: no parent
+    trace_id: str
+    span_id: str
+    parent_span_id: str  # "": no parent
     sampled: bool
     started_at: float  # Unix seconds
     method: str
@@ -65,7 +71,7 @@ class RequestEnded(msgspec.Struct, frozen=True, gc=False):
     total: float  # first byte in -> last byte out
     first_token: float  # start -> first body byte out; -1: none went out
     overhead: float  # total less the time spent waiting for the backend and for the client
-    attempts: tuple[Attempt, ...]
+    attempts: list[Attempt]
 
 
 END_REASONS = (

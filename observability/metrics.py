@@ -1,8 +1,8 @@
 """Prometheus metrics: the one door to prometheus_client, and off the way of a request.
 
-An event adds to plain lists: a counter is `[n]`, a histogram is one count per bucket and the sum behind them. Which
-lists a request adds to is found by one look-up of its labels. Only a scrape turns them into Prometheus families. What
-others know better (in flight, breakers, revision) is read by a function when scraped: `gauge` and `counter`.
+An event adds to plain lists, its cells. Which of them a request adds to is found by a look-up of its labels. Only a
+scrape turns them into Prometheus families. What others know better (in flight, breakers, revision) is read by a
+function when scraped: `gauge` and `counter`.
 
 Names and buckets are those of the OpenTelemetry GenAI conventions where these say something
 (https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics/).
@@ -49,18 +49,19 @@ _TOKENS = tuple(float(4**power) for power in range(14))
 _OVERHEAD = (25e-6, 5e-5, 75e-6, 1e-4, 15e-5, 25e-5, 5e-4, 1e-3, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 
 Labels = tuple[str, ...]
+Cell = list[float]  # of a counter: [n]; of a histogram: one count per bucket, that of +Inf, and the sum
 Read = Callable[[], Iterable[tuple[Labels, float]]]
 
 
 class _Counter:
-    """A family of counters; the cell of a label set is `[n]`."""
+    """A family of counters, a cell for each label set."""
 
     def __init__(self, name: str, text: str, *labels: str) -> None:
         self._name, self._text, self._labels = name, text, labels
-        self._cells: dict[Labels, list[float]] = {}
+        self._cells: dict[Labels, Cell] = {}
         self.cell = lru_cache(MOST_SERIES)(self._find_cell)  # the look-up of the hot path: 0.1 us
 
-    def _find_cell(self, *values: object) -> list[float]:
+    def _find_cell(self, *values: object) -> Cell:
         """The cell of these label values; the one of "other" when the family is full."""
         key = tuple(printable(str(value)) for value in values)
         if key not in self._cells and len(self._cells) >= MOST_SERIES:
@@ -73,21 +74,16 @@ class _Counter:
             family.add_metric(values, cell[0])
         return family
 
-    def _new_cell(self) -> list[float]:
+    def _new_cell(self) -> Cell:
         return [0.0]
 
 
 class _Histogram(_Counter):
-    """A family of histograms; a cell has one count per bucket, the one of +Inf, and the sum."""
+    """A family of histograms. What is counted is added by `_add`."""
 
     def __init__(self, name: str, text: str, *labels: str, bounds: tuple[float, ...]) -> None:
         super().__init__(name, text, *labels)
         self._bounds = bounds
-
-    def observe(self, value: float, *values: object) -> None:
-        cell = self.cell(*values)
-        cell[bisect_left(self._bounds, value)] += 1
-        cell[-1] += value
 
     def family(self) -> Metric:
         family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
@@ -96,8 +92,14 @@ class _Histogram(_Counter):
             family.add_metric(values, list(zip(names, _running(cell[:-1]), strict=True)), cell[-1])
         return family
 
-    def _new_cell(self) -> list[float]:
+    def _new_cell(self) -> Cell:
         return [0.0] * (len(self._bounds) + 2)
+
+
+def _add(cell: Cell, bounds: tuple[float, ...], value: float) -> None:
+    """Count a value in the cell of a histogram with these bounds."""
+    cell[bisect_left(bounds, value)] += 1
+    cell[-1] += value
 
 
 def _running(counts: list[float]) -> Iterator[float]:
@@ -171,6 +173,7 @@ class Metrics:
             self._requests, self._duration, self._overhead, self._first_token, self._per_token, self._tokens,
             self._limited, self._retries, self._reloads, self._rejected, self._resyncs, self._keys,
         )  # fmt: skip
+        self._ends = lru_cache(MOST_SERIES)(self._find_ends)  # one look-up for most of what a request adds to
         self._read: list[_Gauge] = []
         self._registry = CollectorRegistry()
         self._registry.register(_Families(self._families))
@@ -178,7 +181,7 @@ class Metrics:
         PlatformCollector(registry=self._registry)
 
     def __call__(self, event: Event) -> None:
-        if type(event) is RequestEnded:
+        if isinstance(event, RequestEnded):
             self._request(event)
             return
         match event:
@@ -209,10 +212,10 @@ class Metrics:
         return encode(self._registry), content_type
 
     def _request(self, event: RequestEnded) -> None:
-        route, service = event.route, event.service
-        self._requests.cell(route, service, event.status, event.end_reason)[0] += 1
-        self._duration.observe(event.total, route, service)
-        self._overhead.observe(event.overhead, route)
+        requests, duration, overhead = self._ends(event.route, event.service, event.status, event.end_reason)
+        requests[0] += 1
+        _add(duration, _DURATION, event.total)
+        _add(overhead, _OVERHEAD, event.overhead)
         if event.tokens_out >= 0 or event.stream:
             self._generation(event)
         if len(event.attempts) > 1:
@@ -220,18 +223,26 @@ class Metrics:
         if event.status == 429 and event.rule:
             self._limited.cell(event.rule)[0] += 1
 
+    def _find_ends(self, route: str, service: str, status: int, reason: str) -> tuple[Cell, Cell, Cell]:
+        """The cells that every request adds to."""
+        return (
+            self._requests.cell(route, service, status, reason),
+            self._duration.cell(route, service),
+            self._overhead.cell(route),
+        )
+
     def _generation(self, event: RequestEnded) -> None:
         service, model = event.service, event.model
         if event.tokens_in >= 0:
-            self._tokens.observe(event.tokens_in, service, model, "input")
+            _add(self._tokens.cell(service, model, "input"), _TOKENS, event.tokens_in)
         if event.tokens_out >= 0:
-            self._tokens.observe(event.tokens_out, service, model, "output")
+            _add(self._tokens.cell(service, model, "output"), _TOKENS, event.tokens_out)
         if not event.stream or event.end_reason != "ok" or event.first_token < 0:
             return
-        self._first_token.observe(event.first_token, service, model)
+        _add(self._first_token.cell(service, model), _FIRST_TOKEN, event.first_token)
         if event.tokens_out > 1:
             after_first = event.total - event.first_token
-            self._per_token.observe(after_first / (event.tokens_out - 1), service, model)
+            _add(self._per_token.cell(service, model), _PER_TOKEN, after_first / (event.tokens_out - 1))
 
     def _families(self) -> Iterator[Metric]:
         for counted in self._counted:

@@ -22,7 +22,7 @@ class Recent:
         self._events: deque[RequestEnded] = deque(maxlen=KEPT)
 
     def __call__(self, event: Event) -> None:
-        if type(event) is RequestEnded:
+        if isinstance(event, RequestEnded):
             self._events.append(event)
 
     def requests(self) -> list[dict[str, Any]]:
@@ -35,7 +35,7 @@ def _request(event: RequestEnded) -> dict[str, Any]:
     return {
         "time": event.started_at,
         "request_id": printable(event.request_id),
-        "trace_id": f"{event.trace_id:032x}",
+        "trace_id": event.trace_id,
         "consumer": printable(event.consumer),
         "plan": printable(event.plan),
         "method": printable(event.method),

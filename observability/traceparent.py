@@ -17,8 +17,8 @@ _FORM = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-
 class TraceParent(NamedTuple):
     """Where a caller's trace stands. Bit 0 of `flags`: the caller says that it keeps this trace."""
 
-    trace_id: int
-    parent_id: int
+    trace_id: str  # 32 and 16 hexadecimal digits
+    parent_id: str
     flags: int
 
 
@@ -33,12 +33,6 @@ def parse_traceparent(value: bytes | str) -> TraceParent | None:
     version, trace, parent, flags, more = form.groups()
     if version == "ff" or (more and version == "00"):
         return None  # ff is reserved; only a later version may say more
-    trace_id, parent_id = int(trace, 16), int(parent, 16)
-    if not trace_id or not parent_id:
+    if not int(trace, 16) or not int(parent, 16):
         return None
-    return TraceParent(trace_id, parent_id, int(flags, 16))
-
-
-def format_traceparent(trace_id: int, span_id: int, *, sampled: bool) -> bytes:
-    """Write the header's value for a request that `span_id` sends on."""
-    return b"00-%032x-%016x-%02x" % (trace_id, span_id, sampled)
+    return TraceParent(trace, parent, int(flags, 16))

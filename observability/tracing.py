@@ -54,12 +54,12 @@ Attributes = Mapping[str, str | int | float | bool]
 
 
 class FinishedSpan(msgspec.Struct, frozen=True):
-    """One span whose end is known. `parent_id` 0: none. `kind`: server | client | internal. `error`: "" if none."""
+    """One span whose end is known. `parent_id` "": none. `kind`: server | client | internal. `error`: "" if none."""
 
     name: str
-    trace_id: int
-    span_id: int
-    parent_id: int
+    trace_id: str  # 32 and 16 hexadecimal digits
+    span_id: str
+    parent_id: str
     start: float  # Unix seconds
     end: float
     attributes: Attributes
@@ -101,9 +101,9 @@ class SpanExporter:
         self,
         name: str,
         *,
-        trace_id: int,
-        span_id: int,
-        parent_id: int,
+        trace_id: str,
+        span_id: str,
+        parent_id: str,
         start: float,
         end: float,
         attributes: Attributes,
@@ -157,7 +157,7 @@ class Tracer:
         self._slow = slow_seconds
 
     def __call__(self, event: Event) -> None:
-        if type(event) is RequestEnded and is_kept(event, self._slow):
+        if isinstance(event, RequestEnded) and is_kept(event, self._slow):
             self._put(spans(event))
 
 
@@ -197,9 +197,7 @@ def _phases(event: RequestEnded) -> Iterator[FinishedSpan]:
     )
     for name, seconds in durations:
         if seconds > 0:
-            yield FinishedSpan(
-                name, event.trace_id, secrets.randbits(64) or 1, event.span_id, start, start + seconds, {}
-            )
+            yield FinishedSpan(name, event.trace_id, secrets.token_hex(8), event.span_id, start, start + seconds, {})
         start += seconds
 
 
@@ -298,8 +296,10 @@ def otlp_export(url: str, service_name: str, version: str, timeout: float = _EXP
     def readable(span: FinishedSpan) -> ReadableSpan:
         return ReadableSpan(
             name=printable(span.name),
-            context=SpanContext(span.trace_id, span.span_id, is_remote=False, trace_flags=sampled),
-            parent=SpanContext(span.trace_id, span.parent_id, is_remote=True) if span.parent_id else None,
+            context=SpanContext(int(span.trace_id, 16), int(span.span_id, 16), is_remote=False, trace_flags=sampled),
+            parent=SpanContext(int(span.trace_id, 16), int(span.parent_id, 16), is_remote=True)
+            if span.parent_id
+            else None,
             resource=resource,
             attributes={
                 name: printable(value) if isinstance(value, str) else value for name, value in span.attributes.items()

@@ -36,9 +36,9 @@ def span_middleware(exporter: SpanExporter, model: str, wall: Callable[[], float
         finally:
             exporter.emit(
                 f"{operation} {model}",
-                trace_id=parent.trace_id if parent else secrets.randbits(128) or 1,
-                span_id=secrets.randbits(64) or 1,
-                parent_id=parent.parent_id if parent else 0,
+                trace_id=parent.trace_id if parent else secrets.token_hex(16),
+                span_id=secrets.token_hex(8),
+                parent_id=parent.parent_id if parent else "",
                 start=start,
                 end=wall(),
                 attributes=_attributes(request, operation, model, status),

@@ -34,9 +34,8 @@ class Connection(asyncio.Protocol):
     """States: idle (answer is None) => busy (start) => idle (whole answer) or closed (anything else)."""
 
     __slots__ = (
-        "_alarm", "_head_bytes", "_headers", "_in_head", "_is_paused", "_keeps_alive", "_parser", "answer", "got_bytes",
-        "idle_since", "leftover",
-        "pool", "reused", "transport", "whole",
+        "_alarm", "_head_bytes", "_headers", "_in_head", "_is_paused", "_keeps_alive", "_parser", "_rings_at", "answer",
+        "got_bytes", "idle_since", "leftover", "pool", "reused", "transport", "whole",
     )  # fmt: skip
 
     transport: asyncio.Transport
@@ -44,6 +43,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
         self._alarm: asyncio.TimerHandle | None = None
+        self._rings_at = 0.0
         self.answer: Answer | None = None
         self.reused = False  # has carried an answer before
         self.idle_since = 0.0
@@ -92,19 +92,18 @@ class Connection(asyncio.Protocol):
         self.answer = None
         self.transport.abort()
 
-    def wake_in(self, seconds: float) -> None:
-        """Call the answer's `on_alarm` then, or sooner.
+    def wake_in(self, seconds: float, now: float) -> None:
+        """Call the answer's `on_alarm` then, or sooner. `now` is a reading of the answers' clock.
 
         The alarm belongs to the connection and outlives an answer: one that was set for an earlier answer rings for
         the present one, which finds that it is not time and sets the next. So most requests set no timer at all.
         """
-        loop = asyncio.get_running_loop()
-        when = loop.time() + seconds
         if self._alarm is not None:
-            if self._alarm.when() <= when:
+            if self._rings_at <= now + seconds:
                 return
             self._alarm.cancel()
-        self._alarm = loop.call_at(when, self._ring)
+        self._rings_at = now + seconds
+        self._alarm = asyncio.get_running_loop().call_later(seconds, self._ring)
 
     def _ring(self) -> None:
         self._alarm = None
@@ -158,8 +157,6 @@ class Connection(asyncio.Protocol):
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._alarm is not None:
-            self._alarm.cancel()
         if self._alarm is not None:
             self._alarm.cancel()  # it would keep all of this until it rings
             self._alarm = None

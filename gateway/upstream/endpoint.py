@@ -18,6 +18,8 @@ from policies.balance import PeakEwma
 from policies.breaker import Breaker, Outcome, State
 from policies.policy import BreakerRule
 
+_IGNORED, _FAILURE = Outcome.IGNORED, Outcome.FAILURE  # looking a member up in its Enum costs as much as a function
+
 REPORT_SECONDS = 2.0  # how long a backend's own word about its load counts
 
 
@@ -39,8 +41,8 @@ class Backend:
     """A backend in service. Satisfies `policies.balance.Candidate`."""
 
     __slots__ = (
-        "_breakers", "_on_breaker", "_reported_until", "_rng", "endpoint", "ewma", "head_lines", "healthy", "inflight",
-        "key", "max_concurrency", "name_line", "pool", "reported", "since", "weight",
+        "_breakers", "_on_breaker", "_reported_until", "_rng", "base_path", "endpoint", "ewma", "head_lines", "healthy",
+        "inflight", "key", "max_concurrency", "name_line", "pool", "reported", "since", "weight",
     )  # fmt: skip
 
     def __init__(
@@ -61,6 +63,7 @@ class Backend:
         self.reported = 0.0  # requests that others have in it, by its own last word
         self._reported_until = 0.0
         self.head_lines = f"host: {endpoint.authority}\r\nendpoint-load-metrics-format: json\r\n".encode()
+        self.base_path = endpoint.base_path.encode()
         self.name_line = f"x-weir-backend: {endpoint.id}\r\n".encode()
 
     def __repr__(self) -> str:
@@ -79,6 +82,7 @@ class Backend:
         self.endpoint = self.pool.endpoint = endpoint
         self.weight = endpoint.weight
         self.max_concurrency = endpoint.max_concurrency
+        self.base_path = endpoint.base_path.encode()
         return True
 
     def breaker(self, rule: BreakerRule) -> Breaker:
@@ -152,7 +156,7 @@ class Lease:
         may_open: Callable[[Backend], bool],
     ) -> None:
         self.backend = backend
-        self.outcome = Outcome.IGNORED
+        self.outcome = _IGNORED
         self._breaker = breaker
         self._ticket = ticket
         self._clock = clock
@@ -166,5 +170,6 @@ class Lease:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.backend.inflight -= 1
-        may_open = self.outcome is not Outcome.FAILURE or self._may_open(self.backend)
-        self._breaker.leave(self._ticket, self.outcome, self._clock(), may_open=may_open)
+        outcome = self.outcome
+        may_open = outcome is not _FAILURE or self._may_open(self.backend)
+        self._breaker.leave(self._ticket, outcome, self._clock(), may_open=may_open)

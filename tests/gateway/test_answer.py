@@ -1,8 +1,8 @@
 import pytest
 
 from gateway.answer import AnswerHead, Mode, judge
-from gateway.call import Call
 from policies.retry import Failure
+from tests.support.call import call_of
 
 JSON = (b"Content-Type", b"application/json")
 EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
@@ -11,15 +11,7 @@ SIZED = (b"content-length", b"10")
 CHUNKED = (b"transfer-encoding", b"chunked")
 
 
-def call(
-    path: str = "/v1/chat/completions", protocol: str = "openai", method: str = "POST", *, stream: bool = False
-) -> Call:
-    made = Call()
-    made.path, made.protocol, made.method, made.stream = path, protocol, method, stream
-    return made
-
-
-API, STREAM, PLAIN = call(), call(stream=True), call("/hooks", "http")
+API, STREAM, PLAIN = call_of(), call_of(stream=True), call_of("/hooks")
 
 
 @pytest.mark.parametrize(
@@ -54,7 +46,7 @@ API, STREAM, PLAIN = call(), call(stream=True), call("/hooks", "http")
         (API, 200, [JSON, (b"content-length", b"+1")], Failure.PROTOCOL),
         (API, 200, [(b"content-type", b"application/json\x00"), SIZED], Failure.PROTOCOL),
         (API, 204, [], Mode.EMPTY),
-        (call(method="HEAD"), 200, [SIZED], Mode.EMPTY),
+        (call_of(method="HEAD"), 200, [SIZED], Mode.EMPTY),
         (PLAIN, 200, [HTML, SIZED], Mode.RAW),
         (PLAIN, 404, [HTML, SIZED], Mode.RAW),
         (PLAIN, 200, [HTML], Failure.PROTOCOL),

@@ -15,7 +15,7 @@ from policies import errors
 from policies.breaker import Outcome, State
 from policies.deadline import Kind
 from policies.policy import Balance, BalanceKind, BreakerRule, Match, RetryRule, Route, Target, Timeouts
-from tests.support.call import MemoryClient, call_of
+from tests.support.call import MemoryClient, call_of, trail_of
 from tests.support.upstream import CLOSED, HANGS, REFUSED, SILENT, endpoint, script
 from tests.support.virtual_clock import virtual_time
 
@@ -61,9 +61,10 @@ class Story:
         script(backend, answers, self.transports)
 
     async def ask(self, call=None) -> Trail:
-        self.trail = Trail(self.clock, 0.0, "p1")
-        self.trail.call = call or call_of()
-        await self.forwarder.forward(self.trail.call, self.trail, self.route, "alice", self.client)
+        self.trail = trail_of(self.clock)
+        self.call = call or call_of()
+        self.call.connection = self.client
+        await self.forwarder.forward(self.call, self.trail, self.route, "alice")
         return self.trail
 
     def assert_given_back(self) -> None:
@@ -85,7 +86,7 @@ async def test_a_request_goes_out_with_what_the_backend_must_know() -> None:
     assert head.startswith(b"POST /llm/v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:9000\r\n")
     assert b"\r\nx-weir-consumer: alice\r\n" in head
     assert b"\r\nx-weir-deadline-ms: 600000\r\n" in head
-    assert body == trail.call.body
+    assert body == story.call.body
     assert b"x-weir-backend: a\r\nx-weir-attempts: 1\r\n" in story.client.head
     assert (trail.service, trail.end_reason, trail.attempts[0].outcome, trail.attempts[0].status) == (
         "tiny",

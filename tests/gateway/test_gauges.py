@@ -26,7 +26,7 @@ def scraped(store=None, seconds_since_contact: float | None = 1.5) -> dict[str, 
     register_gauges(
         metrics,
         SimpleNamespace(inflight=3),
-        SimpleNamespace(open_connections=7, refused_connections=2),
+        SimpleNamespace(connections=range(7), refused_connections=2),
         fleet,
         SimpleNamespace(watch=watch),
         SimpleNamespace(policy=Policy("0123456789ab")),

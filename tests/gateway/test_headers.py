@@ -1,8 +1,13 @@
+from random import Random
+
 import pytest
 
 from gateway import headers
+from gateway.head import Head
 from gateway.headers import STATUS_LINES, header_safe, is_sane_value, passing_name, request_head
+from gateway.upstream.endpoint import Backend
 from tests.support.call import call_of
+from tests.support.upstream import endpoint
 
 
 @pytest.mark.parametrize(
@@ -67,7 +72,8 @@ def test_every_status_that_may_pass_has_its_line() -> None:
 
 
 def head_of(call, base_path: str = "") -> list[bytes]:
-    head = request_head(call, b"host: b:1\r\n", base_path, b"x-forwarded-for: 1.2.3.4\r\n", b"alice", 0xAB, 5000)
+    backend = Backend(endpoint(base_path=base_path), 0.0, Random(1), lambda backend, state: None)
+    head = request_head(call, backend, b"alice", "00000000000000ab", 5000)
     assert head.endswith(b"\r\n\r\n")
     return head[:-4].split(b"\r\n")
 
@@ -75,14 +81,16 @@ def head_of(call, base_path: str = "") -> list[bytes]:
 def test_the_head_of_a_request_is_the_callers_in_our_frame() -> None:
     call = call_of("/v1/chat/completions?x=%20", "x-team: blue", "tracestate: a=1", "x-request-id: id-1")
     lines = head_of(call, "/llm")
-    assert lines[:2] == [b"POST /llm/v1/chat/completions?x=%20 HTTP/1.1", b"host: b:1"]
+    assert lines[:2] == [b"POST /llm/v1/chat/completions?x=%20 HTTP/1.1", b"host: 127.0.0.1:9000"]
     assert set(lines[2:]) == {
+        b"endpoint-load-metrics-format: json",
         b"content-type: application/json",
         b"x-team: blue",
-        b"x-forwarded-for: 1.2.3.4",
+        b"x-forwarded-for: 10.0.0.9",
+        b"x-forwarded-proto: http",
         b"x-forwarded-host: gateway",
         b"tracestate: a=1",
-        b"traceparent: 00-%032x-00000000000000ab-00" % call.trace_id,
+        b"traceparent: 00-%b-00000000000000ab-00" % call.trace_id.encode(),
         b"x-request-id: id-1",
         b"x-weir-consumer: alice",
         b"x-weir-deadline-ms: 5000",
@@ -105,6 +113,6 @@ def test_a_length_is_told_where_a_body_belongs(method, body, told) -> None:
 
 
 def test_an_old_client_without_a_host_has_none_to_forward() -> None:
-    call = call_of("/x", method="GET")
-    call.host = None
+    call = call_of("/x", method="GET", version="1.0")
+    call.head = Head([])
     assert not any(line.startswith(b"x-forwarded-host") for line in head_of(call))

@@ -7,12 +7,10 @@ import pytest
 from discovery.endpoint import Model
 from gateway.local_answers import LocalAnswers
 from gateway.pipeline import InForce
-from gateway.trail import Trail
 from gateway.upstream.fleet import Fleet
 from policies import errors
 from policies.policy import ANONYMOUS, Allow, Match, Policy, Principal, Route, Target
-from policies.routing import Router
-from tests.support.call import MemoryClient, call_of
+from tests.support.call import MemoryClient, call_of, trail_of
 from tests.support.upstream import endpoint
 
 POLICY = Policy(
@@ -35,18 +33,16 @@ class Story:
         fleet.replace({one.key: one for one in shown})
         self.local = LocalAnswers(fleet, lambda: ready, "1.2.3")
         self.client = MemoryClient()
-        self.trail = Trail(lambda: 0.0, 0.0, "p1")
-        self.trail.account = b"ratelimit: x\r\n"
+        self.trail = trail_of(lambda: 0.0)
+        self.trail.limit_lines = b"ratelimit: x\r\n"
 
     def ask(self, path: str, principal: Principal | None = None, method: str = "GET", **options):
-        call = call_of(path, method=method, **options)
+        call = call_of(path, method=method, client=self.client, **options)
         if self.local.answers_anybody(call):
-            self.local.answer(call, self.trail, self.client)
+            self.local.answer(call, self.trail)
         else:
             assert self.local.answers_caller(call)
-            self.local.answer_caller(
-                call, self.trail, self.client, InForce(POLICY, Router(POLICY)), principal or ANONYMOUS
-            )
+            self.local.answer_caller(call, self.trail, InForce.of(POLICY), principal or ANONYMOUS)
         return json.loads(self.client.body) if self.client.body else None
 
 

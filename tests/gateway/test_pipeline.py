@@ -16,7 +16,6 @@ from gateway.server import DataServer
 from gateway.upstream.fleet import Fleet
 from policies import errors
 from policies.policy import Allow, Match, Plan, Policy, Principal, Rate, RetryRule, Route, Target
-from policies.routing import Router
 from tests.support.raw_client import CHAT, chat_request
 from tests.support.upstream import CLOSED, HANGS, SILENT, MemoryTransport, endpoint, script
 from tests.support.virtual_clock import virtual_time
@@ -38,6 +37,9 @@ class Caller:
         self.entry = Entry(Principal("alice"), account, float("inf"), 0)
         self.slowly = slowly
         self.failure = None
+
+    def still_holds(self, entry, wall):
+        return not (self.slowly or self.failure)
 
     def identify_nowait(self, authorization, wall):
         return None if self.slowly or self.failure else self.entry
@@ -75,7 +77,7 @@ class Story:
             Random(1),
             ids,
         )
-        self.pipeline.in_force = InForce(Policy("v1", routes=ROUTES), Router(Policy("v1", routes=ROUTES)))
+        self.pipeline.in_force = InForce.of(Policy("v1", routes=ROUTES))
         server = DataServer(
             self.pipeline.handle, self.pipeline.reject, idle=75.0, head_timeout=10.0, header_bytes=8192, connections=10
         )
@@ -224,8 +226,8 @@ async def test_places_are_held_to_the_end_of_the_answer() -> None:
 async def test_an_observer_hears_of_a_bug_after_the_answer_began_as_a_cut() -> None:
     story = Story(OK)
 
-    async def half(call, trail, route, consumer, client) -> None:
-        client.write(b"HTTP/1.1 200 OK\r\n")
+    async def half(call, trail, route, consumer) -> None:
+        call.connection.write(b"HTTP/1.1 200 OK\r\n")
         trail.bytes_out = 17
         raise RuntimeError
 
@@ -266,7 +268,7 @@ async def test_a_request_ends_under_the_policy_it_began_with() -> None:
     request = chat_request()
     story.send(request[:-5])
     await asyncio.sleep(1)
-    story.pipeline.in_force = InForce(Policy("v2"), Router(Policy("v2")))  # where no route is left
+    story.pipeline.in_force = InForce.of(Policy("v2"))  # where no route is left
     answer = await story.ask(request[-5:])
     assert answer.startswith(b"HTTP/1.1 200 OK")
     assert header(answer, "x-weir-policy") == story.events[0].policy == "v1"

@@ -7,13 +7,12 @@ import pytest
 
 from gateway import relay as module
 from gateway.answer import HOLD_BYTES
-from gateway.relay import Ending, Relay
-from gateway.trail import Trail
+from gateway.relay import LEFT, Ending, Relay
 from gateway.upstream.pool import Pool
 from policies.deadline import Kind
 from policies.policy import Timeouts
 from policies.retry import Failure
-from tests.support.call import MemoryClient, call_of
+from tests.support.call import call_of, trail_of
 from tests.support.upstream import connected, endpoint
 from tests.support.virtual_clock import virtual_time
 
@@ -38,15 +37,15 @@ class Story:
     def __init__(self, call=None, timeouts: Timeouts = TIMEOUTS, reused: bool = False, started: float = 0.0) -> None:
         loop = asyncio.get_running_loop()
         self.call = call or call_of()
-        self.trail = Trail(lambda: 1000.0 + loop.time(), 0.0, "p1")
+        self.trail = trail_of(lambda: 1000.0 + loop.time())
         self.trail.call = self.call
         self.trail.start -= started  # so long ago
-        self.client = MemoryClient()
+        self.client = self.call.connection
         self.pool = Pool(endpoint())
         self.connection = connected(self.pool)
         self.connection.reused = reused
-        self.relay = Relay(self.call, self.trail, self.client, self.connection, timeouts, b"x-weir-attempts: 1\r\n")
-        self.connection.start(self.relay, b"")
+        self.relay = Relay(self.call, self.trail, timeouts, b"x-weir-backend: a\r\n")
+        self.relay.start(self.connection, b"")
 
     def hear(self, *pieces: bytes) -> None:
         for piece in pieces:
@@ -57,7 +56,8 @@ class Story:
 
     async def end(self) -> Ending:
         try:
-            return await self.relay.wait()
+            await self.relay
+            return self.relay.ending
         finally:
             self.relay.release()
 
@@ -99,11 +99,17 @@ async def test_a_whole_answer_passes_whole(pieces, body) -> None:
 @virtual_time
 async def test_the_head_has_what_every_forwarded_answer_has() -> None:
     story = Story()
-    story.trail.account = b"ratelimit: x\r\n"
+    story.trail.limit_lines = b"ratelimit: x\r\n"
     story.hear(JSON + b"{}")
     await story.end()
     assert story.client.head.startswith(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n")
-    for line in (b"x-weir-attempts: 1", b"ratelimit: x", b"server-timing: auth;dur="):
+    for line in (
+        b"x-weir-backend: a",
+        b"x-weir-policy: p1",
+        b"x-weir-attempts: 1",
+        b"ratelimit: x",
+        b"server-timing: auth;dur=",
+    ):
         assert line in story.client.head
     assert b"connection" not in story.client.head
 
@@ -339,7 +345,7 @@ async def test_each_piece_starts_idle_anew() -> None:
     for _ in range(10):
         await asyncio.sleep(2.9)
         story.hear(chunk(ONE))
-    assert story.relay.ending is None
+    assert story.relay.ending is LEFT
     await story.end()
     assert asyncio.get_running_loop().time() == pytest.approx(32, abs=0.01)
     assert story.error["code"] == "upstream_timeout"
@@ -393,7 +399,8 @@ async def test_waiting_for_the_backend_is_not_counted_as_ours() -> None:
     await asyncio.sleep(3)
     story.hear(chunk(DONE) + END)
     await story.end()
-    event = story.trail.ended("")
+    event = story.trail
+    event.end()
     assert (event.total, event.upstream, event.first_token) == (5, 2, 2)
     assert event.overhead == pytest.approx(0)
 
@@ -408,7 +415,7 @@ async def test_a_paused_client_stops_the_backend_until_it_reads_again() -> None:
     story.relay.pause()
     assert story.connection.transport.is_reading_paused
     await asyncio.sleep(25)  # longer than idle: it is not the backend who is silent
-    assert story.relay.ending is None
+    assert story.relay.ending is LEFT
     story.relay.resume()
     assert not story.connection.transport.is_reading_paused
     await asyncio.sleep(15)

@@ -1,41 +1,16 @@
-"""The data listener's protocol on a transport in memory: real aiohttp parsing, no sockets."""
+"""The data listener's protocol on a transport in memory: real parsing, no sockets."""
 
 import asyncio
 
 import pytest
 
-from gateway.server import UNREAD_SECONDS, DataServer
-from tests.support.upstream import MemoryTransport
+from gateway.call import Call
+from gateway.server import MOST_AHEAD, UNREAD_SECONDS
+from tests.support.http_message import heard
+from tests.support.listener import Listener
 from tests.support.virtual_clock import virtual_time
 
 GET = b"GET /x HTTP/1.1\r\nhost: a\r\n\r\n"
-
-
-class Listener:
-    """A DataServer whose handler writes the path as the answer, or does what a test says."""
-
-    def __init__(self, handle=None, connections: int = 10) -> None:
-        self.refusals = []
-        self.server = DataServer(
-            handle or self.echo,
-            self.reject,
-            idle=75.0,
-            head_timeout=10.0,
-            header_bytes=8192,
-            connections=connections,
-        )
-
-    async def echo(self, incoming) -> bool:
-        incoming.connection.write(incoming.message.path.encode())
-        return True
-
-    def reject(self, connection, refusal) -> None:
-        self.refusals.append(refusal)
-        connection.write(b"refused")
-
-    def connect(self):
-        client = self.server()
-        return client, MemoryTransport(client)
 
 
 async def settle() -> None:
@@ -60,7 +35,7 @@ async def test_backends_are_told_who_calls() -> None:
 
 @virtual_time
 async def test_a_request_that_may_not_be_followed_closes() -> None:
-    async def last(incoming) -> bool:
+    async def last(call) -> bool:
         return False
 
     client, transport = Listener(last).connect()
@@ -76,9 +51,9 @@ async def test_connections_beyond_the_limit_are_dropped_and_counted() -> None:
     client, transport = listener.connect()
     assert transport.closed == "abort"
     transport.lose()
-    assert (listener.server.open_connections, listener.server.refused_connections) == (2, 1)
+    assert (len(listener.server.connections), listener.server.refused_connections) == (2, 1)
     kept[0][1].lose()
-    assert listener.server.open_connections == 1
+    assert len(listener.server.connections) == 1
     assert listener.connect()[1].closed == ""
 
 
@@ -101,6 +76,102 @@ async def test_a_head_that_cannot_be_parsed_is_refused_once_and_closed(sent, sta
     assert [refusal.status for refusal in listener.refusals] == [status]
     assert (transport.written, transport.closed) == (b"refused", "close")
     assert "aaaa" not in listener.refusals[0].message
+
+
+@pytest.mark.parametrize("cut", [1, 100])
+@virtual_time
+async def test_a_head_too_large_is_refused_before_it_is_whole(cut) -> None:
+    listener = Listener()
+    client, _ = listener.connect()
+    sent = 0
+    for _ in range(10_000):
+        client.data_received(b"GET / HTTP/1.1\r\nx: "[sent : sent + cut] or b"a" * cut)
+        sent += cut
+        if client._ahead:
+            break
+    assert 8192 <= sent <= 8192 + 200
+    await settle()
+    assert [refusal.status for refusal in listener.refusals] == [431]
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (b"\r\n" + GET, [b"/x"]),
+        (GET + b"GET /y HTTP/1.1\r\nHost: a\r\n\r\n", [b"/x", b"/y"]),
+        (GET + b"\x00junk", [b"/x", 400]),
+        (b"GET /x HTTP/1.1\r\nconnection: close\r\n\r\n" + GET, [b"/x", 400]),
+        (b"GET /up HTTP/1.1\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n" + GET, [b"/up"]),
+        (b"CONNECT a:443 HTTP/1.1\r\nhost: a\r\n\r\n" + GET, [b"a:443"]),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", [400]),
+        (b"POST /x HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\nhost: b\r\n\r\n" + GET, [b"/x", b"/x"]),
+        (b"POST /x HTTP/1.1\r\ncontent-length: 3\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n" + GET, [400]),
+        (b"POST /x HTTP/1.1\r\ncontent-length: 3\r\ncontent-length: 3\r\n\r\nabc" + GET, [400]),
+        (b"GET /x HTTP/1.1\r\nhost: a\r\n b\r\n\r\n", [400]),
+        (b"GET /x HTTP/1.1\r\nhost : a\r\n\r\n", [400]),
+        (b"GET /x HTTP/1.1\nhost: a\n\n", [400]),
+    ],
+)
+def test_what_a_connection_hears(data, found) -> None:
+    assert [call.resource.encoded if isinstance(call, Call) else call.status for call in heard(data)] == found
+
+
+def test_trailers_are_no_header_lines() -> None:
+    [call] = heard(b"POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n0\r\nauthorization: b\r\n\r\n")
+    assert (call.lines, call.is_whole) == ([(b"host", b"a"), (b"transfer-encoding", b"chunked")], True)
+
+
+@virtual_time
+async def test_requests_sent_far_ahead_are_served_up_to_a_bound_and_the_connection_closes() -> None:
+    listener = Listener()
+    client, transport = listener.connect()
+    client.data_received(GET * (MOST_AHEAD + 100))
+    await settle()
+    assert (transport.written, transport.closed) == (b"/x" * MOST_AHEAD, "close")
+    assert listener.refusals == []
+
+
+@virtual_time
+async def test_who_sends_ahead_is_held_back_until_it_is_served() -> None:
+    go = asyncio.Event()
+
+    async def wait(call) -> bool:
+        await go.wait()
+        return True
+
+    client, transport = Listener(wait).connect()
+    client.data_received(GET * 20)
+    assert transport.is_reading_paused
+    go.set()
+    await settle()
+    assert not transport.is_reading_paused
+
+
+@virtual_time
+async def test_a_head_that_repeats_the_last_one_is_vetted_once() -> None:
+    heads = []
+
+    async def remember(call) -> bool:
+        heads.append(call.connection.head_of(call.lines))
+        return True
+
+    client, _ = Listener(remember).connect()
+    for request in (GET, GET, GET.replace(b"host: a", b"host: b"), GET):
+        client.data_received(request)
+        await settle()
+    assert heads[0] is heads[1]
+    assert [head.host for head in heads] == [b"a", b"a", b"b", b"a"]
+
+
+@virtual_time
+async def test_a_caller_is_remembered_only_as_long_as_its_header_lines_repeat() -> None:
+    client, _ = Listener().connect()
+    client.head_of([(b"authorization", b"a")])
+    client.caller = caller = object()
+    client.head_of([(b"authorization", b"a")])
+    assert client.caller is caller
+    client.head_of([(b"authorization", b"b")])
+    assert client.caller is None
 
 
 @virtual_time
@@ -150,10 +221,43 @@ async def test_an_idle_connection_is_closed(sent) -> None:
 
 
 @virtual_time
+async def test_a_connection_that_is_serving_is_not_idle() -> None:
+    async def slow(call) -> bool:
+        await asyncio.sleep(100)
+        return True
+
+    client, transport = Listener(slow).connect()
+    client.data_received(GET)
+    await asyncio.sleep(101)
+    assert not transport.closed
+    await asyncio.sleep(76)
+    assert transport.closed == "close"
+
+
+@virtual_time
+async def test_when_the_server_closes_what_is_idle_the_rest_goes_on() -> None:
+    async def slow(call) -> bool:
+        await asyncio.sleep(10)
+        return False
+
+    listener = Listener(slow)
+    (_, idle), (busy, serving), (begun, coming) = [listener.connect() for _ in range(3)]
+    busy.data_received(GET)
+    begun.data_received(GET[:5])
+    await settle()
+    listener.server.close_idle()
+    assert [one.closed for one in (idle, serving, coming)] == ["close", "", ""]
+    await asyncio.sleep(11)
+    assert serving.closed == "close"
+    listener.server.abort()
+    assert coming.closed in ("abort", "close")
+
+
+@virtual_time
 async def test_when_the_client_leaves_its_request_is_cancelled() -> None:
     ends = []
 
-    async def wait(incoming) -> bool:
+    async def wait(call) -> bool:
         try:
             await asyncio.sleep(1000)
         except asyncio.CancelledError:
@@ -199,10 +303,10 @@ async def test_a_body_that_does_not_come_is_not_waited_for() -> None:
 async def test_who_does_not_read_answers_is_served_no_more_of_them() -> None:
     served = 0
 
-    async def much(incoming) -> bool:
+    async def much(call) -> bool:
         nonlocal served
         served += 1
-        incoming.connection.pause_writing()  # as a transport does whose buffer is full
+        call.connection.pause_writing()  # as a transport does whose buffer is full
         return True
 
     client, transport = Listener(much).connect()

@@ -13,7 +13,7 @@ from tests.support.otlp_receiver import OtlpReceiver
 
 pytestmark = pytest.mark.integration
 
-TRACE = f"{ENDED.trace_id:032x}"
+TRACE = ENDED.trace_id
 
 
 def exporter_to(url, service="weir", timeout=2.0):
@@ -32,13 +32,13 @@ async def close(exporter):
 
 async def test_a_retried_request_arrives_as_a_tree(receiver):
     exporter = exporter_to(receiver.url)
-    failed = Attempt("b-2", "tiny", 0.004, 0.001, 0.002, "connect_fail", 0, 0xA2)
-    Tracer(exporter, 2.0)(ended(sampled=True, parent_span_id=0x77, attempts=(failed, ATTEMPT)))
+    failed = Attempt("b-2", "tiny", 0.004, 0.001, 0.002, "connect_fail", 0, "00000000000000a2")
+    Tracer(exporter, 2.0)(ended(sampled=True, parent_span_id="0000000000000077", attempts=[failed, ATTEMPT]))
     spans = {(span.name, span.span_id): span for span in await receiver.wait_spans(7)}
     await close(exporter)
 
-    server = spans["chat tiny-1", f"{ENDED.span_id:016x}"]
-    assert (server.kind, server.parent_id, server.is_error) == ("server", f"{0x77:016x}", False)
+    server = spans["chat tiny-1", ENDED.span_id]
+    assert (server.kind, server.parent_id, server.is_error) == ("server", "0000000000000077", False)
     assert server.attributes["gen_ai.usage.output_tokens"] == 30
     assert server.attributes["gen_ai.request.stream"] is False
     assert server.start == pytest.approx(ENDED.started_at)
@@ -48,8 +48,8 @@ async def test_a_retried_request_arrives_as_a_tree(receiver):
     assert {span.parent_id for span in children} == {server.span_id}
     assert {span.trace_id for span in spans.values()} == {TRACE}
     assert {span.service_name for span in spans.values()} == {"weir"}
-    assert spans["weir.attempt", f"{0xA2:016x}"].error == "connect_fail"
-    assert not spans["weir.attempt", f"{0xA1:016x}"].is_error
+    assert spans["weir.attempt", "00000000000000a2"].error == "connect_fail"
+    assert not spans["weir.attempt", ATTEMPT.span_id].is_error
     assert {"weir.authenticate", "weir.limit", "weir.body", "weir.pick"} < {span.name for span in children}
 
 
@@ -59,7 +59,7 @@ async def test_a_backends_own_span_hangs_below_the_attempt(receiver):
     backend.emit(
         "chat tiny-1",
         trace_id=ENDED.trace_id,
-        span_id=0xBEEF,
+        span_id="000000000000beef",
         parent_id=ATTEMPT.span_id,
         start=ENDED.started_at + 0.01,
         end=ENDED.started_at + 0.09,
@@ -78,7 +78,9 @@ async def test_a_bad_attribute_costs_no_other_span(receiver):
     tracer = Tracer(exporter, 2.0)
     tracer(ended(sampled=True, request_id="\udc85\x00", model="\udca0" * 1000))
     tracer(refused(503, "no_backend", "no_backend"))
-    exporter.emit("own", trace_id=1, span_id=2, parent_id=0, start=1.0, end=2.0, attributes={"huge": 2**80, "a": 1})
+    exporter.emit(
+        "own", trace_id="1", span_id="2", parent_id="", start=1.0, end=2.0, attributes={"huge": 2**80, "a": 1}
+    )
     spans = await receiver.wait_spans(6 + 5 + 1)
     await close(exporter)
     assert exporter.failures == 0
@@ -131,7 +133,7 @@ async def test_a_collector_that_is_away_costs_a_request_nothing(kind):
 
 async def test_the_full_path_of_a_collector_is_taken_as_it_is(receiver):
     exporter = exporter_to(f"{receiver.url}/v1/traces")
-    exporter.emit("own", trace_id=1, span_id=2, parent_id=0, start=1.0, end=2.0, attributes={})
+    exporter.emit("own", trace_id="1", span_id="2", parent_id="", start=1.0, end=2.0, attributes={})
     [span] = await receiver.wait_spans(1)
     await close(exporter)
     assert (span.name, span.kind, span.parent_id) == ("own", "server", "")

@@ -1,4 +1,3 @@
-import msgspec
 import pytest
 
 from observability import events
@@ -10,13 +9,13 @@ FORBIDDEN = ("token", "authorization", "prompt", "answer", "address", "header", 
 @pytest.mark.parametrize("event", [*events.Event.__args__, events.Attempt])
 def test_no_field_can_hold_a_secret(event):
     """Counts and durations may be of tokens; no text may be."""
-    texts = [field.name for field in msgspec.structs.fields(event) if field.type in {str, "str"}]
+    texts = [name for name, kind in event.__annotations__.items() if kind in {str, "str"}]
+    assert texts or event is events.StoreChanged
     assert not [name for name in texts if any(word in name for word in FORBIDDEN)]
 
 
-def test_a_record_stays_as_it_was():
-    with pytest.raises(AttributeError):
-        ENDED.status = 500
+def test_a_record_of_a_request_has_these_fields_and_no_others():
+    assert set(events.RequestEnded.__slots__) == set(events.RequestEnded.__annotations__)
 
 
 def test_the_end_of_a_good_request_is_a_known_one():

@@ -53,7 +53,7 @@ def test_kept(event, kept):
 def test_a_request_is_a_tree():
     server, *children = spans(ended(queue=0.003))
     assert (server.name, server.kind, server.error) == ("chat tiny-1", "server", "")
-    assert (server.trace_id, server.span_id, server.parent_id) == (ENDED.trace_id, ENDED.span_id, 0)
+    assert (server.trace_id, server.span_id, server.parent_id) == (ENDED.trace_id, ENDED.span_id, "")
     assert [child.name for child in children] == [
         "weir.authenticate", "weir.limit", "weir.body", "weir.queue", "weir.pick", "weir.attempt",
     ]  # fmt: skip
@@ -76,12 +76,16 @@ def test_a_phase_that_took_no_time_is_no_span():
 
 
 def test_each_attempt_is_a_span_with_the_id_that_went_upstream():
-    failed = events.Attempt("b-2", "tiny", 0.004, 0.001, 0.002, "connect_fail", 0, 0xA2)
-    first, second = [span for span in spans(ended(attempts=(failed, ATTEMPT))) if span.name == "weir.attempt"]
-    assert (first.span_id, first.error, first.kind) == (0xA2, "connect_fail", "client")
+    failed = events.Attempt("b-2", "tiny", 0.004, 0.001, 0.002, "connect_fail", 0, "00000000000000a2")
+    first, second = [span for span in spans(ended(attempts=[failed, ATTEMPT])) if span.name == "weir.attempt"]
+    assert (first.span_id, first.error, first.kind) == ("00000000000000a2", "connect_fail", "client")
     assert first.attributes["weir.backend"] == "b-2"
     assert "http.response.status_code" not in first.attributes
-    assert (second.span_id, second.error, second.attributes["http.response.status_code"]) == (0xA1, "", 200)
+    assert (second.span_id, second.error, second.attributes["http.response.status_code"]) == (
+        "00000000000000a1",
+        "",
+        200,
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,8 +107,8 @@ def test_the_name_is_the_operation_and_the_model(changes, name, operation):
 
 
 def test_what_a_span_tells():
-    server = next(spans(ended(stream=True, parent_span_id=7)))
-    assert server.parent_id == 7
+    server = next(spans(ended(stream=True, parent_span_id="0000000000000007")))
+    assert server.parent_id == "0000000000000007"
     assert dict(server.attributes) == {
         "http.request.method": "POST", "http.response.status_code": 200, "http.request.body.size": 600,
         "http.response.body.size": 812, "url.path": "/v1/chat/completions", "weir.request_id": "req-1",
@@ -146,9 +150,9 @@ def test_the_tracer_sends_what_is_kept():
 def test_one_span_can_be_emitted_alone():
     collector = Collector()
     exporter = SpanExporter(collector)
-    exporter.emit("chat tiny-1", trace_id=1, span_id=2, parent_id=3, start=1.0, end=2.0, attributes={"a": 1})
+    exporter.emit("chat tiny-1", trace_id="1", span_id="2", parent_id="3", start=1.0, end=2.0, attributes={"a": 1})
     exporter.close()
-    assert collector.batches == [[FinishedSpan("chat tiny-1", 1, 2, 3, 1.0, 2.0, {"a": 1}, "server")]]
+    assert collector.batches == [[FinishedSpan("chat tiny-1", "1", "2", "3", 1.0, 2.0, {"a": 1}, "server")]]
 
 
 def test_a_collector_that_hangs_costs_what_does_not_fit_and_nobody_waits():

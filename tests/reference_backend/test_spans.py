@@ -37,8 +37,8 @@ async def spans_of(path="/v1/chat/completions", body=QUESTION, **headers):
 async def test_a_span_continues_the_callers_trace():
     [(name, fields)] = await spans_of(traceparent=KEPT)
     assert name == "chat tiny"
-    assert (fields["trace_id"], fields["parent_id"]) == (int(TRACE, 16), int(PARENT, 16))
-    assert fields["span_id"] not in (0, int(PARENT, 16))
+    assert (fields["trace_id"], fields["parent_id"]) == (TRACE, PARENT)
+    assert fields["span_id"] not in ("", PARENT)
     assert (fields["start"], fields["end"]) == (1000.0, 1001.0)
     tokens = fields["attributes"].pop("gen_ai.usage.input_tokens")
     assert tokens > 0
@@ -64,7 +64,7 @@ async def test_a_span_continues_the_callers_trace():
 async def test_who_gets_a_span(path, headers, count):
     found = await spans_of(path, **headers)
     assert len(found) == count
-    assert all(fields["parent_id"] == 0 and fields["trace_id"] for _, fields in found)
+    assert all(fields["parent_id"] == "" and fields["trace_id"] for _, fields in found)
 
 
 async def test_a_refusal_has_a_span_without_tokens():

@@ -1,8 +1,11 @@
-"""Calls as the pipeline makes them, and a client's connection that only remembers."""
+"""Calls as the pipeline gets them, their record, and a client's connection that only remembers."""
 
+import asyncio
 from random import Random
 
-from gateway.call import Call, Ids, accept, begin
+from gateway.call import Call, Ids, accept
+from gateway.head import Head
+from gateway.trail import Trail
 from tests.support.http_message import parse
 
 
@@ -14,16 +17,22 @@ def call_of(
     body: bytes = b'{"model":"tiny"}',
     stream: bool = False,
     model: str | None = "tiny",
+    client: "MemoryClient | None" = None,
 ) -> Call:
-    """An accepted call whose body has been read."""
+    """An accepted call whose body has been read. It came on `client`, or on a connection of its own."""
     has_body = method in ("POST", "PUT", "PATCH")
     length = [f"content-length: {len(body)}"] if has_body else []
     head = [f"{method} {path} HTTP/{version}", "host: gateway", "content-type: application/json", *lines, *length]
-    message = parse("\r\n".join([*head, "", ""]).encode())
-    call = begin(message, Ids(Random(1)), 0.0)
-    accept(call, message)
-    call.body, call.stream, call.model = body if has_body else b"", stream, model
+    call = parse("\r\n".join([*head, "", ""]).encode() + (body if has_body else b""))
+    call.connection = client or MemoryClient()
+    Ids(Random(1)).give(call, 0.0)
+    accept(call)
+    call.stream, call.model = stream, model
     return call
+
+
+def trail_of(clock, started_at: float = 0.0) -> Trail:
+    return Trail(clock, started_at, "p1", b"x-weir-policy: p1\r\n")
 
 
 class MemoryClient:
@@ -34,6 +43,13 @@ class MemoryClient:
         self.forwarded_lines = b"x-forwarded-for: 10.0.0.9\r\nx-forwarded-proto: http\r\n"
         self.written = b""
         self.ended = ""  # how: cut | abort
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        return asyncio.get_running_loop()
+
+    def head_of(self, lines) -> Head:
+        return Head(lines)
 
     def write(self, data: bytes) -> None:
         self.written += data

@@ -1,17 +1,23 @@
-"""Parse request bytes the way the data listener does: with aiohttp's C parser."""
+"""Parse request bytes the way the data listener does, without a listener."""
 
-import asyncio
+from typing import cast
 
-from aiohttp.base_protocol import BaseProtocol
-from aiohttp.http_parser import HttpRequestParser
+from gateway.call import Call
+from gateway.server import ClientConnection, DataServer
+from policies.errors import Refusal
 
 
-def parse(head: bytes):
-    """The RawRequestMessage of one head; the body, if any, is ignored."""
-    loop = asyncio.new_event_loop()
-    try:
-        parser = HttpRequestParser(BaseProtocol(loop), loop, 2**16, auto_decompress=False)
-        messages, _, _ = parser.feed_data(head)
-        return messages[0][0]
-    finally:
-        loop.close()
+def heard(data: bytes, header_bytes: int = 8192) -> list[Call | Refusal]:
+    """What a connection makes of these bytes: calls, and at most one refusal as the last."""
+    server = DataServer(None, None, idle=75.0, head_timeout=10.0, header_bytes=header_bytes, connections=10)
+    connection = ClientConnection(server, None)
+    connection.data_received(data)
+    return list(connection._ahead)
+
+
+def parse(data: bytes) -> Call:
+    """The one call in these bytes. Raises the Refusal that there is instead."""
+    [found] = heard(data)
+    if isinstance(found, Refusal):
+        raise found
+    return cast("Call", found)

@@ -206,15 +206,15 @@ async def test_an_alarm_of_an_earlier_answer_serves_the_next_one() -> None:
 
     first, second = Patient(), Patient()
     connection.start(first, b"")
-    connection.wake_in(10.0)
+    connection.wake_in(10.0, asyncio.get_running_loop().time())
     connection.answer = None
     await asyncio.sleep(4)
     connection.start(second, b"")
-    connection.wake_in(10.0)  # later than the alarm that is set
+    connection.wake_in(10.0, asyncio.get_running_loop().time())  # later than the alarm that is set
     await asyncio.sleep(7)
     assert rung == [(second, 10.0)]
-    connection.wake_in(5.0)
-    connection.wake_in(1.0)  # sooner than the one that is set
+    connection.wake_in(5.0, asyncio.get_running_loop().time())
+    connection.wake_in(1.0, asyncio.get_running_loop().time())  # sooner than the one that is set
     await asyncio.sleep(6)
     assert rung[1:] == [(second, 12.0)]
 
@@ -223,7 +223,7 @@ async def test_an_alarm_of_an_earlier_answer_serves_the_next_one() -> None:
 async def test_a_connection_that_is_gone_leaves_no_alarm() -> None:
     connection = connected(Pool(endpoint()))
     exchange(connection)
-    connection.wake_in(10.0)
+    connection.wake_in(10.0, asyncio.get_running_loop().time())
     alarm = connection._alarm
     connection.transport.lose()
     assert alarm.cancelled()

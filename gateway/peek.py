@@ -1,0 +1,88 @@
+"""Route, its first half: what a request's body asks for. Only the fields that the policy needs are decoded."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from policies import errors
+
+if TYPE_CHECKING:
+    from gateway.call import Call
+
+_MOST_MODEL_NAME: Final = 256  # registrations have at most 200; what is asked for is remembered here and there
+_FORM_MENTIONS: Final = re.compile(
+    rb"content-disposition:[^\r\n]*\bname\*?\s*=\s*[^\r\n]{0,20}model", re.IGNORECASE
+).findall
+_FORM_MODEL: Final = re.compile(
+    rb'content-disposition: *form-data; *name="model"\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,200})\r\n', re.IGNORECASE
+).findall
+
+
+class Peek(msgspec.Struct, gc=False):
+    """The only fields of a body that the policy needs."""
+
+    model: str | None = None
+    stream: bool | None = None
+
+
+_peek = msgspec.json.Decoder(Peek).decode
+
+
+def peek(call: Call) -> Peek:
+    """Model and stream flag of a request body. Raises BadRequest.
+
+    One decode, and a second, careful one only for a body in which another reader could find another `model`.
+    """
+    body, resource = call.body, call.resource
+    if resource.protocol in ("oip", "http") or not body:
+        if resource.needs_model:
+            raise errors.BadRequest("A JSON body with a `model` is needed.", param="model")
+        return Peek(resource.model)
+    if not resource.needs_model and call.head.content_type[:19].lower() == b"multipart/form-data":
+        return Peek(_form_model(body))
+    try:
+        asked = _peek(body)
+        if body.count(b'"model"') != 1 or body.count(b'"stream"') > 1 or b"\\u006" in body:
+            _refuse_duplicates(body)
+    except msgspec.ValidationError as problem:
+        raise errors.BadRequest(f"The body is not what this path takes: {_safe(problem)}.") from None
+    except (msgspec.DecodeError, RecursionError, ValueError):
+        raise errors.BadRequest("The body is not valid JSON.") from None
+    model = asked.model
+    if not model:
+        if resource.needs_model:
+            raise errors.BadRequest("The body names no `model`.", param="model")
+    elif len(model) > _MOST_MODEL_NAME:
+        raise errors.BadRequest(f"The name of a model has at most {_MOST_MODEL_NAME} characters.", param="model")
+    return asked
+
+
+def _safe(problem: Exception) -> str:
+    return str(problem).rstrip(".")[:200]
+
+
+def _refuse_duplicates(body: bytes) -> None:
+    """Raise BadRequest for a top-level object with two `model` or `stream` keys. May raise ValueError."""
+
+    def keys_once(pairs: list[tuple[str, Any]]) -> None:
+        names = [name for name, _ in pairs]
+        for name in ("model", "stream"):
+            if names.count(name) > 1:
+                raise errors.BadRequest(f"The body has `{name}` more than once.", param=name)
+
+    json.loads(body, object_pairs_hook=keys_once)
+
+
+def _form_model(body: bytes) -> str | None:
+    found: list[bytes] = _FORM_MODEL(body)
+    if len(found) > 1:
+        raise errors.BadRequest("The form has `model` more than once.", param="model")
+    if len(_FORM_MENTIONS(body)) != len(found):  # another reader might find one where we see none
+        raise errors.BadRequest(
+            'The form must name its model as `form-data; name="model"`, in one line.', param="model"
+        )
+    return found[0].decode("utf-8", "replace") if found else None

@@ -1,0 +1,83 @@
+import pytest
+
+from gateway.call import Call
+from gateway.peek import peek
+from policies import errors
+from tests.support.call import call_of
+
+
+def with_body(body: bytes, path: str = "/v1/chat/completions", content_type: str = "application/json") -> Call:
+    call = call_of(path, body=body)
+    call.head.content_type = content_type.encode()
+    return call
+
+
+@pytest.mark.parametrize(
+    ("body", "asked"),
+    [
+        (b'{"model":"tiny"}', ("tiny", False)),
+        (b'{"model":"tiny","stream":true}', ("tiny", True)),
+        (b'{"model":"tiny","stream":null,"messages":[{"model":1}]}', ("tiny", False)),
+        ('{"model":"größe"}'.encode(), ("größe", False)),
+    ],
+)
+def test_the_body_tells_model_and_stream(body, asked) -> None:
+    found = peek(with_body(body))
+    assert (found.model, found.stream is True) == asked
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{", b"[]", b"null", b'"x"', b"{}", b'{"model":1}', b'{"model":null}', b'{"model":""}', b"\xff",
+        b'{"model":"a","stream":"yes"}', b'{"model":"a","model":"b"}', b'{"model":"a","mod\\u0065l":"b"}',
+        b'{"model":"a","stream":false,"strea\\u006d":true}', b'{"model":"a","x":NaN}', b"[" * 100_000,
+        b'{"model":"a"' + b',"x":{"y":' * 50_000, b'{"model":"a"} trailing',
+    ],
+)  # fmt: skip
+def test_a_body_that_names_no_single_model_is_a_bad_request(body) -> None:
+    with pytest.raises(errors.BadRequest):
+        peek(with_body(body))
+
+
+def test_a_form_names_its_model_in_a_field() -> None:
+    kind = "multipart/form-data; boundary=b"
+    field = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhisper\r\n'
+    file = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n\x00\x01\r\n--b--\r\n'
+    assert peek(with_body(field + file, "/v1/audio/transcriptions", kind)).model == "whisper"
+    with pytest.raises(errors.BadRequest):
+        peek(with_body(field + field + file, "/v1/audio/transcriptions", kind))
+
+
+@pytest.mark.parametrize(
+    "disposition",
+    [
+        b"form-data; name=model",
+        b'form-data;name="model"; filename="x"',
+        b'form-data; filename="x"; name="model"',
+        b'form-data; name = "model"',
+        b"form-data; name*=utf-8''model",
+    ],
+)
+def test_a_form_that_another_reader_could_find_a_model_in_is_refused(disposition) -> None:
+    body = b"--b\r\nContent-Disposition: %b\r\n\r\nsecret\r\n--b--\r\n" % disposition
+    with pytest.raises(errors.BadRequest):
+        peek(with_body(body, "/v1/audio/transcriptions", "multipart/form-data; boundary=b"))
+
+
+@pytest.mark.parametrize("kind", ["multipart/form-data; boundary=b", "text/plain"])
+def test_a_path_that_takes_json_takes_nothing_else_for_it(kind) -> None:
+    with pytest.raises(errors.BadRequest):
+        peek(with_body(b"--b--", "/v1/chat/completions", kind))
+    assert peek(with_body(b'{"model":"a"}', "/v1/chat/completions", kind)).model == "a"
+
+
+def test_the_name_of_a_model_is_bounded() -> None:
+    with pytest.raises(errors.BadRequest, match="at most 256"):
+        peek(with_body(b'{"model":"%b"}' % (b"a" * 257)))
+
+
+def test_a_body_with_two_stream_flags_is_a_bad_request() -> None:
+    with pytest.raises(errors.BadRequest):
+        peek(with_body(b'{"model":"a","stream":true,"stream":false}'))
+    assert peek(with_body(b'{"model":"a","stream":true,"stream_options":{"include_usage":true}}')).stream
