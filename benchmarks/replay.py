@@ -1,6 +1,6 @@
-"""What a unary request costs in our own code: the real gateway, real bytes, no sockets.
+"""What a request, a refusal or an event of a stream costs in our own code: the real gateway, real bytes, no sockets.
 
-    weir bench profile [--requests 20000] [--stages] [--profile]
+    weir bench profile [unary|refusal|event] [--count 20000] [--stages] [--profile]
 
 Client and backend transports are fakes that hand bytes over in memory, so what is measured is parsing, deciding and
 writing heads: everything but the kernel. `--stages` samples which file of the program is at work; `--profile` runs
@@ -18,9 +18,9 @@ import pstats
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import uvloop
 
@@ -29,7 +29,6 @@ from gateway import config as configuration
 from gateway.app import Gateway
 from gateway.server import DataServer
 from gateway.upstream.connection import Connection
-from gateway.upstream.pool import Pool
 from policies import identity
 
 SHOWN = 24
@@ -47,6 +46,12 @@ ANSWER = (
     b"HTTP/1.1 200 OK\r\nserver: mock\r\ndate: Mon, 23 Nov 2026 16:00:00 GMT\r\ncontent-type: application/json\r\n"
     b"connection: keep-alive\r\ncontent-length: %d\r\n\r\n" % len(ANSWER_BODY)
 ) + ANSWER_BODY
+STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+_DATA = (
+    b'data: {"id":"chatcmpl-123","object":"chat.completion.chunk","created":1677652288,"model":"tiny","choices":'
+    b'[{"index":0,"delta":{"content":"hello"},"finish_reason":null}]}\n\n'
+)
+EVENT = b"%x\r\n%b\r\n" % (len(_DATA), _DATA)
 
 POLICY = """
 version: 1
@@ -54,7 +59,8 @@ issuers:
   - {issuer: "https://weir.local", audience: weir, algorithms: [ES256], jwks: jwks.json}
 plans:
   free: {requests: 1000000/second, concurrency: 100000}
-consumers: [{match: {any: true}, plan: free}]
+  spent: {requests: 1/day, burst: 1}
+consumers: [{match: {consumer: refusal}, plan: spent}, {match: {any: true}, plan: free}]
 routes:
   - name: chat
     match: {path: /v1/chat/completions, model: "tiny*"}
@@ -96,15 +102,8 @@ class Pipe:
     def resume_reading(self) -> None: ...
 
 
-async def replay(requests: int, watched: contextlib.AbstractContextManager[object]) -> float:
-    loop = asyncio.get_running_loop()
-
-    async def connect(pool: Pool) -> Connection:
-        connection = Connection(pool)
-        connection.connection_made(Pipe(lambda _: loop.call_soon(connection.data_received, ANSWER)))  # type: ignore[arg-type]
-        return connection
-
-    Pool.connect = connect  # type: ignore[method-assign, assignment]
+async def replay(work: str, count: int, watched: contextlib.AbstractContextManager[object]) -> float:
+    """CPU microseconds of one request, refusal or event."""
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         key = identity.generate_signing_key()
@@ -112,7 +111,7 @@ async def replay(requests: int, watched: contextlib.AbstractContextManager[objec
         (home / "policy.yaml").write_text(POLICY)
         token = identity.mint(
             key,
-            sub="bench",
+            sub=work,
             groups=(),
             scopes=(),
             issuer="https://weir.local",
@@ -130,55 +129,104 @@ async def replay(requests: int, watched: contextlib.AbstractContextManager[objec
                 f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:8080\r\nContent-Type: application/json\r\n"
                 f"Authorization: Bearer {token}\r\nContent-Length: {len(BODY)}\r\n\r\n"
             )
-            return await _drive(gateway, head.encode() + BODY, requests, watched)
+            rig = (Stream if work == "event" else Exchange)(gateway, head.encode() + BODY)
+            await rig.batch(500)
+            with watched:
+                best = min([await rig.batch(BATCH) for _ in range(count // BATCH)])
+            rig.client.connection_lost(None)
+    return best * 1e6
 
 
-async def _drive(
-    gateway: Gateway, request: bytes, requests: int, watched: contextlib.AbstractContextManager[object]
-) -> float:
-    """The lowest CPU seconds of a request over all batches: what disturbs a batch only ever adds."""
-    server = DataServer(
-        gateway.pipeline.handle, gateway.pipeline.reject, idle=75, head_timeout=10, header_bytes=32768, connections=10
-    )
-    client = server()
-    loop = asyncio.get_running_loop()
-    left, done = 0, loop.create_future()
+class Loop(uvloop.Loop):  # type: ignore[misc]
+    """A loop whose connections are made by `connect`, without sockets."""
 
-    def on_answer(answer: bytes) -> None:
-        nonlocal left
-        assert answer.startswith(b"HTTP/1.1 200 "), answer
-        left -= 1
-        if left:
-            loop.call_soon(client.data_received, request)
+    connect: Callable[[Any], None]
+
+    async def create_connection(self, protocol_factory: Callable[[], Any], *_: Any, **__: Any) -> tuple[None, Any]:
+        protocol = protocol_factory()
+        self.connect(protocol)
+        return None, protocol
+
+
+class Exchange:
+    """A client that sends its next request when it has its answer, and a backend that answers at once."""
+
+    answer = ANSWER
+
+    def __init__(self, gateway: Gateway, request: bytes) -> None:
+        self.loop = cast("Loop", asyncio.get_running_loop())
+        self.request = request
+        self.left = 0
+        self.done: asyncio.Future[None]
+        self.upstream: Connection
+        self.loop.connect = self._connect
+        server = DataServer(
+            gateway.pipeline.handle,
+            gateway.pipeline.reject,
+            idle=75,
+            head_timeout=10,
+            header_bytes=32768,
+            connections=10,
+        )
+        self.client = server()
+        self.client.connection_made(Pipe(self._on_answer))  # type: ignore[arg-type]
+
+    def _connect(self, connection: Connection) -> None:
+        self.upstream = connection
+        connection.connection_made(Pipe(lambda _: self.loop.call_soon(connection.data_received, self.answer)))  # type: ignore[arg-type]
+
+    def _on_answer(self, answer: bytes) -> None:
+        assert answer.startswith((b"HTTP/1.1 200 ", b"HTTP/1.1 429 ")), answer
+        self.left -= 1
+        if self.left > 0:
+            self.loop.call_soon(self.client.data_received, self.request)
         else:
-            done.set_result(None)
+            self.done.set_result(None)
 
-    async def batch(count: int) -> float:
-        nonlocal left, done
-        left, done = count, loop.create_future()
+    async def batch(self, count: int) -> float:
+        """The CPU seconds of one."""
+        self.left, self.done = count, self.loop.create_future()
         started = time.thread_time()
-        loop.call_soon(client.data_received, request)
-        await done
+        self.loop.call_soon(self.client.data_received, self.request)
+        await self.done
         return (time.thread_time() - started) / count
 
-    client.connection_made(Pipe(on_answer))  # type: ignore[arg-type]
-    await batch(500)
-    with watched:
-        best = min([await batch(BATCH) for _ in range(requests // BATCH)])
-    return best * 1e6
+
+class Stream(Exchange):
+    """One answer without an end, an event at a time."""
+
+    answer = STREAM_HEAD + EVENT
+
+    def _on_answer(self, _: bytes) -> None:
+        self.left -= 1
+        if self.left > 0:
+            self.loop.call_soon(self.upstream.data_received, EVENT)
+        else:
+            self.done.set_result(None)
+
+    async def batch(self, count: int) -> float:
+        """The CPU seconds of one event."""
+        if not hasattr(self, "upstream"):
+            return await super().batch(1)
+        self.left, self.done = count, self.loop.create_future()
+        started = time.thread_time()
+        self.loop.call_soon(self.upstream.data_received, EVENT)
+        await self.done
+        return (time.thread_time() - started) / count
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("work", nargs="?", choices=["unary", "refusal", "event"], default="unary")
+    parser.add_argument("--count", type=int, default=20_000)
     parser.add_argument("--stages", action="store_true")
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     profile, samples = cProfile.Profile(), Samples()
     watched = profile if options.profile else samples.taken() if options.stages else contextlib.nullcontext()
-    with _access_log_away(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        micros = runner.run(replay(options.requests, watched))
-    print(f"{micros:.1f} us per request, kernel and log writing apart")
+    with _access_log_away(), asyncio.Runner(loop_factory=Loop) as runner:
+        micros = runner.run(replay(options.work, options.count, watched))
+    print(f"{micros:.1f} us each ({options.work}), kernel and log writing apart")
     if options.profile:
         pstats.Stats(profile).sort_stats("tottime").print_stats(45)
     if options.stages:
@@ -186,7 +234,7 @@ def main() -> None:
 
 
 def _print_stages(samples: Samples, micros: float) -> None:
-    """Microseconds of a request by file and by function, the replay's own included."""
+    """Microseconds of one by file and by function, the replay's own included."""
     print("\nby file, us")
     for part, share in samples.by_part()[:SHOWN]:
         print(f"{share * micros:8.1f}  {part}")

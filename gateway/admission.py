@@ -1,4 +1,4 @@
-"""Admission: each consumer's account under its plan, found once per token and asked once per request.
+"""Admission: each consumer's account under its plan, found and asked once per request.
 
     account = admission.account(plan, consumer)
     if not account.admit_nowait(now):     # nearly always True, or errors.RateLimited
@@ -7,8 +7,9 @@
         ...
 
 Invariants:
-- There is one account per (plan, consumer) in this process for as long as anybody holds it, so there is one lease and
-  one count of requests in flight. It outlives policy reloads: a changed plan changes its numbers, not its fill level.
+- There is one account per (plan, consumer) in this process for as long as a request is under way in it, so there is one
+  lease and one count of requests in flight. It outlives policy reloads: a changed plan changes its numbers, not its
+  fill level.
 - What is remembered is bounded; forgotten first are accounts that have been idle long enough to be full again.
 - Who gets no slot gets the token back.
 
@@ -23,7 +24,6 @@ from collections.abc import Callable
 from itertools import islice
 from math import inf
 from types import TracebackType
-from weakref import WeakValueDictionary
 
 from gateway.limit_headers import LimitHeaders
 from gateway.meter import UNKNOWN, LeasedMeter, LeaseStore, LocalMeter, Unmetered
@@ -32,7 +32,7 @@ from policies.lease import Limit
 from policies.policy import Plan
 
 MOST_ACCOUNTS = 100_000
-"""Accounts kept when nobody else holds them."""
+"""Accounts kept while no request is under way in them."""
 
 IDLE_SECONDS = 60.0
 """An account unused for this long, and for as long as its bucket takes to fill, may be forgotten at no loss."""
@@ -46,7 +46,7 @@ Meter = Unmetered | LocalMeter | LeasedMeter
 class Account:
     """What one consumer may still send under one plan. Its `with` is the concurrency slot."""
 
-    __slots__ = ("__weakref__", "_headers", "_most", "_now", "_rule", "in_flight", "meter", "plan", "used_at")
+    __slots__ = ("_headers", "_most", "_now", "_rule", "in_flight", "meter", "plan", "used_at")
 
     def __init__(self, plan: Plan, meter: Meter, now: Callable[[], float]) -> None:
         self._now = now
@@ -128,21 +128,19 @@ class Admission:
         self._store = store
         self._live_gateways = live_gateways
         self._now = now
-        self._accounts: WeakValueDictionary[tuple[str, str], Account] = WeakValueDictionary()
-        self._kept: OrderedDict[tuple[str, str], Account] = OrderedDict()
+        self._accounts: OrderedDict[tuple[str, str], Account] = OrderedDict()  # those just made or looked at last
 
-    def account(self, plan: Plan, consumer: str) -> Account:
+    def account(self, plan: Plan | None, consumer: str) -> Account:
         """The account of `consumer` under `plan`, which is the newest form of the plan of that name."""
+        if plan is None:
+            return UNLIMITED
         key = (plan.name, consumer)
         account = self._accounts.get(key)
         if account is None:
-            account = Account(plan, self._meter(plan, consumer), self._now)
-            self._accounts[key] = account
             self._forget()
-        elif account.plan != plan:
+            account = self._accounts[key] = Account(plan, self._meter(plan, consumer), self._now)
+        elif account.plan is not plan:
             self._refit(account, plan, consumer)
-        self._kept[key] = account
-        self._kept.move_to_end(key)
         return account
 
     def _meter(self, plan: Plan, consumer: str) -> Meter:
@@ -155,6 +153,9 @@ class Admission:
         return LeasedMeter(self._store, key, plan, limit, live_gateways=self._live_gateways, now=self._now)
 
     def _refit(self, account: Account, plan: Plan, consumer: str) -> None:
+        if account.plan == plan:  # a reload that changed other things
+            account.plan = plan
+            return
         meter = account.meter
         if plan.requests is None or isinstance(meter, Unmetered):
             meter = self._meter(plan, consumer)
@@ -164,14 +165,16 @@ class Admission:
 
     def _forget(self) -> None:
         """Make room for one: looks at the two oldest, so each account that comes lets two idle ones go."""
-        now = self._now()
-        for key in list(islice(self._kept, 2)):
-            if self._kept[key].is_idle(now):
-                del self._kept[key]
+        accounts, now = self._accounts, self._now()
+        for key in list(islice(accounts, 2)):
+            if accounts[key].is_idle(now):
+                del accounts[key]
             else:
-                self._kept.move_to_end(key)
-        while len(self._kept) >= MOST_ACCOUNTS:
-            self._kept.popitem(last=False)
+                accounts.move_to_end(key)
+        if len(accounts) >= MOST_ACCOUNTS:
+            unused = next((key for key, account in accounts.items() if not account.in_flight), None)
+            if unused is not None:
+                del accounts[unused]
 
     def __repr__(self) -> str:
         return f"<Admission {len(self._accounts)} accounts, {self._store!r}>"

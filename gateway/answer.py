@@ -46,13 +46,15 @@ class AnswerHead:
         self.length: int | None = None
         self.chunked = self.encoded = self.malformed = self.not_started = False
         self.content_type = self.load_report = self.retry_after = b""
-        self.lines: list[bytes] = []
+        lines = []
         for header in headers:
-            kind, line = _known.get(header) or _remember(header)
+            known = _known.get(header)
+            kind, line = known if known is not None else _remember(header)
             if line:
-                self.lines.append(line)
+                lines.append(line)
             if kind != _PLAIN:
                 self._sort(kind, header[1])
+        self.lines = b"".join(lines)
 
     def _sort(self, kind: int, value: bytes) -> None:
         if kind == _MALFORMED:

@@ -23,6 +23,7 @@ from dataclasses import replace
 from importlib.metadata import version as version_of
 from pathlib import Path
 from random import Random
+from typing import cast
 
 import aiohttp
 import msgspec
@@ -39,7 +40,7 @@ from discovery.source import Source, SourceFailure
 from discovery.static import StaticBackend, StaticSource
 from gateway import config
 from gateway.admin import admin_app
-from gateway.admission import UNLIMITED, Account, Admission
+from gateway.admission import Admission
 from gateway.attempts import Forwarder
 from gateway.call import Ids
 from gateway.children import CannotRun
@@ -57,13 +58,15 @@ from gateway.upstream.endpoint import Backend
 from gateway.upstream.fleet import Fleet
 from gateway.views import views
 from observability import events
+from observability.access_log import AccessLog
 from observability.fanout import Fanout
-from observability.logs import AccessLog, EventLog, LineWriter, configure
+from observability.line_writer import LineWriter
+from observability.logs import EventLog, configure
 from observability.metrics import Metrics
 from observability.recent import Recent
 from observability.tracing import SpanExporter, Tracer, otlp_export
 from policies.breaker import State
-from policies.policy import Policy, Principal
+from policies.policy import Policy
 from policies.problems import InvalidDocument
 from policies.routing import plan_of
 
@@ -127,14 +130,15 @@ class Gateway:
             self.discovery = await self._start_discovery(stack, background, observe, etcd, fleet)
             background(self._tidy())
 
-            identifier: Identifier[Account] = Identifier(keys, lambda principal: self._account(admission, principal))
+            identifier = Identifier(keys, lambda principal: plan_of(self.policy.policy, principal))
             ids = Ids(self.rng)
             self.forwarder = Forwarder(fleet, self.clock, self.rng, ids)
             local = LocalAnswers(fleet, lambda: not self.not_ready(), self.version)
             limits = self.config.limits
             self.pipeline = Pipeline(
                 Settings(limits.body, limits.body_timeout, self.config.telemetry.sample),
-                identifier, fleet, self.forwarder, local, observe, self.clock, self.wall, self.rng, ids,
+                identifier, admission, fleet, self.forwarder, local, observe.request_ended, self.clock, self.wall,
+                self.rng, ids,
             )  # fmt: skip
 
             def put_in_force(policy: Policy) -> None:
@@ -176,21 +180,22 @@ class Gateway:
 
     # Parts
 
-    def _observers(self, stack: contextlib.AsyncExitStack) -> events.Observer:
+    def _observers(self, stack: contextlib.AsyncExitStack) -> Fanout:
         telemetry = self.config.telemetry
         writer = LineWriter(1)
         stack.callback(writer.close)
         configure(writer, console=telemetry.log == "console")
-        observers: list[events.Observer] = [self.metrics, self.recent, AccessLog(writer), EventLog()]
+        of_requests: list[events.RequestObserver] = [self.metrics.request_ended, self.recent, AccessLog(writer)]
         self.metrics.counter("weir_log_dropped_total", "Log lines given up.", (), lambda: [((), float(writer.dropped))])
         if telemetry.otlp is not None:
             exporter = SpanExporter(otlp_export(telemetry.otlp, "weir", self.version))
             stack.callback(exporter.close)
-            observers.append(Tracer(exporter, telemetry.slow))
+            of_requests.append(Tracer(exporter, telemetry.slow))
             self.metrics.counter(
                 "weir_otlp_export_failures_total", "Traces lost.", (), lambda: [((), float(exporter.failures))]
             )
-        fanout = Fanout(observers, asyncio.get_running_loop().call_later, self.clock)
+        call_later = asyncio.get_running_loop().call_later
+        fanout = Fanout(of_requests, (self.metrics, EventLog()), call_later, self.clock)
         self._flush = fanout.flush
         stack.callback(fanout.flush)
         return fanout
@@ -275,10 +280,6 @@ class Gateway:
                 await discovery.wait_listed()
         return discovery
 
-    def _account(self, admission: Admission, principal: Principal) -> Account:
-        plan = plan_of(self.policy.policy, principal)
-        return admission.account(plan, principal.consumer) if plan is not None else UNLIMITED
-
     # Listeners
 
     def _admin_listen(self) -> Address:
@@ -311,7 +312,7 @@ class Gateway:
                 raise CannotRun(f"cannot use tls.cert {tls.cert} with tls.key {tls.key}: {error}") from error
         try:
             listener = await asyncio.get_running_loop().create_server(
-                server,
+                cast("Callable[[], asyncio.Protocol]", server),
                 listen.host,
                 listen.port,
                 ssl=context,

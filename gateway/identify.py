@@ -1,4 +1,4 @@
-"""From an Authorization header to an entry: who is calling, and the account that pays for it.
+"""From an Authorization header to an entry: who is calling, and under which plan.
 
 A verified token is remembered, so that all but its first request are one hash and one lookup (about a microsecond;
 checking a signature takes 30 to 120). What is remembered is the SHA-256 of the header, never the token. A memory holds
@@ -11,9 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from hashlib import sha256
-from typing import Generic, TypeVar
 
 from gateway.keys import KeyStore
 from policies.errors import KeysUnavailable, Unauthenticated
@@ -25,9 +23,7 @@ from policies.identity import (
     UnknownKey,
     verify,
 )
-from policies.policy import ANONYMOUS, Issuer, Policy, Principal
-
-A = TypeVar("A")
+from policies.policy import ANONYMOUS, Issuer, Plan, Policy, Principal
 
 _NO_TOKEN = "a bearer token is needed: send `Authorization: Bearer TOKEN`"  # noqa: S105  a message
 _KEYS_AWAY = "the keys that could prove this token are not available"
@@ -35,42 +31,44 @@ _REFUSED_SECONDS = 10.0
 _MAX_REFUSED = 10_000
 
 
-@dataclass(slots=True, eq=False)
-class Entry(Generic[A]):
+class Entry:
     """A caller under the policy in force. Good while the wall clock shows less than `until`."""
 
-    principal: Principal
-    account: A
-    until: float
-    epoch: int  # of the identifier's memory: entries of an older one no longer hold
+    __slots__ = ("epoch", "plan", "principal", "until")
+
+    def __init__(self, principal: Principal, plan: Plan | None, until: float, epoch: int) -> None:
+        self.principal = principal
+        self.plan = plan
+        self.until = until
+        self.epoch = epoch  # of the identifier's memory: entries of an older one no longer hold
 
 
-class Identifier(Generic[A]):
+class Identifier:
     """Tells who is calling under the policy last given to `use`; until then nobody is accepted."""
 
-    def __init__(self, keys: KeyStore, admit: Callable[[Principal], A], capacity: int = 20_000) -> None:
+    def __init__(self, keys: KeyStore, plan_of: Callable[[Principal], Plan | None], capacity: int = 20_000) -> None:
         self._keys = keys
-        self._admit = admit
+        self._plan_of = plan_of
         self._capacity = capacity
         self._issuers: tuple[Issuer, ...] = ()
-        self._anonymous: Entry[A] | None = None
+        self._anonymous: Entry | None = None
         self._trusted: dict[str, Trusted] = {}
-        self._verified: OrderedDict[bytes, Entry[A]] = OrderedDict()
+        self._verified: OrderedDict[bytes, Entry] = OrderedDict()
         self._refused: OrderedDict[bytes, tuple[str, float]] = OrderedDict()  # message, wall time of the refusal
         self._generation = -1
         self._epoch = 0
 
     def use(self, policy: Policy) -> None:
-        """Follow a new policy: forget everything, because issuers and accounts may differ."""
+        """Follow a new policy: forget everything, because issuers and plans may differ."""
         self._issuers = policy.issuers
-        self._anonymous = Entry(ANONYMOUS, self._admit(ANONYMOUS), float("inf"), -1) if policy.anonymous else None
+        self._anonymous = Entry(ANONYMOUS, self._plan_of(ANONYMOUS), float("inf"), -1) if policy.anonymous else None
         self._forget()
 
-    def still_holds(self, entry: Entry[A], wall: float) -> bool:
+    def still_holds(self, entry: Entry, wall: float) -> bool:
         """Whether an entry that was returned for a token would be returned for the same token again. Does not wait."""
         return entry.epoch == self._epoch and self._generation == self._keys.generation and wall < entry.until
 
-    def identify_nowait(self, authorization: bytes | None, wall: float) -> Entry[A] | None:
+    def identify_nowait(self, authorization: bytes | None, wall: float) -> Entry | None:
         """Return the entry of a caller who is known already. None: `identify` must look. Does not wait or raise."""
         if authorization is None or not self._issuers:  # with no issuer a token says nothing: SDKs send a made-up one
             return self._anonymous
@@ -83,7 +81,7 @@ class Identifier(Generic[A]):
         self._verified.move_to_end(digest)
         return entry
 
-    async def identify(self, authorization: bytes | None, wall: float) -> Entry[A]:
+    async def identify(self, authorization: bytes | None, wall: float) -> Entry:
         """Verify the token of a caller whom `identify_nowait` did not know. May wait for keys, never long.
 
         Raises Unauthenticated, and KeysUnavailable where keys that could prove the token cannot be had now.
@@ -126,8 +124,8 @@ class Identifier(Generic[A]):
         self._verified.clear()
         self._refused.clear()
 
-    def _remember(self, digest: bytes, principal: Principal) -> Entry[A]:
-        entry = Entry(principal, self._admit(principal), principal.expires_at + LEEWAY_SECONDS, self._epoch)
+    def _remember(self, digest: bytes, principal: Principal) -> Entry:
+        entry = Entry(principal, self._plan_of(principal), principal.expires_at + LEEWAY_SECONDS, self._epoch)
         self._verified[digest] = entry
         if len(self._verified) > self._capacity:
             self._verified.popitem(last=False)

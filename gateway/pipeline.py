@@ -21,16 +21,16 @@ from gateway.peek import peek
 from gateway.rescue import refusal_bytes
 from gateway.trail import Trail
 from policies import access, errors
+from policies.policy import Policy
 from policies.routing import Router
 
 if TYPE_CHECKING:
-    from gateway.admission import Account
+    from gateway.admission import Admission
     from gateway.identify import Identifier
     from gateway.local_answers import LocalAnswers
     from gateway.server import ClientConnection
     from gateway.upstream.fleet import Fleet
-    from observability.events import Observer
-    from policies.policy import Policy
+    from observability.events import RequestObserver
 
 _END_REASONS: Final = {
     401: "auth", 403: "policy", 404: "policy", 408: "client_slow", 429: "rate_limited", 500: "internal",
@@ -70,11 +70,12 @@ class Pipeline:
     def __init__(
         self,
         settings: Settings,
-        identifier: Identifier[Account],
+        identifier: Identifier,
+        admission: Admission,
         fleet: Fleet,
         forwarder: Forwarder,
         local: LocalAnswers,
-        observe: Observer,
+        observe: RequestObserver,
         clock: Callable[[], float],
         wall: Callable[[], float],
         rng: Random,
@@ -83,6 +84,7 @@ class Pipeline:
         self.in_force: InForce  # set before the first request, and at each reload
         self._settings = settings
         self._identifier = identifier
+        self._admission = admission
         self._fleet = fleet
         self._forwarder = forwarder
         self._local = local
@@ -141,8 +143,9 @@ class Pipeline:
             if entry is None:
                 entry = await self._identifier.identify(authorization, trail.started_at)
             connection.caller = entry
-        account = trail.payer = entry.account
-        trail.consumer, trail.plan = entry.principal.consumer, account.plan.name
+        consumer = entry.principal.consumer
+        account = trail.payer = self._admission.account(entry.plan, consumer)
+        trail.consumer, trail.plan = consumer, account.plan.name
         trail.auth = trail.lap()
 
         # Admit: one request of the consumer's plan, and a place among its concurrent ones.
@@ -173,7 +176,7 @@ class Pipeline:
             access.check(route, entry.principal, call.model)
 
             # Balance, guard, forward: choose a backend that its breaker lets through, relay its answer, or try another.
-            await self._forwarder.forward(call, trail, route, entry.principal.consumer)
+            await self._forwarder.forward(call, trail, route, consumer)
 
     def reject(self, connection: ClientConnection, refusal: errors.Refusal) -> None:
         """Answer what never became a request."""

@@ -23,6 +23,7 @@ from gateway import sse
 from gateway.answer import HOLD_BYTES, AnswerHead, Mode, judge
 from gateway.headers import STATUS_LINES
 from gateway.rescue import error_event
+from gateway.usage import usage_of
 from gateway.wakeup import Wakeup
 from policies.deadline import Kind, Phase, next_due
 from policies.errors import DeadlineExceeded, Draining, Refusal, UpstreamFailed, UpstreamTimeout
@@ -271,7 +272,7 @@ class Relay(Wakeup):
         body = self._held[0] if len(self._held) == 1 else b"".join(self._held)
         trail = self.trail
         if head.status < 400:
-            trail.tokens_in, trail.tokens_out = sse.usage_of(body)
+            trail.tokens_in, trail.tokens_out = usage_of(body)
         head.length, head.chunked = len(body), False
         self.committed = True
         answer = self._head_bytes() + body
@@ -394,7 +395,7 @@ class Relay(Wakeup):
             call.keep_alive = call.keep_alive and self._mode is Mode.EMPTY
         return b"%b%b%b%b%b%b%bx-weir-attempts: %d\r\n%b%b%b" % (
             STATUS_LINES[head.status],
-            b"".join(head.lines),
+            head.lines,
             framing,
             b"x-accel-buffering: no\r\n" if self._scanner is not None else b"",
             call.id_line,

@@ -21,7 +21,6 @@ from gateway.wakeup import Wakeup
 from policies.errors import BadRequest, ClientTimeout, HeaderTooLarge, Refusal
 
 if TYPE_CHECKING:
-    from gateway.admission import Account
     from gateway.identify import Entry
     from gateway.relay import Relay
 
@@ -75,8 +74,8 @@ class DataServer:
             connection.abort()
 
 
-class ClientConnection(asyncio.Protocol):
-    """One client's connection. `relay` is whoever is writing an answer to it."""
+class ClientConnection:
+    """One client's connection, an asyncio protocol. `relay` is whoever is writing an answer to it."""
 
     __slots__ = (
         "_ahead", "_alarm", "_arrival", "_body_wakeup", "_call", "_drained", "_head_bytes", "_head_timer", "_hold",
@@ -90,7 +89,7 @@ class ClientConnection(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self.relay: Relay | None = None
         self.forwarded_lines = b""
-        self.caller: Entry[Account] | None = None  # of the last request, as long as its header lines are repeated
+        self.caller: Entry | None = None  # of the last request, as long as its header lines are repeated
         self._server = server
         self._parser = httptools.HttpRequestParser(self)
         self._task: asyncio.Task[None] | None = None  # made with the first request

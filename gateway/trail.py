@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from observability.events import RequestEnded
+from observability.millis import millis
+from observability.request import RequestEnded
 
 if TYPE_CHECKING:
     from gateway.admission import Account
@@ -60,17 +61,17 @@ class Trail(RequestEnded):
     def server_timing(self) -> bytes:
         """The `server-timing` header line: phases in milliseconds, and their sum."""
         return (
-            b"server-timing: auth;dur=%.3f, limit;dur=%.3f, body;dur=%.3f, queue;dur=%.3f, pick;dur=%.3f, "
-            b"connect;dur=%.3f, upstream;dur=%.3f, total;dur=%.3f\r\n"
+            b"server-timing: auth;dur=%b, limit;dur=%b, body;dur=%b, queue;dur=%b, pick;dur=%b, connect;dur=%b, "
+            b"upstream;dur=%b, total;dur=%b\r\n"
         ) % (
-            self.auth * 1e3,
-            self.limit * 1e3,
-            self.body * 1e3,
-            self.queue * 1e3,
-            self.pick * 1e3,
-            self.connect * 1e3,
-            self.upstream * 1e3,
-            (self.clock() - self.start) * 1e3,
+            millis(self.auth),
+            millis(self.limit),
+            millis(self.body),
+            millis(self.queue),
+            millis(self.pick),
+            millis(self.connect),
+            millis(self.upstream),
+            millis(self.clock() - self.start),
         )
 
     def end(self, request_id: str = "") -> None:

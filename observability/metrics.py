@@ -31,8 +31,8 @@ from observability.events import (
     Event,
     KeysRefreshed,
     PolicyReloaded,
-    RequestEnded,
 )
+from observability.request import RequestEnded
 from observability.text import printable
 
 MOST_SERIES = 2000  # label sets of one family
@@ -128,7 +128,10 @@ class _Gauge(NamedTuple):
 
 
 class Metrics:
-    """Observer of every event, and what `/metrics` answers. `refresh` brings what has happened but was not told yet."""
+    """Observer of events, and of requests (`request_ended`), and what `/metrics` answers.
+
+    `refresh` brings what has happened but was not told yet.
+    """
 
     def __init__(self, refresh: Callable[[], None] = lambda: None) -> None:
         self._refresh = refresh
@@ -173,7 +176,7 @@ class Metrics:
             self._requests, self._duration, self._overhead, self._first_token, self._per_token, self._tokens,
             self._limited, self._retries, self._reloads, self._rejected, self._resyncs, self._keys,
         )  # fmt: skip
-        self._ends = lru_cache(MOST_SERIES)(self._find_ends)  # one look-up for most of what a request adds to
+        self._ends: dict[tuple[str, str, int, str], tuple[Cell, Cell, Cell]] = {}
         self._read: list[_Gauge] = []
         self._registry = CollectorRegistry()
         self._registry.register(_Families(self._families))
@@ -181,9 +184,6 @@ class Metrics:
         PlatformCollector(registry=self._registry)
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, RequestEnded):
-            self._request(event)
-            return
         match event:
             case PolicyReloaded():
                 self._reloads.cell(event.result)[0] += 1
@@ -211,8 +211,9 @@ class Metrics:
             encode, content_type = choose_encoder("")
         return encode(self._registry), content_type
 
-    def _request(self, event: RequestEnded) -> None:
-        requests, duration, overhead = self._ends(event.route, event.service, event.status, event.end_reason)
+    def request_ended(self, event: RequestEnded) -> None:
+        names = (event.route, event.service, event.status, event.end_reason)
+        requests, duration, overhead = self._ends.get(names) or self._find_ends(*names)
         requests[0] += 1
         _add(duration, _DURATION, event.total)
         _add(overhead, _OVERHEAD, event.overhead)
@@ -224,12 +225,16 @@ class Metrics:
             self._limited.cell(event.rule)[0] += 1
 
     def _find_ends(self, route: str, service: str, status: int, reason: str) -> tuple[Cell, Cell, Cell]:
-        """The cells that every request adds to."""
-        return (
+        """The cells that every request adds to. Remembers them, up to a bound."""
+        cells = (
             self._requests.cell(route, service, status, reason),
             self._duration.cell(route, service),
             self._overhead.cell(route),
         )
+        if len(self._ends) >= MOST_SERIES:
+            self._ends.clear()
+        self._ends[route, service, status, reason] = cells
+        return cells
 
     def _generation(self, event: RequestEnded) -> None:
         service, model = event.service, event.model

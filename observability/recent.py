@@ -6,29 +6,29 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from observability.events import Attempt, Event, RequestEnded
+from observability.events import Attempt
+from observability.request import RequestEnded
 from observability.text import printable
 
 KEPT = 200
 
 
 class Recent:
-    """Observer of RequestEnded. Holds `KEPT` events whatever the traffic."""
+    """Observer of requests. Holds `KEPT` of them whatever the traffic."""
 
-    __slots__ = ("_events", "_refresh")
+    __slots__ = ("_kept", "_refresh")
 
     def __init__(self, refresh: Callable[[], None] = lambda: None) -> None:
         self._refresh = refresh  # brings what has happened but was not told yet
-        self._events: deque[RequestEnded] = deque(maxlen=KEPT)
+        self._kept: deque[RequestEnded] = deque(maxlen=KEPT)
 
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, RequestEnded):
-            self._events.append(event)
+    def __call__(self, request: RequestEnded) -> None:
+        self._kept.append(request)
 
     def requests(self) -> list[dict[str, Any]]:
         """Newest first, as dicts of JSON values; times in milliseconds, `time` in Unix seconds."""
         self._refresh()
-        return [_request(event) for event in reversed(self._events)]
+        return [_request(event) for event in reversed(self._kept)]
 
 
 def _request(event: RequestEnded) -> dict[str, Any]:

@@ -15,3 +15,12 @@ def printable(text: str, limit: int = LONGEST) -> str:
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def bounded(value: object) -> object:
+    """A value that may stand in a line: strings cut and made printable, lists cut."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, (list, tuple)):
+        return [bounded(item) for item in value[:64]]
+    return value

@@ -25,7 +25,8 @@ from itertools import chain
 import msgspec
 import structlog
 
-from observability.events import Attempt, Event, RequestEnded
+from observability.events import Attempt
+from observability.request import RequestEnded
 from observability.text import printable
 
 _QUEUED_TRACES = 2048
@@ -148,7 +149,7 @@ class SpanExporter:
 
 
 class Tracer:
-    """Observer of RequestEnded: hands the spans of kept requests to `exporter`."""
+    """Observer of requests: hands the spans of kept requests to `exporter`."""
 
     __slots__ = ("_put", "_slow")
 
@@ -156,9 +157,9 @@ class Tracer:
         self._put = exporter.put
         self._slow = slow_seconds
 
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, RequestEnded) and is_kept(event, self._slow):
-            self._put(spans(event))
+    def __call__(self, request: RequestEnded) -> None:
+        if is_kept(request, self._slow):
+            self._put(spans(request))
 
 
 def is_kept(event: RequestEnded, slow_seconds: float) -> bool:

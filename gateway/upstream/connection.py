@@ -30,8 +30,8 @@ class Answer(Protocol):
     def on_alarm(self) -> None: ...
 
 
-class Connection(asyncio.Protocol):
-    """States: idle (answer is None) => busy (start) => idle (whole answer) or closed (anything else)."""
+class Connection:
+    """An asyncio protocol: idle (answer is None) => busy (start) => idle (whole answer) or closed (anything else)."""
 
     __slots__ = (
         "_alarm", "_head_bytes", "_headers", "_in_head", "_is_paused", "_keeps_alive", "_parser", "_rings_at", "answer",

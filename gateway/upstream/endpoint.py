@@ -10,9 +10,8 @@ from random import Random
 from types import TracebackType
 from typing import Self
 
-import msgspec
-
 from discovery.endpoint import Endpoint
+from gateway.upstream.load_report import requests_in
 from gateway.upstream.pool import Pool
 from policies.balance import PeakEwma
 from policies.breaker import Breaker, Outcome, State
@@ -21,20 +20,6 @@ from policies.policy import BreakerRule
 _IGNORED, _FAILURE = Outcome.IGNORED, Outcome.FAILURE  # looking a member up in its Enum costs as much as a function
 
 REPORT_SECONDS = 2.0  # how long a backend's own word about its load counts
-
-
-class _NamedMetrics(msgspec.Struct, gc=False):
-    num_requests_running: float = 0.0
-    num_requests_waiting: float = 0.0
-
-
-class _LoadReport(msgspec.Struct, gc=False):
-    """The part of an ORCA load report that balancing uses (https://github.com/cncf/xds, orca_load_report.proto)."""
-
-    named_metrics: _NamedMetrics
-
-
-_decode_report = msgspec.json.Decoder(_LoadReport).decode
 
 
 class Backend:
@@ -117,15 +102,9 @@ class Backend:
         self.pool.close_idle(now)
 
     def hear_load(self, report: bytes, now: float) -> None:
-        """Take in an `endpoint-load-metrics` header (`JSON {...}`). Nonsense is ignored: a backend may be hostile."""
-        if not report.startswith(b"JSON "):
-            return
-        try:
-            named = _decode_report(report[5:]).named_metrics
-        except (msgspec.MsgspecError, ValueError, RecursionError):
-            return
-        total = named.num_requests_running + named.num_requests_waiting
-        if 0.0 <= total < 1e6:
+        """Take in an `endpoint-load-metrics` header. Nonsense is ignored: a backend may be hostile."""
+        total = requests_in(report)
+        if total is not None:
             self.reported = max(0.0, total - self.inflight)
             self._reported_until = now + REPORT_SECONDS
 

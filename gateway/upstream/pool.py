@@ -11,6 +11,7 @@ import asyncio
 import ssl
 from collections import deque
 from functools import cache
+from typing import cast
 
 from discovery.endpoint import Endpoint
 from gateway.upstream.connection import Connection
@@ -50,8 +51,9 @@ class Pool:
     async def connect(self) -> Connection:
         """Open a new connection to the pinned address. Raises OSError (ssl.SSLError is one)."""
         endpoint = self.endpoint
-        _, connection = await asyncio.get_running_loop().create_connection(
-            lambda: Connection(self),
+        connection = Connection(self)
+        await asyncio.get_running_loop().create_connection(
+            lambda: cast("asyncio.Protocol", connection),
             endpoint.address,
             endpoint.port,
             ssl=self._tls,

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 
 import pytest
 
@@ -136,7 +135,6 @@ class TestFinding:
         alone.account(FREE, "alice")
         clock.now = IDLE_SECONDS
         alone.account(FREE, "bob")
-        gc.collect()
         assert repr(alone) == "<Admission 1 accounts, None>"
 
     def test_accounts_are_not_idle_while_they_are_not_full_or_in_use(self, alone, clock):
@@ -147,8 +145,6 @@ class TestFinding:
             clock.now = IDLE_SECONDS
             for name in "cdef":
                 alone.account(FREE, name)
-        del slow, used
-        gc.collect()
         assert not alone.account(Plan("free", Rate(1, 3600.0), 2), "alice").is_idle(clock.now)
         assert (
             alone.account(Plan("free", Rate(1, 3600.0), 2), "alice").headers(0.0).startswith(b'ratelimit: "free";r=1;')
@@ -158,14 +154,24 @@ class TestFinding:
         monkeypatch.setattr(admission, "MOST_ACCOUNTS", 10)
         for number in range(100):
             alone.account(FREE, f"consumer {number}")
-        gc.collect()
         assert repr(alone) == "<Admission 10 accounts, None>"
 
-    def test_an_account_that_somebody_holds_is_never_doubled(self, alone, monkeypatch):
+    def test_an_account_with_a_request_under_way_is_never_doubled(self, alone, monkeypatch):
         monkeypatch.setattr(admission, "MOST_ACCOUNTS", 1)
         account = alone.account(FREE, "alice")
-        alone.account(FREE, "bob")
-        assert alone.account(FREE, "alice") is account
+        with account:
+            alone.account(FREE, "bob")
+            assert alone.account(FREE, "alice") is account
+
+    def test_without_a_plan_there_is_no_limit(self, alone):
+        assert alone.account(None, "alice") is UNLIMITED
+
+    def test_an_equal_plan_of_a_new_policy_changes_nothing(self, alone, monkeypatch):
+        account = alone.account(FREE, "alice")
+        monkeypatch.setattr(LocalMeter, "reconfigure", None)
+        same = Plan("free", Rate(60, 60.0), 2, concurrency=2)
+        assert alone.account(same, "alice") is account
+        assert account.plan is same
 
 
 class TestKey:

@@ -70,9 +70,9 @@ def test_only_listed_headers_pass() -> None:
             (b"OpenAI-Model", b"tiny"), (b"Content-Length ", b"5"), (b"location", b"http://evil"), (b"connection", b"close"),
         ],
     )  # fmt: skip
-    assert head.lines == [b"content-type: application/json\r\n", b"openai-model: tiny\r\n"]
+    assert head.lines == b"content-type: application/json\r\nopenai-model: tiny\r\n"
 
 
 def test_a_load_report_and_a_retry_after_are_read_but_do_not_pass() -> None:
     head = AnswerHead(503, [(b"endpoint-load-metrics", b"JSON {}"), (b"Retry-After", b"3")])
-    assert (head.load_report, head.retry_after, head.lines) == (b"JSON {}", b"3", [])
+    assert (head.load_report, head.retry_after, head.lines) == (b"JSON {}", b"3", b"")

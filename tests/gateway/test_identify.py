@@ -16,7 +16,7 @@ from gateway.identify import Identifier
 from gateway.keys import KeyStore
 from policies.errors import KeysUnavailable, Unauthenticated
 from policies.identity import EXPIRED, LEEWAY_SECONDS, NOT_ACCEPTED, generate_signing_key, jwks_of, mint, verify
-from policies.policy import ANONYMOUS, Issuer, Policy, Principal
+from policies.policy import ANONYMOUS, Issuer, Plan, Policy, Principal
 from tests.support import jwks_server as idp
 from tests.support import virtual_clock
 from tests.support.jwks_server import JwksServer, jwks_server
@@ -27,16 +27,13 @@ OLD, NEW, STRANGER = (generate_signing_key() for _ in range(3))
 BOTH = json.dumps({"keys": [key for pem in (OLD, NEW) for key in json.loads(jwks_of(pem))["keys"]]}).encode()
 
 
+def plan_of(principal: Principal) -> Plan:
+    return Plan(f"plan of {principal.consumer}")
+
+
 def bearer(pem: bytes = OLD, **changes) -> bytes:
     claims = {"sub": "ann", "groups": ["research"], "issuer": IDP, "audience": "weir", "ttl": 3600, "wall": WALL}
     return b"Bearer " + mint(pem, **claims | changes).encode()
-
-
-class Account:
-    """What admission makes of a principal."""
-
-    def __init__(self, principal: Principal) -> None:
-        self.consumer = principal.consumer
 
 
 def policy(server: JwksServer, audience: str = "weir", *, anonymous: bool = False) -> Policy:
@@ -49,7 +46,7 @@ class Door:
     def __init__(self, server: JwksServer, session: aiohttp.ClientSession, capacity: int) -> None:
         self.server = server
         self.keys = KeyStore(policy(server).issuers, session, [].append, Random(1))
-        self.identifier = Identifier(self.keys, Account, capacity)
+        self.identifier = Identifier(self.keys, plan_of, capacity)
         self.identifier.use(policy(server))
 
     async def enter(self, authorization: bytes | None, wall: float = WALL) -> str:
@@ -114,7 +111,7 @@ async def test_known_token_is_looked_up_and_not_verified_again(verified):
         assert not door.is_known(header)
         entry = await door.identifier.identify(header, WALL)
         assert entry.principal == Principal("ann", frozenset({"research"}), issuer=IDP, expires_at=WALL + 3600)
-        assert entry.account.consumer == "ann"
+        assert entry.plan == Plan("plan of ann")
         assert door.identifier.identify_nowait(header, WALL) is entry
         assert len(verified) == 1
 
@@ -169,7 +166,7 @@ async def test_anonymous_callers_are_served_where_the_policy_says_so():
         assert await door.enter(None) == identify._NO_TOKEN
         door.identifier.use(policy(door.server, anonymous=True))
         entry = door.identifier.identify_nowait(None, WALL)
-        assert (entry.principal, entry.account.consumer) == (ANONYMOUS, "anonymous")
+        assert (entry.principal, entry.plan) == (ANONYMOUS, plan_of(ANONYMOUS))
         assert await door.enter(b"Bearer wrong") == NOT_ACCEPTED
         door.identifier.use(policy(door.server))
         assert await door.enter(None) == identify._NO_TOKEN
@@ -332,7 +329,7 @@ async def test_memories_are_bounded_and_the_least_used_goes_first(monkeypatch):
 @in_virtual_time
 async def test_until_a_policy_is_used_nobody_is_accepted():
     async with open_door() as door:
-        fresh = Identifier(door.keys, Account)
+        fresh = Identifier(door.keys, plan_of)
         assert fresh.identify_nowait(None, WALL) is None
         with pytest.raises(Unauthenticated):
             await fresh.identify(bearer(), WALL)
@@ -341,9 +338,9 @@ async def test_until_a_policy_is_used_nobody_is_accepted():
 async def test_where_nobody_issues_tokens_one_is_neither_needed_nor_looked_at() -> None:
     async with aiohttp.ClientSession() as session:
         keys = KeyStore((), session, lambda _event: None, Random(1))
-        identifier = Identifier(keys, lambda principal: principal.consumer)
+        identifier = Identifier(keys, plan_of)
         identifier.use(Policy("v", anonymous=True))
         for authorization in (None, b"Bearer sk-made-up", b"Basic x"):
             entry = identifier.identify_nowait(authorization, 0.0)
             assert entry is not None
-            assert entry.account == "anonymous"
+            assert entry.plan == plan_of(ANONYMOUS)

@@ -33,8 +33,8 @@ FREE = Plan("free", concurrency=2)
 class Caller:
     """An identifier that knows one caller; it waits where `slowly`, and raises what it is told to."""
 
-    def __init__(self, account, slowly: bool) -> None:
-        self.entry = Entry(Principal("alice"), account, float("inf"), 0)
+    def __init__(self, plan: Plan, slowly: bool) -> None:
+        self.entry = Entry(Principal("alice"), plan, float("inf"), 0)
         self.slowly = slowly
         self.failure = None
 
@@ -60,14 +60,16 @@ class Story:
         self.upstreams = []
         for backend, answer in zip(self.fleet.backends.values(), does, strict=True):
             script(backend, [answer], self.upstreams)
-        self.account = Admission(None, lambda: 1, clock).account(plan, "alice")
-        self.caller = Caller(self.account, slowly)
+        admission = Admission(None, lambda: 1, clock)
+        self.account = admission.account(plan, "alice")
+        self.caller = Caller(plan, slowly)
         self.events = []
         ids = Ids(Random(1))
         self.forwarder = Forwarder(self.fleet, clock, Random(1), ids)
         self.pipeline = Pipeline(
             Settings(body_bytes=1000, body_timeout=60.0, sample=0.0),
             self.caller,
+            admission,
             self.fleet,
             self.forwarder,
             LocalAnswers(self.fleet, lambda: True, "1.2.3"),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.sse import MAX_EVENT_BYTES, EventTooLarge, Scanner, usage_of
+from gateway.sse import MAX_EVENT_BYTES, EventTooLarge, Scanner
 
 CHAT = "/v1/chat/completions"
 CORPUS = Path(__file__).parents[3] / "shared" / "corpora" / "sse" / "cases.jsonl"
@@ -93,23 +93,6 @@ def test_usage_and_errors_are_noticed() -> None:
     assert (scanner.tokens_in, scanner.tokens_out) == (3, 5)
     _, scanner = fed([b'data: {"error":{"message":"x"}}\n\n'])
     assert scanner.errored
-
-
-@pytest.mark.parametrize(
-    ("document", "tokens"),
-    [
-        (b'{"usage":{"prompt_tokens":1,"completion_tokens":2}}', (1, 2)),
-        (b'{"usage":{"input_tokens":1,"output_tokens":2}}', (1, 2)),
-        (b'{"response":{"usage":{"input_tokens":1,"output_tokens":2}}}', (1, 2)),
-        (b'{"type":"message_start","message":{"usage":{"input_tokens":1,"output_tokens":2}}}', (1, 2)),
-        (b'{"usage":{"prompt_tokens":"many"}}', (-1, -1)),
-        (b"{}", (-1, -1)),
-        (b"junk", (-1, -1)),
-        (b"[" * 100_000, (-1, -1)),
-    ],
-)
-def test_usage_of_a_document(document, tokens) -> None:
-    assert usage_of(document) == tokens
 
 
 @pytest.mark.parametrize(

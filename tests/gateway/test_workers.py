@@ -15,6 +15,7 @@ import pytest
 from gateway import children, workers
 from gateway.children import CannotRun, ChildFailed, Program
 from gateway.config_fields import Address
+from tests.support.running_gateway import until
 
 pytestmark = pytest.mark.integration
 
@@ -89,6 +90,7 @@ async def test_all_answer_on_one_port_and_one_that_dies_is_replaced(config, smal
     admin = config.admin.listen.port
     [first], [second] = await pids_of(admin, 1), await pids_of(admin + 1, 1)
     assert await pids_of(config.listen.port, 2) == {first, second}
+    await until(lambda: {"worker-0 is ready", "worker-1 is ready"} <= set(said))  # before it, an end is a failed start
     os.kill(first, signal.SIGKILL)
     async with asyncio.timeout(10):
         while (successor := (await pids_of(admin, 1)).pop()) == first:

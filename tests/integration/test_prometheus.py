@@ -14,6 +14,7 @@ from aiohttp import web
 
 from observability import events
 from observability.metrics import BREAKER_VALUES, Metrics
+from observability.request import RequestEnded
 from tests.support.ended import ATTEMPT, ended, refused
 
 OBSERVABILITY = Path(__file__).parents[2] / "observability"
@@ -68,7 +69,8 @@ class Scraped:
 
     async def answer(self, request):
         for event in EVENTS:
-            self.metrics(event)
+            hear = self.metrics.request_ended if isinstance(event, RequestEnded) else self.metrics
+            hear(event)
         body, content_type = self.metrics.render(request.headers.get("Accept", ""))
         self.content_types.add(content_type.partition(";")[0])
         return web.Response(body=body, headers={"Content-Type": content_type})

@@ -61,7 +61,8 @@ def live_gateways(gateway) -> int:
 
 def account(gateway):
     """What everybody here pays from."""
-    return gateway.pipeline._identifier._anonymous.account
+    caller = gateway.pipeline._identifier.identify_nowait(None, 0.0)
+    return gateway.pipeline._admission.account(caller.plan, caller.principal.consumer)
 
 
 def admitted(asked) -> int:

@@ -28,8 +28,8 @@ def samples(metrics):
 
 
 def test_a_request_is_counted_once_in_each_family(metrics):
-    metrics(ended())
-    metrics(ended())
+    metrics.request_ended(ended())
+    metrics.request_ended(ended())
     found = samples(metrics)
     assert found['weir_requests_total{reason="ok",route="chat",service="tiny",status="200"}'] == 2
     assert found['weir_request_duration_seconds_count{route="chat",service="tiny"}'] == 2
@@ -52,7 +52,7 @@ def test_a_request_is_counted_once_in_each_family(metrics):
     ],
 )
 def test_token_times_are_those_of_good_streams(metrics, changes, first_tokens, per_tokens):
-    metrics(ended(**changes))
+    metrics.request_ended(ended(**changes))
     found = samples(metrics)
     labels = '{model="tiny-1",service="tiny"}'
     assert found.get(f"gen_ai_server_time_to_first_token_seconds_count{labels}", 0) == first_tokens
@@ -60,15 +60,15 @@ def test_token_times_are_those_of_good_streams(metrics, changes, first_tokens, p
 
 
 def test_time_per_token_is_that_of_the_tokens_after_the_first(metrics):
-    metrics(ended(stream=True, total=2.0, first_token=0.5, tokens_out=16))
+    metrics.request_ended(ended(stream=True, total=2.0, first_token=0.5, tokens_out=16))
     name = 'gen_ai_server_time_per_output_token_seconds_sum{model="tiny-1",service="tiny"}'
     assert samples(metrics)[name] == pytest.approx(0.1)
 
 
 def test_refusals_and_retries(metrics):
-    metrics(refused(429, "rate_limited", "rate_limited", rule="plans.free.requests"))
-    metrics(refused(403, "forbidden", "policy", rule="routes.chat.allow"))
-    metrics(ended(attempts=(ATTEMPT, ATTEMPT, ATTEMPT)))
+    metrics.request_ended(refused(429, "rate_limited", "rate_limited", rule="plans.free.requests"))
+    metrics.request_ended(refused(403, "forbidden", "policy", rule="routes.chat.allow"))
+    metrics.request_ended(ended(attempts=(ATTEMPT, ATTEMPT, ATTEMPT)))
     found = samples(metrics)
     assert found['weir_limited_total{rule="plans.free.requests"}'] == 1
     assert not [name for name in found if "routes.chat.allow" in name]
@@ -137,7 +137,7 @@ def test_a_thousand_names_are_a_bounded_number_of_series(monkeypatch):
     monkeypatch.setattr("observability.metrics.MOST_SERIES", 50)
     metrics = Metrics()
     for number in range(1000):
-        metrics(ended(route=f"r{number}", model=f"m{number}", stream=True))
+        metrics.request_ended(ended(route=f"r{number}", model=f"m{number}", stream=True))
     metrics.gauge("weir_inflight", "x", ("service",), lambda: [((f"s{number}",), 1.0) for number in range(1000)])
     found = samples(metrics)
     assert found['weir_requests_total{reason="other",route="other",service="other",status="other"}'] == 950
@@ -153,7 +153,7 @@ def test_a_thousand_names_are_a_bounded_number_of_series(monkeypatch):
 @pytest.mark.parametrize("accept", ["", OPENMETRICS])
 def test_hostile_names_leave_the_scrape_readable(metrics, accept):
     for text in ("\udc85", 'a"b\\c\nd', "\x00\x1b[2J", "x" * 100_000, "\u2028"):
-        metrics(ended(route=text, model=text))
+        metrics.request_ended(ended(route=text, model=text))
     metrics.gauge("weir_inflight", "x", ("service",), lambda: [(("\udc85",), 1.0)])
     parse = parse_openmetrics if accept else parse_text
     routes = {

@@ -1,6 +1,5 @@
 import json
 
-from observability.events import StoreChanged
 from observability.recent import KEPT, Recent
 from tests.support.ended import ended, refused
 
@@ -12,12 +11,6 @@ def test_newest_first_and_never_more_than_it_keeps():
     shown = recent.requests()
     assert len(shown) == KEPT
     assert [shown[0]["request_id"], shown[-1]["request_id"]] == [str(KEPT + 49), "50"]
-
-
-def test_other_events_are_not_requests():
-    recent = Recent()
-    recent(StoreChanged(up=False, reason="timeout"))
-    assert recent.requests() == []
 
 
 def test_times_are_milliseconds_and_what_is_unknown_is_null():

@@ -139,7 +139,7 @@ def test_the_tracer_sends_what_is_kept():
     collector = Collector()
     exporter = SpanExporter(collector)
     tracer = Tracer(exporter, SLOW)
-    for event in (ended(), ended(sampled=True), events.StoreChanged(up=True, reason="")):
+    for event in (ended(), ended(sampled=True)):
         tracer(event)
     exporter.close()
     [batch] = collector.batches

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from observability.events import Attempt, RequestEnded
+from observability.events import Attempt
+from observability.request import RequestEnded
 
 ATTEMPT = Attempt(
     backend="b-1",
