@@ -6,8 +6,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 SOURCES := gateway discovery policies observability reference_backend benchmarks tests
+COMPILED := build/compiled
+# What is run again on the compiled build: everything that speaks to a gateway through sockets, and pure decisions.
+ROAD := tests/policies $(wildcard tests/integration/test_road_*.py) tests/integration/test_data_path.py \
+    tests/integration/test_workers.py
 
-.PHONY: setup run test check fmt lock bench-peers clean
+.PHONY: setup run test test-compiled compiled check fmt lock bench-peers clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
@@ -18,6 +22,23 @@ run: setup
 
 test: setup
 	@$(BIN)/python -m pytest
+	@if command -v $${CC:-cc} >/dev/null; then $(MAKE) --no-print-directory test-compiled; \
+	    else echo "no C compiler here: the compiled build is not tested"; fi
+
+test-compiled: compiled
+	@PYTHONPATH=$(COMPILED) $(BIN)/python -m pytest -o "pythonpath=$(COMPILED) ." $(ROAD)
+
+# The same program with its data path compiled by mypyc: see docs/compiled.md.
+compiled: $(COMPILED)/.made
+
+$(COMPILED)/.made: $(VENV)/.installed setup.py $(shell find gateway discovery policies observability -name '*.py')
+	@command -v $${CC:-cc} >/dev/null || { \
+	    echo "make: no C compiler found; install gcc or clang (Debian: gcc), or run Weir as Python, which needs none" >&2; exit 3; }
+	@echo "compiling the data path into $(COMPILED) (about a minute)"
+	@rm -rf build
+	@WEIR_COMPILE=1 $(BIN)/python -m pip --disable-pip-version-check --quiet install --no-build-isolation --no-deps \
+	    --target $(COMPILED) .
+	@touch $@
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check $(SOURCES)
@@ -39,7 +60,7 @@ bench-peers: setup
 	@sh benchmarks/install_peers.sh
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
 
 # The stamp is newer than what it was made from, or it is made again. pip itself comes first: groups need 25.1.
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -226,7 +226,7 @@ LIMITS = Workload(
     ),
     limits,
     _warm_up,
-    only=frozenset({"weir", "envoy_full"}),
+    only=frozenset({"weir", "weir_python", "envoy_full"}),
 )
 RELOAD = Workload(
     "reload",
@@ -240,7 +240,7 @@ RELOAD = Workload(
     ),
     reload,
     _warm_up,
-    only=frozenset({"weir"}),
+    only=frozenset({"weir", "weir_python"}),
 )
 CHURN = Workload(
     "churn",
@@ -257,5 +257,5 @@ CHURN = Workload(
     ),
     churn,
     _warm_up,
-    only=frozenset({"weir"}),
+    only=frozenset({"weir", "weir_python"}),
 )

@@ -19,6 +19,7 @@ ALL: tuple[Gateway, ...] = (
     sglang_router(),
     Portkey(),
     LiteLLM(),
-    Weir(),
+    Weir(is_compiled=True),
+    Weir(is_compiled=False),
 )
 BY_NAME = {gateway.name: gateway for gateway in ALL}

@@ -1,4 +1,7 @@
-"""Weir, everything on: JWT, limits in Redis, breaker, balancing over backends from etcd, metrics, 1 % of traces."""
+"""Weir, everything on: JWT, limits in Redis, breaker, balancing over backends from etcd, metrics, 1 % of traces.
+
+Twice: with its data path compiled, as it is run where CPU counts (`make compiled`), and as Python.
+"""
 
 from __future__ import annotations
 
@@ -52,16 +55,31 @@ def policy_with_canaries() -> str:
     return POLICY + "".join(routes)
 
 
+ROOT = Path(__file__).parent.parent.parent
+COMPILED = ROOT / "build" / "compiled"
+PACKAGES = ("gateway", "discovery", "policies", "observability")
+
+
 @dataclass(frozen=True, slots=True)
 class Weir:
-    name: str = "weir"
+    is_compiled: bool
     features: str = (
         "JWT RS256 with token cache, limits shared through Redis, breaker, least load over backends from etcd, "
         "metrics, 1 % traces, usage metering, access log"
     )
 
+    @property
+    def name(self) -> str:
+        return "weir" if self.is_compiled else "weir_python"
+
     def absent(self) -> str | None:
-        return None
+        if not self.is_compiled:
+            return None
+        made = COMPILED / ".made"
+        if not made.exists():
+            return "not compiled (make compiled)"
+        newest = max(path.stat().st_mtime for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+        return "compiled from older sources (make compiled)" if newest > made.stat().st_mtime else None
 
     def launch(self, site: Site) -> Launch | None:
         (site.folder / "policy.yaml").write_text(POLICY)
@@ -78,7 +96,7 @@ class Weir:
         etcd = Etcd(site.etcd)
         for number, url in enumerate(site.backends):
             etcd.put(backend_key(site, SERVICE, f"b{number}"), registration(url, MODEL))
-        root = str(Path(__file__).parent.parent.parent)
+        root = str(COMPILED if self.is_compiled else ROOT)
         command = (sys.executable, "-m", "gateway.cli", "serve", "--config", str(site.folder / "weir.yaml"))
         return Launch(command, {"PYTHONPATH": root})
 

@@ -1,13 +1,14 @@
 """What is written for each gateway says what its docstring promises, and the gateways themselves accept it."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from benchmarks.credentials import Credentials
-from benchmarks.gateways import ALL, BY_NAME
+from benchmarks.gateways import ALL, BY_NAME, weir
 from benchmarks.gateways.gateway import LIMITED, OPEN, REFUSED, Site
 from benchmarks.gateways.weir import POLICY, backend_key, registration
 from discovery.endpoint import decode
@@ -98,6 +99,23 @@ def test_weirs_configuration_is_one_that_it_reads(site, monkeypatch):
     assert str(read.listen) == "127.0.0.1:8080"
     assert read.telemetry.sample == 0.01
     assert sorted(puts) == [backend_key(site, "bench", "b0"), backend_key(site, "bench", "b1")]
+
+
+@pytest.mark.parametrize(
+    ("made_after", "absent"),
+    [(None, "not compiled (make compiled)"), (-10, "compiled from older sources (make compiled)"), (10, None)],
+)
+def test_weir_is_measured_compiled_only_from_the_present_sources(tmp_path, monkeypatch, made_after, absent):
+    monkeypatch.setattr(weir, "ROOT", tmp_path)
+    monkeypatch.setattr(weir, "COMPILED", tmp_path)
+    source = tmp_path / "gateway" / "relay.py"
+    source.parent.mkdir()
+    source.write_text("")
+    if made_after is not None:
+        (tmp_path / ".made").write_text("")
+        os.utime(tmp_path / ".made", (0, source.stat().st_mtime + made_after))
+    assert BY_NAME["weir"].absent() == absent
+    assert BY_NAME["weir_python"].absent() is None
 
 
 def test_a_registration_is_one_that_weir_takes():

@@ -38,7 +38,7 @@ def test_unary_and_stream_give_a_table_and_a_document(tmp_path):
         "--only",
         "unary,stream",
         "--peers",
-        "direct,weir",
+        "direct,weir_python",
         "--rounds",
         "1",
         "--seconds",
@@ -53,8 +53,8 @@ def test_unary_and_stream_give_a_table_and_a_document(tmp_path):
     for workload in ("unary", "stream"):
         found = told["workloads"][workload]
         assert found["missing"] == {}
-        assert found["gateways"]["weir"]["cpu_us"]["median"] > 0
-        assert found["gateways"]["weir"]["failed"]["median"] == 0
+        assert found["gateways"]["weir_python"]["cpu_us"]["median"] > 0
+        assert found["gateways"]["weir_python"]["failed"]["median"] == 0
 
 
 @pytest.mark.parametrize(

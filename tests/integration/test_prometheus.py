@@ -34,7 +34,7 @@ HOSTILE = ("\udc85", 'a"b\\c\nd', "\x00\x1b[2J", "x" * 10_000)  # one of them un
 EVENTS = (
     ended(),
     ended(stream=True),
-    ended(attempts=(ATTEMPT, ATTEMPT)),
+    ended(attempts=[ATTEMPT, ATTEMPT]),
     refused(429, "rate_limited", "rate_limited", rule="plans.free.requests"),
     refused(503, "no_backend", "no_backend"),
     events.PolicyReloaded("ok", "0123456789ab"),

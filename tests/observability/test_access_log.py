@@ -75,7 +75,7 @@ def test_every_naughty_string_is_one_line_that_parses():
 
 
 def test_a_backend_is_told_by_its_id_alone(output):
-    AccessLog(output.writer)(ended(attempts=(ATTEMPT, ATTEMPT)))
+    AccessLog(output.writer)(ended(attempts=[ATTEMPT, ATTEMPT]))
     [record] = output.records()
     assert (record["backend"], record["attempts"]) == ("b-1", 2)
 

@@ -68,7 +68,7 @@ def test_time_per_token_is_that_of_the_tokens_after_the_first(metrics):
 def test_refusals_and_retries(metrics):
     metrics.request_ended(refused(429, "rate_limited", "rate_limited", rule="plans.free.requests"))
     metrics.request_ended(refused(403, "forbidden", "policy", rule="routes.chat.allow"))
-    metrics.request_ended(ended(attempts=(ATTEMPT, ATTEMPT, ATTEMPT)))
+    metrics.request_ended(ended(attempts=[ATTEMPT, ATTEMPT, ATTEMPT]))
     found = samples(metrics)
     assert found['weir_limited_total{rule="plans.free.requests"}'] == 1
     assert not [name for name in found if "routes.chat.allow" in name]
