@@ -64,7 +64,8 @@ from observability.line_writer import LineWriter
 from observability.logs import EventLog, configure
 from observability.metrics import Metrics
 from observability.recent import Recent
-from observability.tracing import SpanExporter, Tracer, otlp_export
+from observability.tail_sampling import TailSampler
+from observability.tracing import SpanExporter, otlp_export, spans
 from policies.breaker import State
 from policies.policy import Policy
 from policies.problems import InvalidDocument
@@ -190,7 +191,7 @@ class Gateway:
         if telemetry.otlp is not None:
             exporter = SpanExporter(otlp_export(telemetry.otlp, "weir", self.version))
             stack.callback(exporter.close)
-            of_requests.append(Tracer(exporter, telemetry.slow))
+            of_requests.append(TailSampler(exporter.put, spans, telemetry.slow))
             self.metrics.counter(
                 "weir_otlp_export_failures_total", "Traces lost.", (), lambda: [((), float(exporter.failures))]
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from random import Random
 from typing import Any, Final
 
@@ -77,7 +76,8 @@ def retry_lines(refusal: Refusal, rng: Random) -> bytes:
             return b""
         after = 1.0
     after = after * (1.0 + JITTER * rng.random())
-    lines = b"retry-after: %d\r\nretry-after-ms: %d\r\n" % (max(1, math.ceil(after)), max(1, round(after * 1000)))
+    ms = int(after * 1000.0 + 0.999) or 1
+    lines = b"retry-after: %d\r\nretry-after-ms: %d\r\n" % ((ms + 999) // 1000, ms)
     return lines + b"x-should-retry: false\r\n" if after > LONG_WAIT_SECONDS else lines
 
 

@@ -80,8 +80,8 @@ class ClientConnection:
     __slots__ = (
         "_ahead", "_alarm", "_arrival", "_body_wakeup", "_call", "_drained", "_head_bytes", "_head_timer", "_hold",
         "_in_head", "_is_first_read", "_is_reading_paused", "_is_writing_paused", "_known", "_known_lines", "_length",
-        "_lines", "_parser", "_quiet_since", "_reading", "_server", "_takes_more", "_target", "_task", "caller",
-        "forwarded_lines", "loop", "relay", "transport",
+        "_lines", "_parser", "_quiet_since", "_reading", "_received", "_server", "_takes_more", "_target", "_task",
+        "caller", "forwarded_lines", "loop", "relay", "transport",
     )  # fmt: skip
 
     def __init__(self, server: DataServer, loop: asyncio.AbstractEventLoop) -> None:
@@ -103,7 +103,8 @@ class ClientConnection:
         # the message that is being parsed
         self._in_head = False
         self._is_first_read = False  # its head began in the present read
-        self._head_bytes = 0
+        self._head_bytes = 0  # that earlier reads brought
+        self._received = 0  # bytes of the present read
         self._target = self._length = b""
         self._lines: Lines = []
         self._reading: Call | None = None  # whose body is coming
@@ -156,6 +157,7 @@ class ClientConnection:
         if not self._takes_more:
             return
         self._is_first_read = False
+        self._received = len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserCallbackError:
@@ -165,7 +167,7 @@ class ClientConnection:
         except httptools.HttpParserError:
             self._unreadable()
         if self._in_head:
-            self._measure_head(len(data))
+            self._measure_head()
         if self._body_wakeup is not None:
             self._wake_for_body()
         if self._ahead:
@@ -213,7 +215,7 @@ class ClientConnection:
         call = Call(
             self, parser.get_method().decode(), self._target, parser.get_http_version(), lines, self._length
         )  # fmt: skip
-        if len(lines) > MOST_LINES or self._parsed_head_bytes() > self._server.header_bytes:
+        if len(lines) > MOST_LINES or self._is_head_too_large():
             self._refuse_head()
         elif len(self._ahead) >= MOST_AHEAD:
             self._takes_more = False
@@ -251,11 +253,15 @@ class ClientConnection:
             self._in_head = False
             self._ahead.append(BadRequest("The request is not well-formed HTTP/1.1."))
 
-    def _measure_head(self, received: int) -> None:
+    def _measure_head(self) -> None:
         """A head is not complete: count what has come of it, at most one read too little."""
-        self._head_bytes = self._parsed_head_bytes() if self._is_first_read else self._head_bytes + received
+        self._head_bytes = self._parsed_head_bytes() if self._is_first_read else self._head_bytes + self._received
         if self._head_bytes > self._server.header_bytes or len(self._lines) > MOST_LINES:
             self._refuse_head()
+
+    def _is_head_too_large(self) -> bool:
+        most = self._server.header_bytes
+        return self._head_bytes + self._received > most and self._parsed_head_bytes() > most
 
     def _parsed_head_bytes(self) -> int:
         return len(self._target) + sum([len(name) + len(value) + 4 for name, value in self._lines])

@@ -50,6 +50,7 @@ _OVERHEAD = (25e-6, 5e-5, 75e-6, 1e-4, 15e-5, 25e-5, 5e-4, 1e-3, 0.0025, 0.005, 
 
 Labels = tuple[str, ...]
 Cell = list[float]  # of a counter: [n]; of a histogram: one count per bucket, that of +Inf, and the sum
+Cells = tuple[Cell, Cell, Cell, Cell | None]  # requests, duration, overhead, limited
 Read = Callable[[], Iterable[tuple[Labels, float]]]
 
 
@@ -176,7 +177,7 @@ class Metrics:
             self._requests, self._duration, self._overhead, self._first_token, self._per_token, self._tokens,
             self._limited, self._retries, self._reloads, self._rejected, self._resyncs, self._keys,
         )  # fmt: skip
-        self._ends: dict[tuple[str, str, int, str], tuple[Cell, Cell, Cell]] = {}
+        self._ends: dict[tuple[str, str, int, str, str], Cells] = {}
         self._read: list[_Gauge] = []
         self._registry = CollectorRegistry()
         self._registry.register(_Families(self._families))
@@ -212,8 +213,11 @@ class Metrics:
         return encode(self._registry), content_type
 
     def request_ended(self, event: RequestEnded) -> None:
-        names = (event.route, event.service, event.status, event.end_reason)
-        requests, duration, overhead = self._ends.get(names) or self._find_ends(*names)
+        names = (event.route, event.service, event.status, event.end_reason, event.rule)
+        cells = self._ends.get(names)
+        if cells is None:
+            cells = self._find_ends(*names)
+        requests, duration, overhead, limited = cells
         requests[0] += 1
         _add(duration, _DURATION, event.total)
         _add(overhead, _OVERHEAD, event.overhead)
@@ -221,19 +225,20 @@ class Metrics:
             self._generation(event)
         if len(event.attempts) > 1:
             self._retries.cell(event.service)[0] += len(event.attempts) - 1
-        if event.status == 429 and event.rule:
-            self._limited.cell(event.rule)[0] += 1
+        if limited is not None:
+            limited[0] += 1
 
-    def _find_ends(self, route: str, service: str, status: int, reason: str) -> tuple[Cell, Cell, Cell]:
+    def _find_ends(self, route: str, service: str, status: int, reason: str, rule: str) -> Cells:
         """The cells that every request adds to. Remembers them, up to a bound."""
         cells = (
             self._requests.cell(route, service, status, reason),
             self._duration.cell(route, service),
             self._overhead.cell(route),
+            self._limited.cell(rule) if status == 429 and rule else None,
         )
         if len(self._ends) >= MOST_SERIES:
             self._ends.clear()
-        self._ends[route, service, status, reason] = cells
+        self._ends[route, service, status, reason, rule] = cells
         return cells
 
     def _generation(self, event: RequestEnded) -> None:

@@ -1,9 +1,7 @@
 """Traces over OTLP/HTTP: the one door to opentelemetry.
 
-Spans are built after the fact, from the record of a request that has ended, and only for requests that are kept: the
-sampled share, every error, everything slow. A refusal in the 4xx is the gateway doing its work and no error: a flood
-of bad tokens must not become a flood of spans (metrics and the access log count each of them all the same). Nor is a
-client that left.
+Spans are built after the fact, from the record of a request that has ended, and only for requests that are kept
+(tail_sampling.py).
 
 What the request's own thread does is one comparison and one append to a bounded queue. A thread of its own makes the
 spans, at most `_BATCH_TRACES` each `_PERIOD_SECONDS`: at 0.2 ms each that is a tenth of a core when every request is
@@ -27,6 +25,7 @@ import structlog
 
 from observability.events import Attempt
 from observability.request import RequestEnded
+from observability.tail_sampling import ERRORS
 from observability.text import printable
 
 _QUEUED_TRACES = 2048
@@ -34,13 +33,6 @@ _BATCH_TRACES = 128
 _PERIOD_SECONDS = 0.25
 _EXPORT_TIMEOUT_SECONDS = 2.0
 _CLOSE_TIMEOUT_SECONDS = 5.0
-
-_ERRORS = frozenset(
-    {
-        "no_backend", "breaker_open", "connect_fail", "upstream_reset", "upstream_timeout", "upstream_protocol",
-        "upstream_error", "stream_truncated", "drain", "internal",
-    }
-)  # fmt: skip
 
 # gen_ai.operation.name by path, where the conventions have a name for it
 _OPERATIONS = {
@@ -148,25 +140,6 @@ class SpanExporter:
         self._is_failing = not is_taken
 
 
-class Tracer:
-    """Observer of requests: hands the spans of kept requests to `exporter`."""
-
-    __slots__ = ("_put", "_slow")
-
-    def __init__(self, exporter: SpanExporter, slow_seconds: float) -> None:
-        self._put = exporter.put
-        self._slow = slow_seconds
-
-    def __call__(self, request: RequestEnded) -> None:
-        if is_kept(request, self._slow):
-            self._put(spans(request))
-
-
-def is_kept(event: RequestEnded, slow_seconds: float) -> bool:
-    """Whether a request's trace is worth its price: sampled, slow, or an error."""
-    return event.sampled or event.total >= slow_seconds or event.status >= 500 or event.end_reason in _ERRORS
-
-
 def spans(event: RequestEnded) -> Iterator[FinishedSpan]:
     """The server span of a request, and one below it for each phase that took time and each attempt."""
     operation = _OPERATIONS.get(event.path)
@@ -269,7 +242,7 @@ def _generation_attributes(event: RequestEnded, operation: str) -> dict[str, str
 
 
 def _error(event: RequestEnded) -> str:
-    if event.end_reason in _ERRORS:
+    if event.end_reason in ERRORS:
         return event.end_reason
     return str(event.status) if event.status >= 500 else ""
 

@@ -40,7 +40,9 @@ class InternalError(Refusal):
 
 
 class BadRequest(Refusal):
-    status, code, type = 400, "bad_request", "invalid_request_error"
+    status = 400
+    code = "bad_request"
+    type = "invalid_request_error"
 
 
 class MethodNotAllowed(BadRequest):
@@ -58,27 +60,39 @@ class ExpectationFailed(BadRequest):
 
 
 class Unauthenticated(Refusal):
-    status, code, type = 401, "unauthenticated", "authentication_error"
+    status = 401
+    code = "unauthenticated"
+    type = "authentication_error"
 
 
 class Forbidden(Refusal):
-    status, code, type = 403, "forbidden", "permission_error"
+    status = 403
+    code = "forbidden"
+    type = "permission_error"
 
 
 class NoRoute(Refusal):
-    status, code, type = 404, "no_route", "invalid_request_error"
+    status = 404
+    code = "no_route"
+    type = "invalid_request_error"
 
 
 class ModelNotFound(Refusal):
-    status, code, type = 404, "model_not_found", "invalid_request_error"
+    status = 404
+    code = "model_not_found"
+    type = "invalid_request_error"
 
 
 class ClientTimeout(Refusal):
-    status, code, type = 408, "client_timeout", "invalid_request_error"
+    status = 408
+    code = "client_timeout"
+    type = "invalid_request_error"
 
 
 class BodyTooLarge(Refusal):
-    status, code, type = 413, "too_large", "invalid_request_error"
+    status = 413
+    code = "too_large"
+    type = "invalid_request_error"
 
 
 class HeaderTooLarge(BodyTooLarge):
@@ -86,7 +100,9 @@ class HeaderTooLarge(BodyTooLarge):
 
 
 class RateLimited(Refusal):
-    status, code, type = 429, "rate_limited", "rate_limit_error"
+    status = 429
+    code = "rate_limited"
+    type = "rate_limit_error"
 
 
 class ConcurrencyExceeded(RateLimited):
@@ -100,11 +116,15 @@ class BackendsBusy(RateLimited):
 
 
 class UpstreamFailed(Refusal):
-    status, code, type = 502, "upstream_failed", "server_error"
+    status = 502
+    code = "upstream_failed"
+    type = "server_error"
 
 
 class NoBackend(Refusal):
-    status, code, type = 503, "no_backend", "server_error"
+    status = 503
+    code = "no_backend"
+    type = "server_error"
 
 
 class CircuitOpen(NoBackend):
@@ -130,7 +150,9 @@ class Draining(NoBackend):
 
 
 class UpstreamTimeout(Refusal):
-    status, code, type = 504, "upstream_timeout", "server_error"
+    status = 504
+    code = "upstream_timeout"
+    type = "server_error"
 
 
 class DeadlineExceeded(UpstreamTimeout):

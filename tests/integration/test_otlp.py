@@ -6,8 +6,10 @@ import time
 
 import pytest
 
+from observability import tracing
 from observability.events import Attempt
-from observability.tracing import SpanExporter, Tracer, otlp_export
+from observability.tail_sampling import TailSampler
+from observability.tracing import SpanExporter, otlp_export
 from tests.support.ended import ATTEMPT, ENDED, ended, refused
 from tests.support.otlp_receiver import OtlpReceiver
 
@@ -18,6 +20,10 @@ TRACE = ENDED.trace_id
 
 def exporter_to(url, service="weir", timeout=2.0):
     return SpanExporter(otlp_export(url, service, "0.1.0", timeout))
+
+
+def tracer_of(exporter: SpanExporter) -> TailSampler:
+    return TailSampler(exporter.put, tracing.spans, 2.0)
 
 
 @pytest.fixture
@@ -33,7 +39,7 @@ async def close(exporter):
 async def test_a_retried_request_arrives_as_a_tree(receiver):
     exporter = exporter_to(receiver.url)
     failed = Attempt("b-2", "tiny", 0.004, 0.001, 0.002, "connect_fail", 0, "00000000000000a2")
-    Tracer(exporter, 2.0)(ended(sampled=True, parent_span_id="0000000000000077", attempts=[failed, ATTEMPT]))
+    tracer_of(exporter)(ended(sampled=True, parent_span_id="0000000000000077", attempts=[failed, ATTEMPT]))
     spans = {(span.name, span.span_id): span for span in await receiver.wait_spans(7)}
     await close(exporter)
 
@@ -55,7 +61,7 @@ async def test_a_retried_request_arrives_as_a_tree(receiver):
 
 async def test_a_backends_own_span_hangs_below_the_attempt(receiver):
     gateway, backend = exporter_to(receiver.url), exporter_to(receiver.url, "weir-backend")
-    Tracer(gateway, 2.0)(ended(sampled=True))
+    tracer_of(gateway)(ended(sampled=True))
     backend.emit(
         "chat tiny-1",
         trace_id=ENDED.trace_id,
@@ -75,7 +81,7 @@ async def test_a_backends_own_span_hangs_below_the_attempt(receiver):
 
 async def test_a_bad_attribute_costs_no_other_span(receiver):
     exporter = exporter_to(receiver.url)
-    tracer = Tracer(exporter, 2.0)
+    tracer = tracer_of(exporter)
     tracer(ended(sampled=True, request_id="\udc85\x00", model="\udca0" * 1000))
     tracer(refused(503, "no_backend", "no_backend"))
     exporter.emit(
@@ -93,7 +99,7 @@ async def test_a_bad_attribute_costs_no_other_span(receiver):
 async def test_a_collector_that_comes_back_gets_what_waited(receiver):
     receiver.status = 503
     exporter = exporter_to(receiver.url)
-    tracer = Tracer(exporter, 2.0)
+    tracer = tracer_of(exporter)
     tracer(refused(503, "no_backend", "no_backend"))
     async with asyncio.timeout(5):
         while not receiver.requests:
@@ -113,7 +119,7 @@ async def test_a_collector_that_is_away_costs_a_request_nothing(kind):
             urls = {"dead": dead, "silent": silent}
             url = slow.url if kind == "slow" else f"http://127.0.0.1:{urls[kind].getsockname()[1]}"
             exporter = exporter_to(url, timeout=0.3)
-            tracer = Tracer(exporter, 2.0)
+            tracer = tracer_of(exporter)
             event = ended(sampled=True)
             begun = time.perf_counter()
             for _ in range(5000):

@@ -4,10 +4,9 @@ import pytest
 import structlog
 
 from observability import events
-from observability.tracing import FinishedSpan, SpanExporter, Tracer, is_kept, spans
+from observability.tracing import FinishedSpan, SpanExporter, spans
 from tests.support.ended import ATTEMPT, ENDED, ended, refused
 
-SLOW = 2.0
 SPAN = FinishedSpan("work", 1, 2, 0, 10.0, 11.0, {})
 
 
@@ -28,26 +27,6 @@ class Collector:
         if isinstance(self.answers, Exception):
             raise self.answers
         return self.answers
-
-
-@pytest.mark.parametrize(
-    ("event", "kept"),
-    [
-        (ended(), False),
-        (ended(sampled=True), True),
-        (ended(total=1.999), False),
-        (ended(total=2.0), True),
-        (refused(500, "internal_error", "internal"), True),
-        (refused(503, "no_backend", "no_backend"), True),
-        (ended(status=502, code="upstream_failed", end_reason="connect_fail"), True),
-        (ended(end_reason="stream_truncated"), True),  # its 200 had gone out
-        (refused(401, "unauthenticated", "auth"), False),
-        (refused(429, "rate_limited", "rate_limited"), False),
-        (ended(status=499, end_reason="client_abort"), False),
-    ],
-)
-def test_kept(event, kept):
-    assert is_kept(event, SLOW) is kept
 
 
 def test_a_request_is_a_tree():
@@ -133,18 +112,6 @@ def test_errors_are_marked(event, error):
     server = next(spans(event))
     assert server.error == error
     assert server.attributes.get("error.type", "") == error
-
-
-def test_the_tracer_sends_what_is_kept():
-    collector = Collector()
-    exporter = SpanExporter(collector)
-    tracer = Tracer(exporter, SLOW)
-    for event in (ended(), ended(sampled=True)):
-        tracer(event)
-    exporter.close()
-    [batch] = collector.batches
-    assert [span.name for span in batch if span.kind == "server"] == ["chat tiny-1"]
-    assert exporter.failures == 0
 
 
 def test_one_span_can_be_emitted_alone():
