@@ -1,12 +1,13 @@
 """What pyproject.toml cannot say: that the data path may be compiled.
 
-With WEIR_COMPILE=1, mypyc (https://mypyc.readthedocs.io) turns the files below, as they are, into one C extension: those
-that run for each request. Everything else, and everything without it, is Python as written. `make compiled` does it.
+With WEIR_COMPILE=1, mypyc (https://mypyc.readthedocs.io) turns the files below, as they are, into one C extension:
+those that run for each request. Everything else, and everything without it, is Python as written. `make compiled` does
+it.
 """
 
 import os
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 COMPILED = """
     gateway/admission.py gateway/answer.py gateway/attempts.py gateway/body.py gateway/call.py gateway/head.py
@@ -18,13 +19,13 @@ COMPILED = """
     observability/request.py observability/tail_sampling.py policies/access.py policies/balance.py
     policies/breaker.py policies/bucket.py policies/deadline.py policies/errors.py policies/lease.py
     policies/retry.py policies/routing.py policies/window.py
-""".split()
+""".split()  # noqa: SIM905  a list of names that is read and edited as text
 
 
-def extensions():
+def extensions() -> list[Extension]:
     if os.environ.get("WEIR_COMPILE") != "1":
         return []
-    from mypyc.build import mypycify
+    from mypyc.build import mypycify  # noqa: PLC0415  only who compiles has it
 
     return mypycify(["--config-file=pyproject.toml", *COMPILED], opt_level="3", debug_level="0")
 

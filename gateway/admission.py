@@ -1,8 +1,11 @@
 """Admission: each consumer's account under its plan, found and asked once per request.
 
     account = admission.account(plan, consumer)
-    if not account.admit_nowait(now):     # nearly always True, or errors.RateLimited
-        await account.admit(now)          # the shared bucket must be asked: at most 25 ms
+    seconds = account.take_nowait(now)    # 0.0: admitted; more: refused for so long
+    if seconds == UNKNOWN:
+        seconds = await account.take(now) # the shared bucket must be asked: at most 25 ms
+    if seconds:
+        return account.refusal(seconds)
     with account:                         # the concurrency slot, held to the last streamed byte
         ...
 
@@ -26,7 +29,7 @@ from math import inf
 from types import TracebackType
 
 from gateway.limit_headers import LimitHeaders
-from gateway.meter import UNKNOWN, LeasedMeter, LeaseStore, LocalMeter, Unmetered
+from gateway.meter import LeasedMeter, LeaseStore, LocalMeter, Unmetered
 from policies import errors
 from policies.lease import Limit
 from policies.policy import Plan
@@ -62,25 +65,18 @@ class Account:
         self._rule = f"plans.{plan.name}.requests"
         self._headers = LimitHeaders(plan)
 
-    def admit_nowait(self, now: float) -> bool:
-        """Take one request token. False: only the shared bucket knows, `await admit()`. Raises errors.RateLimited."""
-        self.used_at = now
-        seconds = self.meter.take_nowait(now)
-        if seconds == 0.0:
-            return True
-        if seconds == UNKNOWN:
-            return False
-        raise self._refusal(seconds)
+    def take_nowait(self, now: float) -> float:
+        """Take one request token, and return 0.0; or return the seconds until there will be one, or UNKNOWN.
 
-    async def admit(self, now: float) -> None:
-        """Take one request token, asking the shared bucket for at most 25 ms.
-
-        Raises errors.RateLimited, and errors.StoreUnavailable where the plan says so. Cancelled, it has taken nothing.
+        UNKNOWN: only the shared bucket knows, `await take()`. Raises errors.StoreUnavailable where the plan says so.
         """
         self.used_at = now
-        seconds = await self.meter.take()
-        if seconds != 0.0:
-            raise self._refusal(seconds)
+        return self.meter.take_nowait(now)
+
+    async def take(self, now: float) -> float:
+        """As `take_nowait`, asking the shared bucket for at most 25 ms. Cancelled, it has taken nothing."""
+        self.used_at = now
+        return await self.meter.take()
 
     def refund(self) -> None:
         """The admitted request did no work: its token may be used again."""
@@ -110,7 +106,8 @@ class Account:
             return False
         return self.plan.requests is None or idle >= self.plan.burst / self.plan.requests.per_second
 
-    def _refusal(self, seconds: float) -> errors.RateLimited:
+    def refusal(self, seconds: float) -> errors.RateLimited:
+        """What a request is told for which there was no token."""
         return errors.RateLimited(self._headers.refusal, rule=self._rule, retry_after=seconds)
 
     def __repr__(self) -> str:

@@ -17,6 +17,7 @@ import structlog
 from gateway.attempts import Forwarder
 from gateway.body import is_at_hand, read_body
 from gateway.call import Call, Ids, accept
+from gateway.meter import UNKNOWN
 from gateway.peek import peek
 from gateway.rescue import refusal_bytes
 from gateway.trail import Trail
@@ -107,7 +108,9 @@ class Pipeline:
         trail.call = call
         self.inflight += 1
         try:
-            await self._serve(call, trail, in_force)
+            refusal = await self._serve(call, trail, in_force)
+            if refusal is not None:
+                self._refuse(refusal, trail, call)
         except errors.Refusal as refusal:
             self._refuse(refusal, trail, call)
         except asyncio.CancelledError:
@@ -123,7 +126,8 @@ class Pipeline:
             self._observe(trail)
         return call.keep_alive and not self.draining
 
-    async def _serve(self, call: Call, trail: Trail, in_force: InForce) -> None:
+    async def _serve(self, call: Call, trail: Trail, in_force: InForce) -> errors.Refusal | None:
+        """The sentence. A refusal is raised, but for the limit of requests: whoever is over it must cost little."""
         settings, connection = self._settings, call.connection
 
         # Accept: a head that two readers could not understand differently.
@@ -133,7 +137,7 @@ class Pipeline:
             call.keep_alive = False
         if call.method != "POST" and self._local.answers_anybody(call):
             self._local.answer(call, trail)
-            return
+            return None
 
         # Identify: whose token is this? Remembered until it expires, so mostly a lookup.
         entry = connection.caller  # whoever sent the same header lines last
@@ -149,8 +153,11 @@ class Pipeline:
         trail.auth = trail.lap()
 
         # Admit: one request of the consumer's plan, and a place among its concurrent ones.
-        if not account.admit_nowait(trail.mark):
-            await account.admit(trail.mark)
+        seconds = account.take_nowait(trail.mark)
+        if seconds == UNKNOWN:
+            seconds = await account.take(trail.mark)
+        if seconds:
+            return account.refusal(seconds)
         with account:
             trail.limit = trail.lap()
             trail.limit_lines = account.headers(trail.mark)
@@ -165,7 +172,7 @@ class Pipeline:
             trail.body = trail.lap()
             if call.method == "GET" and self._local.answers_caller(call):
                 self._local.answer_caller(call, trail, in_force, entry.principal)
-                return
+                return None
 
             # Route: the first one that matches, and the caller must be allowed on it.
             asked, resource = peek(call), call.resource
@@ -177,6 +184,7 @@ class Pipeline:
 
             # Balance, guard, forward: choose a backend that its breaker lets through, relay its answer, or try another.
             await self._forwarder.forward(call, trail, route, consumer)
+            return None
 
     def reject(self, connection: ClientConnection, refusal: errors.Refusal) -> None:
         """Answer what never became a request."""

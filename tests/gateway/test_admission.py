@@ -6,7 +6,7 @@ import pytest
 
 from gateway import admission
 from gateway.admission import IDLE_SECONDS, UNLIMITED, Admission, bucket_key
-from gateway.meter import LeasedMeter, LocalMeter, Unmetered
+from gateway.meter import UNKNOWN, LeasedMeter, LocalMeter, Unmetered
 from policies import errors
 from policies.policy import Plan, Rate, WhenStoreIsDown
 from tests.support.lease_ledger import Ledger
@@ -37,27 +37,23 @@ def alone(clock) -> Admission:
 class TestAccount:
     def test_admits_the_burst_then_refuses(self, alone):
         account = alone.account(FREE, "alice")
-        assert [account.admit_nowait(0.0) for _ in range(2)] == [True, True]
-        with pytest.raises(errors.RateLimited) as refused:
-            account.admit_nowait(0.25)
-        assert refused.value.rule == "plans.free.requests"
-        assert refused.value.retry_after == pytest.approx(0.75)
-        assert refused.value.message == "The request limit of this plan is reached: 60 per 1m0s."
-        assert account.admit_nowait(1.0)
+        assert [account.take_nowait(0.0) for _ in range(2)] == [0.0, 0.0]
+        refusal = account.refusal(account.take_nowait(0.25))
+        assert refusal.rule == "plans.free.requests"
+        assert refusal.retry_after == pytest.approx(0.75)
+        assert refusal.message == "The request limit of this plan is reached: 60 per 1m0s."
+        assert account.take_nowait(1.0) == 0.0
 
-    async def test_admit_decides_as_well(self, alone):
+    async def test_who_would_wait_for_the_store_is_decided_as_well(self, alone):
         account = alone.account(FREE, "alice")
-        await account.admit(0.0)
-        await account.admit(0.0)
-        with pytest.raises(errors.RateLimited):
-            await account.admit(0.0)
+        assert [await account.take(0.0) for _ in range(3)] == [0.0, 0.0, 1.0]
 
     def test_refund(self, alone):
         account = alone.account(FREE, "alice")
         for _ in range(2):
-            account.admit_nowait(0.0)
+            account.take_nowait(0.0)
         account.refund()
-        assert account.admit_nowait(0.0)
+        assert account.take_nowait(0.0) == 0.0
 
     def test_slots_are_given_back_whatever_happens(self, alone):
         account = alone.account(FREE, "alice")
@@ -70,7 +66,7 @@ class TestAccount:
     def test_who_gets_no_slot_gets_the_token_back(self, alone):
         account = alone.account(Plan("free", Rate(60, 60.0), 3, concurrency=2), "alice")
         for _ in range(3):
-            account.admit_nowait(0.0)
+            account.take_nowait(0.0)
         with account, account:
             with pytest.raises(errors.ConcurrencyExceeded) as refused, account:
                 pass
@@ -79,11 +75,11 @@ class TestAccount:
         assert refused.value.code == "concurrency"
         assert refused.value.message == "This plan allows 2 requests at a time."
         assert refused.value.retry_after == 1.0
-        assert account.admit_nowait(0.0)
+        assert account.take_nowait(0.0) == 0.0
 
     def test_headers(self, alone):
         account = alone.account(FREE, "alice")
-        account.admit_nowait(0.0)
+        account.take_nowait(0.0)
         assert account.headers(0.0).startswith(b'ratelimit: "free";r=1;t=1\r\nratelimit-policy: "free";q=60;w=60\r\n')
 
     def test_repr_shows_the_state(self, alone):
@@ -94,8 +90,7 @@ class TestAccount:
 
 class TestUnlimited:
     async def test_admits(self):
-        assert UNLIMITED.admit_nowait(0.0)
-        await UNLIMITED.admit(0.0)
+        assert UNLIMITED.take_nowait(0.0) == await UNLIMITED.take(0.0) == 0.0
         with UNLIMITED:
             UNLIMITED.refund()
         assert UNLIMITED.headers(0.0) == b""
@@ -103,7 +98,7 @@ class TestUnlimited:
     def test_a_plan_without_a_rate_still_has_slots(self, alone):
         account = alone.account(Plan("free", concurrency=1), "alice")
         assert account.headers(0.0) == b""
-        assert account.admit_nowait(0.0)
+        assert account.take_nowait(0.0) == 0.0
         with account, pytest.raises(errors.ConcurrencyExceeded), account:
             pass
 
@@ -116,7 +111,7 @@ class TestFinding:
 
     def test_a_reload_changes_the_numbers_and_keeps_the_level_and_the_slots(self, alone):
         account = alone.account(FREE, "alice")
-        account.admit_nowait(0.0)
+        account.take_nowait(0.0)
         with account:
             again = alone.account(Plan("free", Rate(100, 1.0), 10, concurrency=1), "alice")
             assert again is account
@@ -139,7 +134,7 @@ class TestFinding:
 
     def test_accounts_are_not_idle_while_they_are_not_full_or_in_use(self, alone, clock):
         slow = alone.account(Plan("free", Rate(1, 3600.0), 2), "alice")
-        slow.admit_nowait(0.0)
+        slow.take_nowait(0.0)
         used = alone.account(FREE, "bob")
         with used:
             clock.now = IDLE_SECONDS
@@ -207,21 +202,19 @@ class TestWithAStore:
     async def test_asks_then_admits(self):
         account = shared(LedgerStore(Ledger())).account(FREE, "alice")
         assert isinstance(account.meter, LeasedMeter)
-        assert not account.admit_nowait(0.0)
-        await account.admit(0.0)
-        assert not account.admit_nowait(0.0)
-        await account.admit(0.0)
-        with pytest.raises(errors.RateLimited):
-            await account.admit(0.0)
-        with pytest.raises(errors.RateLimited):
-            account.admit_nowait(asyncio.get_running_loop().time())
+        assert account.take_nowait(0.0) == UNKNOWN
+        assert await account.take(0.0) == 0.0
+        assert account.take_nowait(0.0) == UNKNOWN
+        assert await account.take(0.0) == 0.0
+        assert await account.take(0.0) > 0.0
+        assert account.take_nowait(asyncio.get_running_loop().time()) > 0.0
 
     @virtual_time
     async def test_consumers_and_plans_have_buckets_of_their_own(self):
         ledger = Ledger()
         everybody = shared(LedgerStore(ledger))
         for plan, consumer in [(FREE, "alice"), (FREE, "bob"), (Plan("gold", Rate(1, 1.0), 2), "alice")]:
-            await everybody.account(plan, consumer).admit(0.0)
+            await everybody.account(plan, consumer).take(0.0)
         assert len(ledger.buckets) == 3
 
     @virtual_time
@@ -231,4 +224,4 @@ class TestWithAStore:
         closed = Plan("free", Rate(60, 60.0), 2, when_store_is_down=WhenStoreIsDown.CLOSED)
         account = shared(store).account(closed, "alice")
         with pytest.raises(errors.StoreUnavailable):
-            account.admit_nowait(0.0)
+            account.take_nowait(0.0)
