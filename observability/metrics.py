@@ -13,7 +13,6 @@ a family stops at `MOST_SERIES` label sets and counts the rest under "other".
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -99,7 +98,12 @@ class _Histogram(_Counter):
 
 def _add(cell: Cell, bounds: tuple[float, ...], value: float) -> None:
     """Count a value in the cell of a histogram with these bounds."""
-    cell[bisect_left(bounds, value)] += 1
+    at = 0
+    for bound in bounds:  # most values are small: cheaper than bisecting
+        if value <= bound:
+            break
+        at += 1
+    cell[at] += 1
     cell[-1] += value
 
 
@@ -177,6 +181,7 @@ class Metrics:
             self._requests, self._duration, self._overhead, self._first_token, self._per_token, self._tokens,
             self._limited, self._retries, self._reloads, self._rejected, self._resyncs, self._keys,
         )  # fmt: skip
+        self._token_cells: dict[tuple[str, str], tuple[Cell, Cell]] = {}
         self._ends: dict[tuple[str, str, int, str, str], Cells] = {}
         self._read: list[_Gauge] = []
         self._registry = CollectorRegistry()
@@ -243,16 +248,27 @@ class Metrics:
 
     def _generation(self, event: RequestEnded) -> None:
         service, model = event.service, event.model
+        names = (service, model)
+        cells = self._token_cells.get(names)
+        if cells is None:
+            cells = self._find_token_cells(service, model)
         if event.tokens_in >= 0:
-            _add(self._tokens.cell(service, model, "input"), _TOKENS, event.tokens_in)
+            _add(cells[0], _TOKENS, event.tokens_in)
         if event.tokens_out >= 0:
-            _add(self._tokens.cell(service, model, "output"), _TOKENS, event.tokens_out)
+            _add(cells[1], _TOKENS, event.tokens_out)
         if not event.stream or event.end_reason != "ok" or event.first_token < 0:
             return
         _add(self._first_token.cell(service, model), _FIRST_TOKEN, event.first_token)
         if event.tokens_out > 1:
             after_first = event.total - event.first_token
             _add(self._per_token.cell(service, model), _PER_TOKEN, after_first / (event.tokens_out - 1))
+
+    def _find_token_cells(self, service: str, model: str) -> tuple[Cell, Cell]:
+        cells = (self._tokens.cell(service, model, "input"), self._tokens.cell(service, model, "output"))
+        if len(self._token_cells) >= MOST_SERIES:
+            self._token_cells.clear()
+        self._token_cells[service, model] = cells
+        return cells
 
     def _families(self) -> Iterator[Metric]:
         for counted in self._counted:

@@ -13,7 +13,7 @@ from typing import Self
 from discovery.endpoint import Endpoint
 from gateway.upstream.load_report import requests_in
 from gateway.upstream.pool import Pool
-from policies.balance import PeakEwma
+from policies.balance import Candidate
 from policies.breaker import Breaker, Outcome, State
 from policies.policy import BreakerRule
 
@@ -22,31 +22,25 @@ _IGNORED, _FAILURE = Outcome.IGNORED, Outcome.FAILURE  # looking a member up in 
 REPORT_SECONDS = 2.0  # how long a backend's own word about its load counts
 
 
-class Backend:
-    """A backend in service. Satisfies `policies.balance.Candidate`."""
+class Backend(Candidate):
+    """A backend in service."""
 
     __slots__ = (
-        "_breakers", "_on_breaker", "_reported_until", "_rng", "base_path", "endpoint", "ewma", "head_lines", "healthy",
-        "inflight", "key", "max_concurrency", "name_line", "pool", "reported", "since", "weight",
+        "_breakers", "_on_breaker", "_reported_until", "_rng", "base_path", "endpoint", "head_lines", "healthy",
+        "name_line", "pool",
     )  # fmt: skip
 
     def __init__(
         self, endpoint: Endpoint, now: float, rng: Random, on_breaker: Callable[[Backend, State], None]
     ) -> None:
+        super().__init__(endpoint.key, endpoint.weight, endpoint.max_concurrency, now)
         self.endpoint = endpoint
-        self.key = endpoint.key
-        self.weight = endpoint.weight
-        self.max_concurrency = endpoint.max_concurrency
         self.healthy: bool | None = None  # None: not probed yet
-        self.since = now  # when it came (back) into service: slow start counts from here
-        self.inflight = 0
-        self.ewma = PeakEwma()
         self.pool = Pool(endpoint)
         self._breakers: dict[str, Breaker] = {}
         self._rng = rng
         self._on_breaker = on_breaker
-        self.reported = 0.0  # requests that others have in it, by its own last word
-        self._reported_until = 0.0
+        self._reported_until = 0.0  # when its own last word stops counting
         self.head_lines = f"host: {endpoint.authority}\r\nendpoint-load-metrics-format: json\r\n".encode()
         self.base_path = endpoint.base_path.encode()
         self.name_line = f"x-weir-backend: {endpoint.id}\r\n".encode()

@@ -1,5 +1,4 @@
 from collections import Counter
-from dataclasses import dataclass, field
 from math import exp
 from random import Random
 
@@ -7,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.balance import Chooser, PeakEwma, panic
+from policies.balance import Candidate, Chooser, PeakEwma, panic
 from policies.policy import Balance, BalanceKind
 
 KINDS = list(BalanceKind)
@@ -15,20 +14,12 @@ ROUND_ROBIN, LEAST_LOAD, PEAK_EWMA, HASH = (Balance(kind) for kind in KINDS)
 NOW = 1000.0
 
 
-@dataclass(eq=False)
-class Backend:
-    key: str
-    weight: int = 1
-    inflight: int = 0
-    reported: float = 0.0
-    latency: float = 0.0
-    since: float = 0.0
-    max_concurrency: int | None = None
-    ewma: PeakEwma = field(default_factory=PeakEwma)
-
-    def __post_init__(self):
-        if self.latency:
-            self.ewma.observe(self.latency, NOW)
+class Backend(Candidate):
+    def __init__(self, key, weight=1, inflight=0, reported=0.0, latency=0.0, since=0.0, max_concurrency=None) -> None:
+        super().__init__(key, weight, max_concurrency, since)
+        self.inflight, self.reported = inflight, reported
+        if latency:
+            self.ewma.observe(latency, NOW)
 
 
 def backends(count, **kwargs):
