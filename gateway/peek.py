@@ -46,7 +46,7 @@ def peek(call: Call) -> Peek:
         return Peek(_form_model(body))
     try:
         asked = _peek(body)
-        if body.count(b'"model"') != 1 or body.count(b'"stream"') > 1 or b"\\u006" in body:
+        if body.count(b'"model"') != 1 or body.count(b'"stream"') > 1 or body.find(b"\\u006") >= 0:
             _refuse_duplicates(body)
     except msgspec.ValidationError as problem:
         raise errors.BadRequest(f"The body is not what this path takes: {_safe(problem)}.") from None
