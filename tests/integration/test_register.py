@@ -66,11 +66,13 @@ async def test_registered_while_the_command_runs_draining_before_it_ends(etcd, r
     value = (await registered())["s/127.0.0.1-9"]
     assert (value["url"], value["models"]) == ("http://127.0.0.1:9", [{"name": "m"}])
 
-    async def has_noted():
-        return notes.exists() and "ready" in notes.read_text()
+    async def has_noted(word):
+        return notes.exists() and word in notes.read_text()
 
-    await until(has_noted)
+    await until(lambda: has_noted("ready"))
+    # One after the other has arrived: two that are pending together have no order.
     process.send_signal(signal.SIGHUP)
+    await until(lambda: has_noted("hup"))
     process.send_signal(signal.SIGTERM)
 
     async def is_draining():
