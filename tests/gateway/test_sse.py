@@ -1,13 +1,9 @@
-import json
-from base64 import b64decode
-from pathlib import Path
-
 import pytest
 
 from gateway.sse import MAX_EVENT_BYTES, EventTooLarge, Scanner
+from tests.support.corpora import event_streams
 
 CHAT = "/v1/chat/completions"
-CORPUS = Path(__file__).parents[3] / "shared" / "corpora" / "sse" / "cases.jsonl"
 
 
 def fed(pieces: list[bytes], path: str = CHAT) -> tuple[list[bytes], Scanner]:
@@ -45,10 +41,8 @@ def test_every_cut_into_pieces_gives_the_same_bytes(stream) -> None:
 
 
 def test_the_corpus_passes_byte_for_byte_in_slices_of_one() -> None:
-    if not CORPUS.exists():
-        pytest.skip("the corpus of event streams is not beside the project")
-    for line in CORPUS.read_text().splitlines():
-        stream = b"".join(b64decode(chunk) for chunk in json.loads(line)["chunks_b64"])
+    for pieces in event_streams().values():
+        stream = b"".join(pieces)
         if len(stream) > 10_000:
             continue  # its slices of one are covered by the short ones
         passed, scanner = fed([stream[at : at + 1] for at in range(len(stream))])

@@ -1,9 +1,6 @@
 """Policies under way in a real etcd, and every document of the yaml-test-suite as the policy file of a running source."""
 
 import asyncio
-import base64
-import json
-from pathlib import Path
 from random import Random
 
 import pytest
@@ -11,12 +8,12 @@ import pytest
 from discovery.etcd import EtcdClient, EtcdSettings, EtcdSource
 from gateway.reload import EtcdPolicy, FilePolicy
 from policies.yaml_tree import MAX_BYTES
+from tests.support.corpora import yaml_documents
 from tests.support.etcd_server import EtcdServer
 from tests.support.policy_text import OPEN
 
 pytestmark = pytest.mark.integration
 
-CORPUS = Path(__file__).parents[2].parent / "shared" / "corpora" / "yaml-test-suite" / "cases.jsonl"
 PREFIX = "/weir/v1/policies/"
 
 
@@ -66,9 +63,7 @@ async def test_a_policy_in_etcd(tmp_path):
 
 @pytest.mark.slow
 async def test_the_yaml_test_suite_as_policy_files(tmp_path):
-    if not CORPUS.exists():
-        pytest.skip(f"needs the yaml-test-suite at {CORPUS}")
-    documents = {base64.b64decode(json.loads(line)["in_b64"]) for line in CORPUS.read_text().splitlines()}
+    documents = set(yaml_documents().values())
     path = tmp_path / "policy.yaml"
     path.write_bytes(text("good"))
     events = []

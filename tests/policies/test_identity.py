@@ -7,7 +7,6 @@ import hmac
 import json
 import math
 from base64 import urlsafe_b64encode
-from pathlib import Path
 
 import jwt
 import pytest
@@ -34,8 +33,8 @@ from policies.identity import (
     verify,
 )
 from policies.policy import Claims, Issuer, Principal
+from tests.support.corpora import corpus
 
-CORPORA = Path(__file__).parents[2].parent / "shared" / "corpora"
 WALL = 1_800_000_000.0
 IDP = "https://idp.example.com"
 
@@ -645,13 +644,6 @@ def test_reasons_hold_no_key_material_and_no_control_characters():
 
 
 # Other people's vectors
-
-
-def corpus(*path: str) -> Path:
-    where = CORPORA.joinpath(*path)
-    if not where.exists():
-        pytest.skip(f"the corpus {path[0]} is not on this machine ({where})")
-    return where
 
 
 def signature_accepted(token: object, document: dict, algorithms=ALGORITHMS) -> bool:

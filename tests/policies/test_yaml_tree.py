@@ -1,7 +1,6 @@
 import base64
 import contextlib
 import json
-from pathlib import Path
 
 import pytest
 import yaml
@@ -10,8 +9,7 @@ from hypothesis import strategies as st
 
 from policies.problems import MAX_PROBLEMS, InvalidDocument
 from policies.yaml_tree import MAX_BYTES, MAX_DEPTH, MAX_NODES, Tree, compose, compose_events, to_plain
-
-CORPUS = Path(__file__).parents[2].parent / "shared" / "corpora" / "yaml-test-suite" / "cases.jsonl"
+from tests.support.corpora import rows
 
 
 def problems_of(source) -> list[str]:
@@ -137,10 +135,8 @@ OTHERWISE = {"652Z", "JEF9/02", "L24T/01"}
 
 def test_yaml_test_suite():
     """What is taken without a problem is read as the suite says, each scalar as text."""
-    if not CORPUS.exists():
-        pytest.skip(f"needs the yaml-test-suite at {CORPUS}")
     lenient, otherwise = set(), set()
-    for case in map(json.loads, CORPUS.read_text().splitlines()):
+    for case in rows("yaml-test-suite"):
         try:
             tree = compose(base64.b64decode(case["in_b64"]))
         except InvalidDocument:
