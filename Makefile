@@ -5,7 +5,7 @@ PYTHON = $(firstword $(foreach name,python3.11 python3.12 python3.13 python3, \
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
-SOURCES := gateway discovery policies observability reference_backend benchmarks tests setup.py
+SOURCES := gateway discovery policies observability reference_backend benchmarks tests setup.py .ci/audit.py
 COMPILED := build/compiled
 # What is run again on the compiled build: everything that speaks to a gateway through sockets, and pure decisions.
 ROAD := tests/policies $(wildcard tests/integration/test_road_*.py) tests/integration/test_data_path.py \
@@ -45,6 +45,7 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_architecture.py
+	$(BIN)/python .ci/audit.py
 
 fmt: $(VENV)/.installed
 	$(BIN)/ruff format $(SOURCES)
