@@ -9,6 +9,7 @@ elsewhere (DNS rebinding) moves nothing.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -160,6 +161,16 @@ def decode(key: str, value: bytes) -> Candidate:
         ),
         literal,
     )
+
+
+def id_of_place(url: str) -> str:
+    """An id for the backend at this URL: always the same one, so that registered twice it is one.
+
+    Clients read ids (`x-weir-backend`) and must not learn addresses from them: there are so few addresses that the
+    preimage of a fast hash is found by trying all, so it is a slow one, of some 10 ms.
+    """
+    place = url.partition("://")[2].rstrip("/")
+    return hashlib.scrypt(place.encode(), salt=b"weir: id of a place", n=2**12, r=8, p=1, dklen=6).hex()
 
 
 def literal_address(host: str) -> Address | None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from discovery.endpoint import Registration, encode
+from discovery.endpoint import Registration, encode, id_of_place
 from discovery.source import Changes, KeyValue, Listing
 
 _REVISION: Final = 1
@@ -24,9 +23,8 @@ class StaticBackend:
 
     @property
     def key(self) -> str:
-        """service/id; the id is the url without its scheme, in the characters that an id may have."""
-        bare = self.registration.url.partition("://")[2].rstrip("/")
-        return f"{self.service}/{re.sub(r'[^A-Za-z0-9._-]+', '-', bare).strip('-')[:128]}"
+        """service/id."""
+        return f"{self.service}/{id_of_place(self.registration.url)}"
 
 
 class StaticSource:
@@ -35,9 +33,11 @@ class StaticSource:
     def __init__(self, backends: Iterable[StaticBackend]) -> None:
         items: dict[str, KeyValue] = {}
         for backend in backends:
-            if backend.key in items:
-                raise ValueError(f"two backends are both {backend.key}: name each url once")
-            items[backend.key] = KeyValue(backend.key, encode(backend.registration), _REVISION)
+            key = backend.key
+            if key in items:
+                url = backend.registration.url
+                raise ValueError(f"two backends of service {backend.service} are both at {url}: name each url once")
+            items[key] = KeyValue(key, encode(backend.registration), _REVISION)
         self._listing = Listing(_REVISION, _CLUSTER_ID, tuple(items.values()))
 
     def __repr__(self) -> str:

@@ -2,20 +2,19 @@
 
 With a command, the command is the backend: it gets the signals that we get, its end is our end, its exit code is ours.
 SIGTERM and SIGINT reach it only when etcd has been told that it is draining (2 s at most), so that no gateway sends
-requests to a backend that has stopped listening. A key names the place of its backend: registered twice, it is one.
+requests to a backend that has stopped listening. A key stands for the place of a backend: registered twice, it is one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import re
 import signal
 from collections.abc import Callable, Sequence
 from random import Random
 
 from discovery.announce import Announcement, backend_announcement
-from discovery.endpoint import InvalidRegistration, Registration
+from discovery.endpoint import Registration, id_of_place
 from discovery.etcd import EtcdClient, EtcdSettings
 from gateway.children import CannotRun, die_with
 
@@ -40,7 +39,7 @@ async def register(
     Raises CannotRun when the command cannot be started, InvalidRegistration for what no gateway would take. An etcd
     that is away is waited for as long as it takes.
     """
-    key = f"{service}/{place(registration.url)}"
+    key = f"{service}/{id_of_place(registration.url)}"
     signals = _caught_signals()
     async with EtcdClient(EtcdSettings(endpoints=(etcd,))) as client:
         announcement = backend_announcement(client, key, registration, rng=rng)
@@ -51,14 +50,6 @@ async def register(
                 return await (_follow(process, announcement, signals) if process else _wait_for_end(signals))
             finally:
                 teller.cancel()
-
-
-def place(url: str) -> str:
-    """The id of the backend at this URL: host, port and path, in the characters that an id may have."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", url.partition("://")[2]).strip("-")
-    if not name:
-        raise InvalidRegistration(f"`{url}` is not an http(s) URL")
-    return name[:128]
 
 
 async def _start(command: Sequence[str]) -> asyncio.subprocess.Process:

@@ -47,6 +47,7 @@ TYPES_OF_IMPURE = ("random.Random",)
 # Source files without a mirror test, and why.
 WITHOUT_MIRROR = {
     "discovery/source.py": "types alone",
+    "gateway/register.py": "a process from end to end: tests/integration/test_register.py",
     "policies/errors.py": "nouns alone; tests/gateway/test_rescue.py has the table of what becomes of each",
     "policies/policy.py": "values alone; tests/policies/test_document.py makes every one of them",
 }

@@ -1,4 +1,5 @@
 import json
+import re
 from contextlib import suppress
 
 import pytest
@@ -14,6 +15,7 @@ from discovery.endpoint import (
     Registration,
     decode,
     encode,
+    id_of_place,
     literal_address,
 )
 
@@ -237,3 +239,13 @@ def test_any_text_for_a_url_is_refused_or_names_a_plain_place(text):
 def test_literal_addresses(text, address):
     found = literal_address(text)
     assert (str(found) if found else None) == address
+
+
+def test_an_id_stands_for_a_place_and_does_not_tell_it():
+    urls = ["http://127.0.0.1:9000", "http://127.0.0.1:9001", "http://gpu.example/base", "http://[::1]:9000/v2"]
+    ids = [id_of_place(url) for url in urls]
+    assert ids == [id_of_place(f"{url}/") for url in urls]
+    assert len(set(ids)) == len(urls)
+    for url, name in zip(urls, ids, strict=True):
+        assert decode(f"s/{name}", value(url=url)).key == f"s/{name}"
+        assert re.fullmatch("[0-9a-f]{12}", name)

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from discovery.endpoint import id_of_place
 from tests.support.raw_client import CHAT, RawClient, chat_request
 from tests.support.running_gateway import OPEN_POLICY, policy_with, running_gateway, until
 from tests.support.scripted_backend import BackendConnection, Hangup, ScriptedBackend
@@ -34,7 +35,8 @@ async def test_an_answer_passes_with_the_headers_that_the_contract_promises(tmp_
     assert (answer.status, answer.json["usage"]["completion_tokens"]) == (200, 5)
     assert answer.headers["x-request-id"] == "mine-1"
     assert answer.headers["x-weir-policy"] == gateway.policy.policy.version
-    assert answer.headers["x-weir-backend"] == f"127.0.0.1-{backend.port}"
+    assert answer.headers["x-weir-backend"] == id_of_place(backend.url)
+    assert "127.0.0.1" not in str(answer.headers)  # nobody learns a backend's address
     assert answer.headers["x-weir-attempts"] == "1"
     request = await last_request(gateway)
     assert (request["end_reason"], request["tokens_in"], request["tokens_out"]) == ("ok", 3, 5)

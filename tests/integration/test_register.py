@@ -9,10 +9,13 @@ import sys
 
 import pytest
 
+from discovery.endpoint import id_of_place
 from discovery.etcd import EtcdClient, EtcdSettings, EtcdSource
 from tests.support.etcd_server import EtcdServer
 
 pytestmark = pytest.mark.integration
+
+KEY = f"s/{id_of_place('http://127.0.0.1:9')}"
 
 # Notes each signal; ends on SIGTERM with code 7.
 COMMAND = """
@@ -62,8 +65,8 @@ async def test_registered_while_the_command_runs_draining_before_it_ends(etcd, r
         "--service", "s", "--url", "http://127.0.0.1:9", "--model", "m", "--etcd", etcd.url,
         "--", sys.executable, "-c", COMMAND, str(notes),
     )  # fmt: skip
-    assert await process.stderr.readline() == b"weir: s/127.0.0.1-9 is registered\n"
-    value = (await registered())["s/127.0.0.1-9"]
+    assert await process.stderr.readline() == f"weir: {KEY} is registered\n".encode()
+    value = (await registered())[KEY]
     assert (value["url"], value["models"]) == ("http://127.0.0.1:9", [{"name": "m"}])
 
     async def has_noted(word):
@@ -76,7 +79,7 @@ async def test_registered_while_the_command_runs_draining_before_it_ends(etcd, r
     process.send_signal(signal.SIGTERM)
 
     async def is_draining():
-        return (await registered()).get("s/127.0.0.1-9", {}).get("state") == "draining"
+        return (await registered()).get(KEY, {}).get("state") == "draining"
 
     await until(is_draining)
     assert await process.wait() == 7
@@ -97,7 +100,7 @@ async def test_the_end_of_the_command_is_the_end(etcd, registered):
 async def test_without_a_command_until_it_is_told_to_end(etcd, registered):
     process = await start("--service", "s", "--url", "http://127.0.0.1:9", "--etcd", etcd.url)
     assert b"is registered" in await process.stderr.readline()
-    assert "s/127.0.0.1-9" in await registered()
+    assert KEY in await registered()
     process.send_signal(signal.SIGINT)
     assert await process.wait() == 0
     assert await registered() == {}
@@ -107,7 +110,7 @@ async def test_without_a_command_until_it_is_told_to_end(etcd, registered):
     ("arguments", "code", "line"),
     [
         (("--url", "ftp://a", "--", "true"), 2, "weir: no gateway would take this registration: "),
-        (("--url", "nonsense"), 2, "weir: no gateway would take this registration: `nonsense` is not an http(s) URL"),
+        (("--url", "nonsense"), 2, "weir: no gateway would take this registration: url: expected http:// or https://"),
         (("--url", "http://a:1", "--", "/no/such"), 3, "weir: cannot start /no/such: No such file or directory"),
         (
             ("--url", "http://a:1", "--etcd", "127.0.0.1:2379"),

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from discovery.endpoint import id_of_place
 from observability.tracing import SpanExporter
 from tests.support.admin_client import page, scrape
 from tests.support.etcd_server import EtcdServer
@@ -83,7 +84,7 @@ async def test_a_trace_goes_through_to_the_backend_and_a_retry_is_in_its_tree(tm
     assert (failed.attributes["weir.outcome"], failed.is_error) == ("connect_fail", True)
     assert (good.attributes["weir.outcome"], good.is_error) == ("ok", False)
     assert {failed.attributes["weir.backend"], good.attributes["weir.backend"]} == {
-        f"127.0.0.1-{dead.port}",
+        id_of_place(dead.url),
         answer.headers["x-weir-backend"],
     }
     assert {"weir.authenticate", "weir.body", "weir.pick"} <= {span.name for span in children}
@@ -188,7 +189,7 @@ async def test_each_request_has_one_line_that_says_how_it_ended(tmp_path, capfd)
     good = next(line for line in lines if line["request_id"] == "good")
     assert (good["route"], good["service"], good["model"], good["consumer"]) == ("chat", "tiny", "tiny", "anonymous")
     assert (good["tokens_in"], good["tokens_out"], good["attempts"]) == (3, 5, 1)
-    assert good["backend"] == f"127.0.0.1-{backend.port}"
+    assert good["backend"] == id_of_place(backend.url)
 
 
 # Metrics
