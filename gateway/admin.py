@@ -3,13 +3,18 @@
 Nothing here is hot, so it is an ordinary aiohttp application. Never reachable from the data port. Without `admin.auth`
 it is bound to loopback only (config.py refuses anything else), and the Host header must be an address or localhost,
 so that a web page cannot reach it by a name of its own (DNS rebinding).
+
+Whoever asks without end must not take time from requests: all answers but those to probes are made one after the other
+and share an allowance of time, and beyond it there is 429. Metrics become text in a thread.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 from collections.abc import Awaitable, Callable, Mapping
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,7 @@ import msgspec
 from aiohttp import BasicAuth, web
 
 from observability.metrics import Metrics
+from policies.bucket import Bucket
 
 CONSOLE = Path(__file__).parent / "console"
 _SECURE = {
@@ -26,16 +32,23 @@ _SECURE = {
     "x-content-type-options": "nosniff",
 }
 _OPEN_TO_PROBES = frozenset({"/livez", "/readyz"})
+_PER_SECOND = 20.0  # answers, all kinds together
+_BURST = 40.0
+_SECONDS_EACH = 0.005  # one that takes longer counts as several: so all of them take a tenth of a core at most
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 View = Callable[[], Any]
 
 
 def admin_app(
-    metrics: Metrics, not_ready: Callable[[], tuple[str, ...]], views: Mapping[str, View], token: str | None
+    metrics: Metrics,
+    not_ready: Callable[[], tuple[str, ...]],
+    views: Mapping[str, View],
+    token: str | None,
+    clock: Callable[[], float],
 ) -> web.Application:
     """The application. `not_ready` gives the reasons against readiness; `views` the documents under /api/."""
-    app = web.Application(middlewares=[_guard(token)])
+    app = web.Application(middlewares=[_guard(token, Allowance(clock))])
     app.router.add_get("/livez", _live)
     app.router.add_get("/readyz", _ready(not_ready))
     app.router.add_get("/metrics", _metrics(metrics))
@@ -46,12 +59,38 @@ def admin_app(
     return app
 
 
-def _guard(token: str | None) -> Any:
+class Allowance:
+    """What the answers together may cost: a share of the time. Each counts as what the last one of its kind took."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._bucket = Bucket(_PER_SECOND, _BURST, clock())
+        self._costs: dict[Handler, float] = {}
+        self._turn = asyncio.Lock()
+
+    async def answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Answer when it is this request's turn. Raises HTTPTooManyRequests when the allowance is used up."""
+        async with self._turn:
+            begun = self._clock()
+            document = request.match_info.handler
+            wait = self._bucket.take(begun, self._costs.get(document, 1.0))
+            if wait:
+                raise web.HTTPTooManyRequests(
+                    text=f"The admin listener is asked too often; come back in {wait:.1f} s.\n",
+                    headers={"retry-after": str(ceil(wait))},
+                )
+            response = await handler(request)
+            self._costs[document] = min(max((self._clock() - begun) / _SECONDS_EACH, 1.0), _BURST)
+            return response
+
+
+def _guard(token: str | None, allowance: Allowance) -> Any:
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             _check(request, token)
-            response = await handler(request)
+            is_probe = request.path in _OPEN_TO_PROBES
+            response = await (handler(request) if is_probe else allowance.answer(request, handler))
         except web.HTTPException as refusal:
             refusal.headers.update(_SECURE)
             raise
@@ -109,7 +148,7 @@ def _ready(not_ready: Callable[[], tuple[str, ...]]) -> Handler:
 
 def _metrics(metrics: Metrics) -> Handler:
     async def scrape(request: web.Request) -> web.Response:
-        body, content_type = metrics.render(request.headers.get("accept", ""))
+        body, content_type = await asyncio.to_thread(metrics.snapshot().render, request.headers.get("accept", ""))
         return web.Response(body=body, headers={"content-type": content_type})
 
     return scrape

@@ -290,7 +290,8 @@ class Gateway:
     async def _listen_admin(self, stack: contextlib.AsyncExitStack) -> None:
         auth = self.config.admin.auth
         documents = views(self.fleet, self.discovery, self.policy, self.recent)
-        app = admin_app(self.metrics, self.not_ready, documents, auth.token if auth is not None else None)
+        token = auth.token if auth is not None else None
+        app = admin_app(self.metrics, self.not_ready, documents, token, self.clock)
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)

@@ -4,6 +4,9 @@ An event adds to plain lists, its cells. Which of them a request adds to is foun
 scrape turns them into Prometheus families. What others know better (in flight, breakers, revision) is read by a
 function when scraped: `gauge` and `counter`.
 
+A scrape of thousands of series is half a second of work, which no request may wait for. So it has two halves:
+`snapshot` copies the numbers, milliseconds at most, and what it returns is turned into text in another thread.
+
 Names and buckets are those of the OpenTelemetry GenAI conventions where these say something
 (https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics/).
 
@@ -14,11 +17,11 @@ a family stops at `MOST_SERIES` label sets and counts the rest under "other".
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import structlog
-from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
+from prometheus_client import PlatformCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
@@ -50,7 +53,9 @@ _OVERHEAD = (25e-6, 5e-5, 75e-6, 1e-4, 15e-5, 25e-5, 5e-4, 1e-3, 0.0025, 0.005, 
 Labels = tuple[str, ...]
 Cell = list[float]  # of a counter: [n]; of a histogram: one count per bucket, that of +Inf, and the sum
 Cells = tuple[Cell, Cell, Cell, Cell | None]  # requests, duration, overhead, limited
+Rows = list[tuple[Labels, Cell]]
 Read = Callable[[], Iterable[tuple[Labels, float]]]
+MakeFamily = Callable[[], Metric]  # from what was copied: in any thread
 
 
 class _Counter:
@@ -68,9 +73,12 @@ class _Counter:
             key = ("other",) * len(key)
         return self._cells.setdefault(key, self._new_cell())
 
-    def family(self) -> Metric:
+    def snapshot(self) -> MakeFamily:
+        return partial(self._family, [(values, cell[:]) for values, cell in self._cells.items()])
+
+    def _family(self, rows: Rows) -> Metric:
         family = CounterMetricFamily(self._name, self._text, labels=self._labels)
-        for values, cell in list(self._cells.items()):
+        for values, cell in rows:
             family.add_metric(values, cell[0])
         return family
 
@@ -85,10 +93,10 @@ class _Histogram(_Counter):
         super().__init__(name, text, *labels)
         self._bounds = bounds
 
-    def family(self) -> Metric:
+    def _family(self, rows: Rows) -> Metric:
         family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
         names = [*map(floatToGoString, self._bounds), "+Inf"]
-        for values, cell in list(self._cells.items()):
+        for values, cell in rows:
             family.add_metric(values, list(zip(names, _running(cell[:-1]), strict=True)), cell[-1])
         return family
 
@@ -124,12 +132,37 @@ class _Gauge(NamedTuple):
     labels: Labels
     read: Read
 
-    def family(self) -> Metric:
-        family = self.make(self.name, self.text, labels=self.labels)
+    def snapshot(self) -> MakeFamily:
         rows = {tuple(map(printable, values)): value for values, value in self.read()}  # a label set stands once
-        for values, value in list(rows.items())[:MOST_SERIES]:
+        return partial(self._family, list(rows.items())[:MOST_SERIES])
+
+    def _family(self, rows: list[tuple[Labels, float]]) -> Metric:
+        family = self.make(self.name, self.text, labels=self.labels)
+        for values, value in rows:
             family.add_metric(values, value)
         return family
+
+
+class Snapshot(Collector):
+    """The numbers of one moment. May be turned into text by another thread, while the next ones are counted."""
+
+    def __init__(self, families: list[MakeFamily], also: tuple[Collector, ...]) -> None:
+        self._families = families
+        self._also = also
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._families:
+            yield family()
+        for collector in self._also:
+            yield from collector.collect()
+
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """Write all families in the format that the Accept header asks for: (body, content type)."""
+        try:
+            encode, content_type = choose_encoder(accept)
+        except (TypeError, ValueError):  # a version that is no number
+            encode, content_type = choose_encoder("")
+        return encode(self), content_type
 
 
 class Metrics:
@@ -184,10 +217,7 @@ class Metrics:
         self._token_cells: dict[tuple[str, str], tuple[Cell, Cell]] = {}
         self._ends: dict[tuple[str, str, int, str, str], Cells] = {}
         self._read: list[_Gauge] = []
-        self._registry = CollectorRegistry()
-        self._registry.register(_Families(self._families))
-        ProcessCollector(registry=self._registry)
-        PlatformCollector(registry=self._registry)
+        self._of_process: tuple[Collector, ...] = (ProcessCollector(registry=None), PlatformCollector(registry=None))
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -209,13 +239,19 @@ class Metrics:
         self._read.append(_Gauge(CounterMetricFamily, name, text, labels, read))
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
-        """Write all families in the format that the Accept header asks for: (body, content type)."""
+        """Write all families as they are now in the format that the Accept header asks for: (body, content type)."""
+        return self.snapshot().render(accept)
+
+    def snapshot(self) -> Snapshot:
+        """Copy all numbers as they are now."""
         self._refresh()
-        try:
-            encode, content_type = choose_encoder(accept)
-        except (TypeError, ValueError):  # a version that is no number
-            encode, content_type = choose_encoder("")
-        return encode(self._registry), content_type
+        families = [counted.snapshot() for counted in self._counted]
+        for gauge in self._read:
+            try:
+                families.append(gauge.snapshot())
+            except Exception:  # noqa: BLE001  one reader's bug must not take all other metrics away
+                structlog.get_logger().exception("a metric could not be read", metric=gauge.name)
+        return Snapshot(families, self._of_process)
 
     def request_ended(self, event: RequestEnded) -> None:
         names = (event.route, event.service, event.status, event.end_reason, event.rule)
@@ -269,22 +305,3 @@ class Metrics:
             self._token_cells.clear()
         self._token_cells[service, model] = cells
         return cells
-
-    def _families(self) -> Iterator[Metric]:
-        for counted in self._counted:
-            yield counted.family()
-        for gauge in self._read:
-            try:
-                yield gauge.family()
-            except Exception:  # noqa: BLE001  one reader's bug must not take all other metrics away
-                structlog.get_logger().exception("a metric could not be read", metric=gauge.name)
-
-
-class _Families(Collector):
-    """What a registry wants: an object with `collect`."""
-
-    def __init__(self, families: Callable[[], Iterator[Metric]]) -> None:
-        self._families = families
-
-    def collect(self) -> Iterator[Metric]:
-        return self._families()

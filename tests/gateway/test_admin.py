@@ -1,3 +1,4 @@
+import asyncio
 import base64
 
 import pytest
@@ -9,6 +10,20 @@ from observability.metrics import Metrics
 TOKEN = "s3cret"
 
 
+class Now:
+    """A clock that stands, and a document that takes 50 ms of it to make."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def __call__(self) -> float:
+        return self.time
+
+    def take_long(self) -> dict[str, str]:
+        self.time += 0.05
+        return {}
+
+
 def basic(password: str) -> dict[str, str]:
     return {"authorization": "Basic " + base64.b64encode(f"me:{password}".encode()).decode()}
 
@@ -17,8 +32,9 @@ def bearer(token: str) -> dict[str, str]:
     return {"authorization": f"Bearer {token}"}
 
 
-def client(token: str | None = None, reasons: tuple[str, ...] = ()) -> TestClient:
-    app = admin_app(Metrics(), lambda: reasons, {"backends": lambda: {"backends": []}}, token)
+def client(token: str | None = None, reasons: tuple[str, ...] = (), now: Now | None = None) -> TestClient:
+    views = {"backends": lambda: {"backends": []}, "slow": (now or Now()).take_long}
+    app = admin_app(Metrics(), lambda: reasons, views, token, now or Now())
     return TestClient(TestServer(app))
 
 
@@ -127,3 +143,36 @@ async def test_why_it_is_not_ready() -> None:
         answer = await admin.get("/readyz")
         assert (answer.status, await answer.text()) == (503, "".join(reason + "\n" for reason in reasons))
         assert (await admin.get("/livez")).status == 200
+
+
+async def test_who_asks_without_end_is_told_when_to_come_back_and_probes_are_heard() -> None:
+    now = Now()
+    async with client(now=now) as admin:
+        answers = await asyncio.gather(*(admin.get(path) for path in ["/metrics", "/api/backends", "/", "/no"] * 25))
+        admitted = [answer for answer in answers if answer.status != 429]
+        assert len(admitted) == 40
+        refused = next(answer for answer in answers if answer.status == 429)
+        assert refused.headers["retry-after"] == "1"
+        assert refused.headers["cache-control"] == "no-store"
+        assert {(await admin.get(path)).status for path in ["/livez", "/readyz"] * 10} == {200}
+        now.time += 0.1
+        assert [(await admin.get("/metrics")).status for _ in range(3)] == [200, 200, 429]
+
+
+async def test_a_document_that_takes_long_may_be_asked_for_less_often() -> None:
+    now = Now()
+    async with client(now=now) as admin:
+        async with asyncio.timeout(10):
+            while (await admin.get("/api/slow")).status == 200:
+                pass
+        began, made = now.time, 0
+        for _ in range(1000):
+            now.time += 0.02
+            made += (await admin.get("/api/slow")).status == 200
+        assert 0.05 * made <= 0.1 * (now.time - began) + 0.05
+
+
+async def test_who_may_not_come_in_uses_up_nobodys_allowance() -> None:
+    async with client(TOKEN, now=Now()) as admin:
+        assert {(await admin.get("/metrics")).status for _ in range(100)} == {401}
+        assert (await admin.get("/metrics", headers=bearer(TOKEN))).status == 200

@@ -3,6 +3,7 @@
 import asyncio
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ async def test_a_browser_shows_what_the_api_says(tmp_path: Path):
     )
     recent(ended(stream=True))
     views = {**VIEWS, "requests": lambda: {"requests": recent.requests()}}
-    runner = web.AppRunner(admin_app(Metrics(), lambda: (), views, None), access_log=None)
+    runner = web.AppRunner(admin_app(Metrics(), lambda: (), views, None, time.perf_counter), access_log=None)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     try:

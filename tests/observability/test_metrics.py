@@ -127,6 +127,20 @@ def test_a_gauge_that_fails_takes_no_other_with_it(metrics):
     assert [line["metric"] for line in logs] == ["weir_broken"]
 
 
+def test_a_snapshot_is_of_its_moment(metrics):
+    inflight = {("tiny",): 3.0}
+    metrics.gauge("weir_inflight", "x", ("service",), inflight.items)
+    metrics.request_ended(ended())
+    snapshot = metrics.snapshot()
+    metrics.request_ended(ended())
+    metrics.request_ended(ended(route="new"))
+    inflight[("tiny",)] = 5.0
+    text, _ = snapshot.render()
+    assert b'weir_inflight{service="tiny"} 3.0' in text
+    assert b'weir_overhead_seconds_count{route="chat"} 1.0' in text
+    assert b'route="new"' not in text
+
+
 def test_a_gauge_tells_a_label_set_once(metrics):
     """A second one makes Prometheus refuse the whole scrape."""
     metrics.gauge("weir_inflight", "x", ("service",), lambda: [(("a",), 1.0), (("a",), 2.0)])

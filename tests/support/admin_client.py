@@ -1,5 +1,6 @@
 """What an operator sees of a running gateway: the documents and metrics of its admin listener."""
 
+import asyncio
 import json
 from dataclasses import dataclass
 
@@ -14,8 +15,13 @@ class Page:
 
 
 async def page(gateway, path: str) -> Page:
-    async with aiohttp.ClientSession() as session, session.get(f"http://{gateway.admin_address}{path}") as answer:
-        return Page(answer.status, await answer.text())
+    """What is there; asked again until it is, where the listener is asked too often."""
+    async with aiohttp.ClientSession() as session:
+        while True:
+            async with session.get(f"http://{gateway.admin_address}{path}") as answer:
+                if answer.status != 429:
+                    return Page(answer.status, await answer.text())
+            await asyncio.sleep(0.05)
 
 
 async def api(gateway, name: str):
