@@ -31,13 +31,24 @@ def test_the_body_tells_model_and_stream(body, asked) -> None:
     [
         b"", b"{", b"[]", b"null", b'"x"', b"{}", b'{"model":1}', b'{"model":null}', b'{"model":""}', b"\xff",
         b'{"model":"a","stream":"yes"}', b'{"model":"a","model":"b"}', b'{"model":"a","mod\\u0065l":"b"}',
-        b'{"model":"a","stream":false,"strea\\u006d":true}', b'{"model":"a","x":NaN}', b"[" * 100_000,
+        b'{"model":"a","stream":false,"strea\\u006d":true}', b'{"model":"a","stream":false,"\\u0073tream":true}',
+        b'{"model":"a","x":"\xff"}', b'{"model":"a","\xc1\xadodel":"b"}', b'{"model":"a","x":NaN}', b"[" * 100_000,
         b'{"model":"a"' + b',"x":{"y":' * 50_000, b'{"model":"a"} trailing',
     ],
 )  # fmt: skip
 def test_a_body_that_names_no_single_model_is_a_bad_request(body) -> None:
     with pytest.raises(errors.BadRequest):
         peek(with_body(body))
+
+
+@pytest.mark.parametrize(("key", "value"), [("model", '"b"'), ("stream", "false")])
+@pytest.mark.parametrize("form", ["\\u{:04x}", "\\u{:04X}"])
+def test_a_key_given_twice_is_found_whichever_of_its_letters_is_escaped(key, value, form) -> None:
+    for at, letter in enumerate(key):
+        escaped = key[:at] + form.format(ord(letter)) + key[at + 1 :]
+        for pair in (f'"{key}":{value},"{escaped}":{value}', f'"{escaped}":{value},"{key}":{value}'):
+            with pytest.raises(errors.BadRequest, match=f"`{key}` more than once"):
+                peek(with_body(f'{{{pair},"{"model" if key == "stream" else "stream"}":null}}'.encode()))
 
 
 def test_a_form_names_its_model_in_a_field() -> None:
