@@ -1,8 +1,8 @@
 """The composition root: from a Config to a running gateway. The only place that knows all parts, clocks and dice.
 
 Start: policy, keys and store first, then discovery's first list, then the data listener; readiness follows. A gateway
-whose etcd is away starts all the same and says so on /readyz. Stop: not ready, then no new connections, then the
-requests in flight get their time, then what is left is told that the gateway is shutting down.
+whose etcd or whose identity providers are away starts all the same and says so on /readyz. Stop: not ready, then no new
+connections, then the requests in flight get their time, then what is left is told that the gateway is shutting down.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ from gateway.pipeline import InForce, Pipeline, Settings
 from gateway.reload import EtcdPolicy, FilePolicy, PolicySource
 from gateway.server import DataServer
 from gateway.store import RedisStore
+from gateway.supply import check_supply
 from gateway.upstream.endpoint import Backend
 from gateway.upstream.fleet import Fleet
 from gateway.views import views
@@ -101,6 +102,8 @@ class Gateway:
         self.discovery: Discovery
         self.forwarder: Forwarder
         self.policy: PolicySource
+        self.keys: KeyStore
+        self.is_listening = False  # on the data port
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Gateway]:
@@ -114,7 +117,7 @@ class Gateway:
             background(self.policy.run())
 
             session = await stack.enter_async_context(aiohttp.ClientSession())
-            keys = KeyStore(self.policy.policy.issuers, session, observe, self.rng)
+            self.keys = keys = KeyStore(self.policy.policy.issuers, session, observe, self.rng)
             background(keys.run())
             await keys.wait_tried()
 
@@ -177,6 +180,11 @@ class Gateway:
             reasons.append("the gateway is draining")
         if not self.discovery.watch.revision and self.discovery.watch.state is heard.SyncState.COLD:
             reasons.append("discovery has not listed the backends yet")
+        if not self.is_listening:
+            reasons.append("the data port is not open yet")
+        policy = self.policy.policy
+        if not policy.anonymous and not any(self.keys.keys_of(issuer) for issuer in policy.issuers):
+            reasons.append("no issuer's keys could be read yet, so nobody could be let in")
         return tuple(reasons)
 
     # Parts
@@ -324,6 +332,7 @@ class Gateway:
         except OSError as error:
             raise _cannot_listen("listen", listen, error) from error
         self.data_address = Address(listen.host, listener.sockets[0].getsockname()[1])
+        self.is_listening = True
         stack.push_async_callback(self._drain, listener, server)
 
     # Ends
@@ -362,6 +371,7 @@ class Gateway:
 
 async def serve(settings: Config, *, worker: int | None = None) -> None:
     """Run a gateway until SIGTERM or SIGINT, which drain it; a second one ends it at once. Raises CannotRun."""
+    check_supply()
     _raise_file_limit()
     sys.setswitchinterval(0.0005)  # threads write logs and export spans: none may hold the loop for Python's usual 5 ms
     loop = asyncio.get_running_loop()

@@ -103,20 +103,37 @@ def test_why_it_cannot_listen(error, says) -> None:
     assert str(module._cannot_listen("listen", Address("127.0.0.1", 80), error)) == says
 
 
+DRAINING = "the gateway is draining"
+NOT_LISTED = "discovery has not listed the backends yet"
+NOT_OPEN = "the data port is not open yet"
+NO_KEYS = "no issuer's keys could be read yet, so nobody could be let in"
+
+
 @pytest.mark.parametrize(
-    ("draining", "revision", "state", "reasons"),
+    ("changes", "reasons"),
     [
-        (False, 0, SyncState.WATCHING, ()),
-        (False, 7, SyncState.STALE, ()),
-        (False, 0, SyncState.COLD, ("discovery has not listed the backends yet",)),
-        (True, 7, SyncState.WATCHING, ("the gateway is draining",)),
-        (True, 0, SyncState.COLD, ("the gateway is draining", "discovery has not listed the backends yet")),
+        ({}, ()),
+        ({"revision": 0}, ()),
+        ({"state": SyncState.STALE}, ()),
+        ({"revision": 0, "state": SyncState.COLD}, (NOT_LISTED,)),
+        ({"draining": True}, (DRAINING,)),
+        ({"draining": True, "revision": 0, "state": SyncState.COLD}, (DRAINING, NOT_LISTED)),
+        ({"listening": False}, (NOT_OPEN,)),
+        ({"keys": {"a": None, "b": None}}, (NO_KEYS,)),
+        ({"keys": {"a": None, "b": "a set"}}, ()),
+        ({"keys": {"a": None}, "anonymous": True}, ()),
+        ({"keys": {}, "anonymous": True}, ()),
     ],
 )
-def test_readiness(tmp_path, draining, revision, state, reasons) -> None:
+def test_readiness(tmp_path, changes, reasons) -> None:
+    normal = {"draining": False, "revision": 7, "state": SyncState.WATCHING, "listening": True, "keys": {"a": "a set"}}
+    told = SimpleNamespace(**{**normal, "anonymous": False, **changes})
     gateway = Gateway(config(tmp_path))
-    gateway.pipeline = SimpleNamespace(draining=draining)
-    gateway.discovery = SimpleNamespace(watch=SimpleNamespace(revision=revision, state=state))
+    gateway.pipeline = SimpleNamespace(draining=told.draining)
+    gateway.discovery = SimpleNamespace(watch=SimpleNamespace(revision=told.revision, state=told.state))
+    gateway.is_listening = told.listening
+    gateway.policy = SimpleNamespace(policy=SimpleNamespace(anonymous=told.anonymous, issuers=tuple(told.keys)))
+    gateway.keys = SimpleNamespace(keys_of=told.keys.get)
     assert gateway.not_ready() == reasons
 
 
