@@ -82,7 +82,7 @@ class Call:
         wanted = name.encode("ascii", "replace")
         for key, value in self.lines:
             if key.lower() == wanted:
-                return value.decode("latin-1")
+                return value.rstrip(b" \t").decode("latin-1")
         return None
 
 
@@ -139,7 +139,7 @@ def accept(call: Call) -> None:
     elif head.host is None:
         raise errors.BadRequest("There must be exactly one Host header, naming a host.")
     call.resource.check()
-    if method in _BODYLESS and (head.chunked or call.content_length not in (b"", b"0")):
+    if method in _BODYLESS and (head.chunked or call.content_length.strip(b"0 \t")):
         raise errors.BadRequest(f"A {method} request must not have a body.")
 
 

@@ -16,7 +16,7 @@ Lines = list[tuple[bytes, bytes]]
 
 # What happens to a header of the request. Names not in the table go on unchanged.
 FORWARD, DROP, AUTHORIZATION, HOST, CONNECTION, REQUEST_ID, TRACEPARENT, TRACESTATE, CONTENT_TYPE = range(9)
-CONTENT_ENCODING, EXPECT, TRANSFER_ENCODING = range(9, 12)
+CONTENT_ENCODING, EXPECT, TRANSFER_ENCODING, LOOKALIKE = range(9, 13)
 
 _TABLE: Final[dict[bytes, int]] = {
     b"authorization": AUTHORIZATION,
@@ -53,6 +53,10 @@ _NEEDED: Final = frozenset(
     {b"authorization", b"host", b"content-length", b"transfer-encoding", b"content-type", b"expect"}
 )
 
+# A name that somebody behind the gateway might take for one that frames a message: `Transfer_Encoding`.
+_FRAMING: Final = frozenset({b"contentlength", b"transferencoding"})
+_NO_LETTERS: Final = re.compile(rb"[^a-z]+")
+
 _SANE_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}").fullmatch
 _HOST: Final = re.compile(rb"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?").fullmatch
 
@@ -66,7 +70,9 @@ def action_of(name: bytes) -> int:
         return known
     lower = name.lower()
     action = _TABLE.get(lower, FORWARD)
-    if lower.startswith(_OURS) or b"_" in lower:
+    if action == FORWARD and _NO_LETTERS.sub(b"", lower) in _FRAMING:
+        action = LOOKALIKE
+    elif lower.startswith(_OURS) or b"_" in lower:
         # `_` names can turn into `-` names behind the gateway (CGI, WSGI), and so into ours
         action = DROP
     if len(_actions) < 1024:
@@ -104,8 +110,8 @@ class Head:
     def _read(self, lines: Lines) -> None:
         forwarded: list[bytes] = []
         nominated = tracestate = b""
-        for name, value in lines:
-            action = action_of(name)
+        for name, padded in lines:
+            action, value = action_of(name), padded.rstrip(b" \t")  # the parser leaves what stands behind a value
             if action == FORWARD:
                 forwarded.append(b"%b: %b\r\n" % (name, value))
             elif action == CONNECTION:
@@ -140,7 +146,11 @@ class Head:
         elif action == TRACEPARENT:
             self.parent = parse_traceparent(value)
         elif action == TRANSFER_ENCODING:
+            if self.chunked or value.lower() != b"chunked":
+                raise errors.BadRequest("The only Transfer-Encoding accepted here is `chunked`, once.")
             self.chunked = True
+        elif action == LOOKALIKE:
+            raise errors.BadRequest("A header must not be named almost like Content-Length or Transfer-Encoding.")
         elif action == EXPECT:
             if value.lower() != b"100-continue":
                 raise errors.ExpectationFailed("The only expectation met here is 100-continue.")

@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 from policies import errors
 
-_TARGET: Final = re.compile(r"/[!-~]*").fullmatch
+_TARGET: Final = re.compile(r"/[!\"$-~]*").fullmatch  # printable, and no `#`: some cut a target there
 # Forms of a path that two readers may understand differently: they are routed nowhere. Letters, digits and `-_~` are
 # among them where they are encoded: whoever decodes them would see another path than the route did (RFC 3986, 6.2.2.2).
 _AMBIGUOUS: Final = re.compile(
@@ -67,7 +67,7 @@ def resource_of(encoded: bytes) -> Resource:
 
 def _problem_of(target: str, path: str) -> tuple[type[errors.Refusal], str] | None:
     if not _TARGET(target):
-        return errors.BadRequest, "The request target must be a path in printable ASCII."
+        return errors.BadRequest, "The request target must be a path in printable ASCII, without a fragment (`#`)."
     if "%" in target and _CONTROL(target):
         return errors.BadRequest, "The request target must not contain encoded control characters."
     if _AMBIGUOUS(path):

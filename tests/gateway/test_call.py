@@ -51,6 +51,15 @@ def test_what_two_readers_could_understand_differently_is_refused(request_bytes,
         accepted(request_bytes)
 
 
+@pytest.mark.parametrize("length", ["0", "00", "0 \t"])
+def test_a_length_of_nothing_is_no_body(length) -> None:
+    assert accepted(head("/x", f"content-length: {length}", method="GET")).is_whole
+
+
+def test_what_stands_behind_a_value_is_no_part_of_it() -> None:
+    assert accepted(head("/x", "X-Team: blue \t")).header("x-team") == "blue"
+
+
 def test_an_old_client_is_not_kept() -> None:
     call = accepted(b"POST /x HTTP/1.0\r\nconnection: keep-alive\r\ncontent-length: 1\r\n\r\n")
     assert (call.keep_alive, call.http10) == (False, True)

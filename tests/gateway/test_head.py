@@ -44,6 +44,14 @@ def test_other_headers_go_on_less_those_that_connection_names() -> None:
         (["connection: authorization"], errors.BadRequest),
         (["connection: close, x-weir-consumer"], errors.BadRequest),
         (["connection: Content-Length"], errors.BadRequest),
+        (["transfer-encoding: gzip, chunked"], errors.BadRequest),
+        (["transfer-encoding: ,chunked"], errors.BadRequest),
+        (["transfer-encoding: xchunked"], errors.BadRequest),
+        (["transfer-encoding: chunked;a=b"], errors.BadRequest),
+        (["transfer-encoding: chunked", "transfer-encoding: chunked"], errors.BadRequest),
+        (["Transfer_Encoding: chunked"], errors.BadRequest),
+        (["transfer---encoding: chunked"], errors.BadRequest),
+        (["Content_Length: 3"], errors.BadRequest),
     ],
 )
 def test_what_two_readers_could_understand_differently_is_refused(lines, refusal) -> None:
@@ -61,6 +69,9 @@ def test_what_two_readers_could_understand_differently_is_refused(lines, refusal
         ("connection: keep-alive", "closes", False),
         ("expect: 100-Continue", "expects_continue", True),
         ("transfer-encoding: chunked", "chunked", True),
+        ("Transfer-Encoding: CHUNKED \t", "chunked", True),
+        ("Host: a:80 \t", "host", b"a:80"),  # what stands behind a value is no part of it (RFC 9110, 5.5)
+        ("x-team: blue ", "forwarded", b"x-team: blue\r\n"),
         ("content-encoding: identity", "chunked", False),
         ("x-request-id: abc-1", "request_id", b"abc-1"),
         ("x-request-id: a b", "request_id", b""),

@@ -46,6 +46,8 @@ def test_a_query_is_no_part_of_the_path() -> None:
         (b"/v1/%00", errors.BadRequest),
         (b"/v1/a%0d%0ab", errors.BadRequest),
         (b"/v1/a?b=%0A", errors.BadRequest),
+        (b"/v1/models#/admin", errors.BadRequest),
+        (b"/v1/models?a#b", errors.BadRequest),
         (b"//v1/models", errors.NoRoute),
         (b"/v1/%2e%2e/admin", errors.NoRoute),
         (b"/v1/../admin", errors.NoRoute),
