@@ -1,9 +1,9 @@
 """Accept, the connection's half: bytes from a client become calls, one after another.
 
 httptools (llhttp, strict) parses; this file holds what a hostile client must not get around: a deadline for the head, a
-limit of its size, of connections and of requests sent ahead, back-pressure on bodies that nobody reads yet, one refusal
-without an echo for what cannot be parsed. A connection serves its requests in one task of its own; when the client
-leaves, that task is cancelled wherever it waits.
+limit of its size, of connections and of requests sent ahead, back-pressure on bodies that nobody reads yet, a bound on
+what frames a body (chunk extensions, trailers), one refusal without an echo for what cannot be parsed. A connection
+serves its requests in one task of its own; when the client leaves, that task is cancelled wherever it waits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ HELD_BYTES: Final = 64 * 1024  # of a body that nobody has asked for yet
 MOST_LINES: Final = 100  # of a head
 MOST_AHEAD: Final = 128  # requests sent before the first is answered; those beyond are not served
 UNREAD_SECONDS: Final = 30.0  # how long a client may leave what it was sent unread
-LINGER_SECONDS: Final = 2.0  # a body nobody wants is thrown away this long, so that the client gets to read its refusal
+LINGER_SECONDS: Final = 2.0  # a client whose body nobody wants has this long to read its refusal
+LINGER_BYTES: Final = 64 * 1024  # of such a body that are read and thrown away
 
 # Serves one call; tells whether its connection may carry another.
 Handle = Callable[[Call], Awaitable[bool]]
@@ -78,10 +79,10 @@ class ClientConnection:
     """One client's connection, an asyncio protocol. `relay` is whoever is writing an answer to it."""
 
     __slots__ = (
-        "_ahead", "_alarm", "_arrival", "_body_wakeup", "_call", "_drained", "_head_bytes", "_head_timer", "_hold",
-        "_in_head", "_is_first_read", "_is_reading_paused", "_is_writing_paused", "_known", "_known_lines", "_length",
-        "_lines", "_parser", "_quiet_since", "_reading", "_received", "_server", "_takes_more", "_target", "_task",
-        "caller", "forwarded_lines", "loop", "relay", "transport",
+        "_ahead", "_alarm", "_arrival", "_body_wakeup", "_call", "_drained", "_framing_bytes", "_head_bytes",
+        "_head_timer", "_hold", "_in_head", "_is_first_read", "_is_reading_paused", "_is_writing_paused", "_known",
+        "_known_lines", "_length", "_lines", "_parser", "_quiet_since", "_reading", "_received", "_server",
+        "_takes_more", "_target", "_task", "caller", "forwarded_lines", "loop", "relay", "transport",
     )  # fmt: skip
 
     def __init__(self, server: DataServer, loop: asyncio.AbstractEventLoop) -> None:
@@ -108,6 +109,7 @@ class ClientConnection:
         self._target = self._length = b""
         self._lines: Lines = []
         self._reading: Call | None = None  # whose body is coming
+        self._framing_bytes = 0  # whole reads since the last piece of it
         self._hold = HELD_BYTES  # how much of it may come before reading is paused
         self._body_wakeup: Wakeup | None = None
         self._is_reading_paused = False
@@ -162,12 +164,17 @@ class ClientConnection:
             self._parser.feed_data(data)
         except httptools.HttpParserCallbackError:
             raise  # a bug of ours: the event loop logs it and closes the connection
-        except httptools.HttpParserUpgrade:
+        except httptools.HttpParserUpgrade as upgrade:
+            if self._stays_with_http():
+                self.data_received(data[upgrade.args[0] :])
+                return
             self._takes_more = False  # what follows the request is another protocol's
         except httptools.HttpParserError:
             self._unreadable()
         if self._in_head:
             self._measure_head()
+        elif self._reading is not None:
+            self._measure_framing()
         if self._body_wakeup is not None:
             self._wake_for_body()
         if self._ahead:
@@ -221,12 +228,14 @@ class ClientConnection:
             self._takes_more = False
         else:
             self._reading = call
+            self._framing_bytes = -self._received
             self._ahead.append(call)
 
     def on_body(self, data: bytes) -> None:
         call = self._reading
         if call is None:
             return
+        self._framing_bytes = -self._received
         call.size = size = call.size + len(data)
         if call.pieces is not None:
             call.pieces.append(data)
@@ -244,6 +253,22 @@ class ClientConnection:
                 call.body, call.pieces = b"".join(call.pieces), None
             call.is_whole = True
 
+    def _stays_with_http(self) -> bool:
+        """A request asked for another protocol: whether its body comes first, which the parser then has left out.
+
+        Nobody here speaks another protocol, so it is served as if it had not asked (RFC 9110, 7.8), and a new parser
+        reads the body.
+        """
+        call = self._ahead[-1] if self._takes_more and self._ahead else None
+        if not isinstance(call, Call) or not (framing := _framing_of(call)):
+            return False
+        self._parser = parser = httptools.HttpRequestParser(self)
+        self._takes_more = False  # while the parser is told where it is, by a head that nobody is to hear of
+        parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n" % framing)
+        self._takes_more = True
+        self._reading, call.is_whole = call, False
+        return True
+
     def _unreadable(self) -> None:
         call, self._reading = self._reading, None
         self._takes_more = False
@@ -258,6 +283,12 @@ class ClientConnection:
         self._head_bytes = self._parsed_head_bytes() if self._is_first_read else self._head_bytes + self._received
         if self._head_bytes > self._server.header_bytes or len(self._lines) > MOST_LINES:
             self._refuse_head()
+
+    def _measure_framing(self) -> None:
+        """A body is not complete: who reads it bounds its pieces, this bounds what stands between and behind them."""
+        self._framing_bytes += self._received
+        if self._framing_bytes > self._server.header_bytes:
+            self._unreadable()
 
     def _is_head_too_large(self) -> bool:
         most = self._server.header_bytes
@@ -430,12 +461,24 @@ class ClientConnection:
         return True
 
     async def _is_thrown_away(self, call: Call) -> bool:
-        """Read and forget a body that nobody wanted: a close with bytes unread would take the answer with it."""
+        """Read and forget a body that nobody wanted: a close with bytes unread could take the answer with it.
+
+        Only a little: who goes on sending is not read any more, and closed once there was time to read the answer.
+        """
+        call.body, call.pieces, call.size = b"", None, 0
         try:
             async with asyncio.timeout(LINGER_SECONDS):
-                while not call.is_whole and not call.is_broken:
-                    call.body, call.pieces, call.size = b"", None, 0
-                    await self.receive_body(call, HELD_BYTES)
+                await self.receive_body(call, LINGER_BYTES)
+                if not (call.is_whole or call.is_broken):
+                    await asyncio.sleep(LINGER_SECONDS)
         except TimeoutError:
             return False
         return call.is_whole
+
+
+def _framing_of(call: Call) -> bytes:
+    """The header lines that say how long the body of a request is; none where it has none."""
+    lines = [b"%b: %b\r\n" % line for line in call.lines if line[0].lower() == b"transfer-encoding"]
+    if call.content_length.strip(b"0 \t"):
+        lines.append(b"content-length: %b\r\n" % call.content_length)
+    return b"".join(lines)

@@ -16,7 +16,7 @@ import httptools
 if TYPE_CHECKING:
     from gateway.upstream.pool import Pool
 
-MAX_HEAD_BYTES = 64 * 1024
+MAX_HEAD_BYTES = 64 * 1024  # of a head; and of what stands between and behind a body's pieces, such as trailers
 
 
 class Answer(Protocol):
@@ -34,8 +34,8 @@ class Connection:
     """An asyncio protocol: idle (answer is None) => busy (start) => idle (whole answer) or closed (anything else)."""
 
     __slots__ = (
-        "_alarm", "_head_bytes", "_headers", "_in_head", "_is_paused", "_keeps_alive", "_parser", "_rings_at", "answer",
-        "got_bytes", "idle_since", "leftover", "pool", "reused", "transport", "whole",
+        "_alarm", "_bodyless_bytes", "_headers", "_in_head", "_is_paused", "_keeps_alive", "_parser", "_rings_at",
+        "answer", "got_bytes", "idle_since", "leftover", "pool", "reused", "transport", "whole",
     )  # fmt: skip
 
     transport: asyncio.Transport
@@ -51,7 +51,7 @@ class Connection:
         self.whole = False  # the current answer has ended as its framing says
         self.leftover = False  # bytes came after the end of the answer
         self._in_head = True
-        self._head_bytes = 0
+        self._bodyless_bytes = 0  # since the last piece of a body, or since the answer began
         self._headers: list[tuple[bytes, bytes]] = []
         self._keeps_alive = False
         self._is_paused = False
@@ -63,7 +63,7 @@ class Connection:
         """Send a request; from here on `answer` hears what comes."""
         self.answer = answer
         self.got_bytes = self.whole = self.leftover = False
-        self._in_head, self._head_bytes, self._headers = True, 0, []
+        self._in_head, self._bodyless_bytes, self._headers = True, 0, []
         self.transport.write(head_and_body)
 
     def finish(self, now: float) -> None:
@@ -131,8 +131,7 @@ class Connection:
             self.close()
             return
         self.got_bytes = True
-        if self._in_head:
-            self._head_bytes += len(data)
+        self._bodyless_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserCallbackError:
@@ -140,7 +139,7 @@ class Connection:
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self._unreadable(answer)
             return
-        if self._in_head and self._head_bytes > MAX_HEAD_BYTES:
+        if self._bodyless_bytes > MAX_HEAD_BYTES and not self.whole:
             self.leftover = True
             answer.on_broken("upstream_protocol")
             return
@@ -184,6 +183,7 @@ class Connection:
         self.answer.on_head(self._parser.get_status_code(), headers)
 
     def on_body(self, data: bytes) -> None:
+        self._bodyless_bytes = 0
         if self.answer is not None and not self.whole:
             self.answer.on_body(data)
 

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from gateway.call import Call
-from gateway.server import MOST_AHEAD, UNREAD_SECONDS
+from gateway.server import LINGER_BYTES, LINGER_SECONDS, MOST_AHEAD, UNREAD_SECONDS
 from tests.support.http_message import heard
 from tests.support.listener import Listener
 from tests.support.virtual_clock import virtual_time
@@ -114,6 +114,39 @@ async def test_a_head_too_large_is_refused_before_it_is_whole(cut) -> None:
 )
 def test_what_a_connection_hears(data, found) -> None:
     assert [call.resource.encoded if isinstance(call, Call) else call.status for call in heard(data)] == found
+
+
+UPGRADE = b"POST /x HTTP/1.1\r\nhost: a\r\nconnection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\n"
+
+
+@pytest.mark.parametrize("cut", [1000, 40, 1])
+@pytest.mark.parametrize(
+    "framed",
+    [b"content-length: 3\r\n\r\nabc", b"transfer-encoding: chunked\r\n\r\n1\r\na\r\n2\r\nbc\r\n0\r\nx: y\r\n\r\n"],
+)
+@virtual_time
+async def test_a_request_that_asks_for_another_protocol_keeps_its_body(framed, cut) -> None:
+    calls = []
+
+    async def remember(call) -> bool:
+        await call.connection.receive_body(call, 100)
+        calls.append(call)
+        return False
+
+    client, transport = Listener(remember).connect()
+    sent = UPGRADE + framed
+    for start in range(0, len(sent), cut):
+        client.data_received(sent[start : start + cut])
+        await settle()
+    assert [(call.body, call.is_whole, len(call.lines)) for call in calls] == [(b"abc", True, len(calls[0].lines))]
+    assert (b"x", b"y") not in calls[0].lines
+    assert transport.closed == "close"
+
+
+def test_requests_behind_one_that_asks_for_another_protocol_are_read_as_http_if_it_has_a_body() -> None:
+    post = UPGRADE + b"content-length: 3\r\n\r\nabc"
+    assert [call.body for call in heard(post * 3 + GET)] == [b"abc", b"abc", b"abc", b""]
+    assert [call.body for call in heard(post + UPGRADE + b"\r\n" + GET)] == [b"abc", b""]
 
 
 def test_trailers_are_no_header_lines() -> None:
@@ -294,6 +327,62 @@ async def test_a_body_that_does_not_come_is_not_waited_for() -> None:
     client.data_received(b"POST /x HTTP/1.1\r\nhost: a\r\ncontent-length: 10\r\n\r\n12345")
     await asyncio.sleep(3)
     assert transport.closed == "close"
+
+
+@virtual_time
+async def test_of_a_body_that_nobody_wants_little_is_read() -> None:
+    client, transport = Listener().connect()
+    client.data_received(b"POST /x HTTP/1.1\r\nhost: a\r\ncontent-length: 1000000000\r\n\r\n")
+    await settle()
+    sent = 0
+    while not transport.is_reading_paused:
+        client.data_received(b"x" * 1000)
+        sent += 1000
+    assert LINGER_BYTES < sent <= LINGER_BYTES + 1000
+    await asyncio.sleep(LINGER_SECONDS - 0.1)
+    assert (transport.written, transport.closed) == (b"/x", "")  # time to read the answer
+    await asyncio.sleep(0.2)
+    assert transport.closed == "close"
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [b"5;a=", b"5\r\nhello\r\n0\r\nx: ", b"5\r\nhello\r\n0\r\n" + b"x: y\r\n" * 10],
+    ids=["a chunk extension", "a trailer", "trailers"],
+)
+@virtual_time
+async def test_what_frames_a_body_is_bounded(endless) -> None:
+    async def read(call) -> bool:
+        await call.connection.receive_body(call, 1_000_000)
+        call.connection.write(b"broken" if call.is_broken else b"whole")
+        return False
+
+    client, transport = Listener(read).connect()
+    client.data_received(b"POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n")
+    client.data_received(endless)
+    sent = 0
+    while not transport.closed and sent < 1_000_000:
+        client.data_received(b"x" * 100)
+        sent += 100
+        await settle()
+    assert (transport.written, transport.closed) == (b"broken", "close")
+    assert sent <= 8192 + 200
+
+
+@virtual_time
+async def test_small_chunks_are_no_framing_without_end() -> None:
+    async def read(call) -> bool:
+        await call.connection.receive_body(call, 1_000_000)
+        call.connection.write(b"%d" % len(call.body))
+        return True
+
+    client, transport = Listener(read).connect()
+    client.data_received(b"POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n")
+    for _ in range(10_000):
+        client.data_received(b"1\r\na\r\n")
+    client.data_received(b"0\r\n\r\n")
+    await settle()
+    assert transport.written == b"10000"
 
 
 # Clients that do not read

@@ -145,7 +145,17 @@ def test_a_head_that_does_not_end_is_bounded(pool, piece) -> None:
         connection.data_received(piece)
         if listener.heard[-1] == "upstream_protocol":
             break
-    assert connection._head_bytes <= MAX_HEAD_BYTES + len(piece)
+    assert connection._bodyless_bytes <= MAX_HEAD_BYTES + len(piece)
+    assert listener.heard[-1] == "upstream_protocol"
+
+
+@pytest.mark.parametrize("endless", [b"2;evil=", b"2\r\nhi\r\n0\r\nx-evil: "], ids=["an extension", "a trailer"])
+def test_what_frames_a_body_is_bounded_too(pool, endless) -> None:
+    connection = connected(pool)
+    listener = exchange(connection, CHUNKED + endless)
+    for _ in range(MAX_HEAD_BYTES // 1000 + 1):
+        assert listener.heard[-1] == "flush"
+        connection.data_received(b"x" * 1000)
     assert listener.heard[-1] == "upstream_protocol"
 
 
