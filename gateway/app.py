@@ -78,6 +78,8 @@ FIRST_LIST_SECONDS = 5.0
 LAG_PERIOD_SECONDS = 0.5
 GC_ALLOCATIONS = 50_000  # a request makes no cycles: looking for them after each 700 new objects costs 5 % for nothing
 MAX_POLICY_BYTES = 1024 * 1024
+RESERVED_FILES = 64  # for what is not a request: listeners, etcd, Redis, keys, probes, the log
+FEWEST_CONNECTIONS = 16
 
 
 class Gateway:
@@ -160,7 +162,7 @@ class Gateway:
                 idle=limits.idle,
                 head_timeout=limits.head_timeout,
                 header_bytes=limits.header,
-                connections=limits.connections,
+                connections=self._most_connections(),
             )
             background(self._measure_lag())
             register_gauges(
@@ -311,6 +313,20 @@ class Gateway:
             raise _cannot_listen("admin.listen", listen, error) from error
         self.admin_address = Address(listen.host, runner.addresses[0][1])
 
+    def _most_connections(self) -> int:
+        """How many clients at a time, and a word to the operator if it is fewer than were asked for."""
+        wanted, files = self.config.limits.connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        most = most_connections(wanted, files)
+        if most < wanted:
+            structlog.get_logger().warning(
+                "fewer connections than limits.connections",
+                connections=most,
+                wanted=wanted,
+                open_files=files,
+                hint="raise the limit of open files (ulimit -n, LimitNOFILE), or lower limits.connections",
+            )
+        return most
+
     async def _listen_data(self, stack: contextlib.AsyncExitStack, server: DataServer) -> None:
         listen, tls = self.config.listen, self.config.tls
         context = None
@@ -414,6 +430,17 @@ async def _background() -> AsyncIterator[Callable[..., None]]:
         if len(failures.exceptions) > 1:
             raise
         raise failures.exceptions[0] from None
+
+
+def most_connections(wanted: int, files: int) -> int:
+    """How many clients a process with so many open files may take at a time.
+
+    Each may need a second one for its backend. Who would be one too many is closed at once, so that no request, probe
+    or lease fails for want of a file.
+    """
+    if files == resource.RLIM_INFINITY:
+        return wanted
+    return min(wanted, max(FEWEST_CONNECTIONS, files // 2 - RESERVED_FILES))
 
 
 def _tell_breaker(observe: events.Observer) -> Callable[[Backend, State], None]:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import json
 import os
 import signal
 import socket
@@ -234,6 +235,29 @@ def reachable(address: Address) -> bool:
     with contextlib.suppress(OSError), socket.create_connection((address.host, address.port), 1):
         return True
     return False
+
+
+@pytest.mark.parametrize(
+    ("wanted", "files", "most"),
+    [
+        (20_000, 1_048_576, 20_000),
+        (20_000, 1024, 448),
+        (20_000, 256, 64),
+        (20_000, 20, 16),
+        (10, 20, 10),
+        (20_000, -1, 20_000),
+    ],
+)
+def test_there_are_no_more_clients_than_files_can_be_opened_for(wanted, files, most) -> None:
+    assert module.most_connections(wanted, files) == most
+
+
+async def test_the_operator_is_told_that_files_allow_fewer_clients(tmp_path, monkeypatch, capfd) -> None:
+    monkeypatch.setattr("gateway.app.resource.getrlimit", lambda _: (256, 256))
+    async with running_gateway(tmp_path):
+        pass
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [(line["connections"], line["open_files"]) for line in lines if "fewer" in line["event"]] == [(64, 256)]
 
 
 async def test_two_failures_at_once_are_both_told() -> None:
