@@ -411,7 +411,15 @@ PROBE_LIMIT = Limit(1, Rate(1.0, 1.0))
 PROBE = Ask(need=0, spare=0, held=0, back=1, debt=0, quiet=0.0, ack=0, sent_at=0.0)
 """Gives back a token that nobody took: it changes nothing, but it is written."""
 
-CALL_FAILURES = (failures.RedisError, failures.RedisClusterException, OSError, TimeoutError, StoreAnswerError)
+# RuntimeError is what uvloop says to whoever writes to a connection that was reset while nobody used it.
+CALL_FAILURES = (
+    failures.RedisError,
+    failures.RedisClusterException,
+    OSError,
+    RuntimeError,
+    TimeoutError,
+    StoreAnswerError,
+)
 REASONS: tuple[tuple[tuple[type[Exception], ...], str], ...] = (
     ((TimeoutError, failures.TimeoutError), "timeout"),
     ((failures.ReadOnlyError,), "read-only"),
@@ -419,7 +427,7 @@ REASONS: tuple[tuple[tuple[type[Exception], ...], str], ...] = (
     ((failures.BusyLoadingError,), "loading"),
     ((failures.AuthenticationError, failures.AuthorizationError, failures.NoPermissionError), "login refused"),
     ((StoreAnswerError,), "answered something else"),
-    ((failures.ConnectionError, OSError), "no connection"),
+    ((failures.ConnectionError, OSError, RuntimeError), "no connection"),
 )
 SCRIPT_REASONS = (("READONLY ", "read-only"), ("OOM ", "out of memory"))
 """Redis 6 wraps what a command in a script is answered into words of its own."""

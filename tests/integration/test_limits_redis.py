@@ -18,11 +18,13 @@ from observability.events import StoreChanged
 from policies import errors
 from policies.lease import Ask, Limit
 from policies.policy import Plan, Rate, WhenStoreIsDown
+from tests.support.fault_proxy import FaultProxy
 from tests.support.lease_ledger import MICRO, Ledger
 from tests.support.redis_server import RedisServer, free_port
 
 pytestmark = pytest.mark.integration
 
+LOOP = "uvloop"
 KEYS = itertools.count()
 EPOCH = 1_800_000_000 * MICRO
 
@@ -278,6 +280,21 @@ class TestAway:
             await until(lambda: store.up)
             assert await take_many(meter, 20) == 7  # empty after the restart, less the three
         assert [event.up for event in events] == [True, False, True]
+
+    async def test_reset_while_nobody_asks(self, fragile):
+        """uvloop then says RuntimeError to whoever writes."""
+        async with FaultProxy(fragile.port) as line, running(f"redis://127.0.0.1:{line.port}/0") as (store, events):
+            meter = leased(store)
+            assert await take_many(meter, 4) == 4
+            await line.refuse()
+            await line.reset()
+            await lose(store)
+            await line.listen()
+            await until(lambda: store.up)
+            assert await take_many(meter, 20) == 6
+        assert [(event.up, event.reason) for event in events] == [
+            (True, "answered"), (False, "no connection"), (True, "answered")
+        ]  # fmt: skip
 
     async def test_frozen(self, fragile):
         async with running(fragile.url) as (store, events):
