@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
@@ -47,6 +48,7 @@ def register_gauges(
         (),
         one(lambda: server.refused_connections),
     )
+    metrics.gauge("weir_tasks", "Tasks of the event loop.", (), one(lambda: len(asyncio.all_tasks())))
     metrics.gauge("weir_backends", "Backends known to discovery.", ("service", "state"), lambda: _backends(fleet))
     metrics.gauge(
         "weir_breaker_state",

@@ -37,7 +37,7 @@ def scraped(store=None, seconds_since_contact: float | None = 1.5) -> dict[str, 
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
 
 
-def test_what_the_gateways_parts_show() -> None:
+async def test_what_the_gateways_parts_show() -> None:
     samples = scraped()
     expected = {
         "weir_inflight": 3,
@@ -54,14 +54,15 @@ def test_what_the_gateways_parts_show() -> None:
         "weir_discovery_lag_seconds": 1.5,
         'weir_policy_info{version="0123456789ab"}': 1,
         "weir_loop_lag_seconds": 0.25,
+        "weir_tasks": 1,
     }
     assert {name: samples.get(name) for name in expected} == expected
 
 
 @pytest.mark.parametrize(("store", "up"), [(None, None), (SimpleNamespace(up=True), 1), (SimpleNamespace(up=False), 0)])
-def test_a_store_is_told_of_where_there_is_one(store, up) -> None:
+async def test_a_store_is_told_of_where_there_is_one(store, up) -> None:
     assert scraped(store).get("weir_store_up") == up
 
 
-def test_what_is_not_known_yet_is_not_told() -> None:
+async def test_what_is_not_known_yet_is_not_told() -> None:
     assert "weir_discovery_lag_seconds" not in scraped(seconds_since_contact=None)
