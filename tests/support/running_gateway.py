@@ -3,9 +3,10 @@ start (`running_gateway`) or found in a real etcd (`etcd_gateway`, `announced`).
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from random import Random
+from types import MappingProxyType
 
 from discovery.announce import Announcement, backend_announcement
 from discovery.endpoint import DEFAULT_PREFIX, ModelEntry, Registration
@@ -38,13 +39,19 @@ async def running_gateway(
     config: str = "",
     healthy: bool = True,
     models: str = "[tiny]",
+    others: Mapping[str, str] = MappingProxyType({}),
 ) -> AsyncIterator[Gateway]:
-    """A gateway whose backends have been probed. `config` is more text for weir.yaml."""
-    backends = "".join(f'    - {{service: tiny, url: "{url}", models: {models}}}\n' for url in urls) or "    []\n"
+    """A gateway whose backends have been probed. `config` is more text for weir.yaml; `others` are more backends, each
+    the only one of a service: service -> URL, with a model of the same name."""
+    backends = "".join(
+        [f'    - {{service: tiny, url: "{url}", models: {models}}}\n' for url in urls]
+        + [f'    - {{service: {name}, url: "{url}", models: [{name}]}}\n' for name, url in others.items()]
+    )
+    backends = backends or "    []\n"
     (home / "policy.yaml").write_text(policy)
     async with _gateway(home, f"discovery:\n  static:\n{backends}{config}").running() as gateway:
         async with asyncio.timeout(5):
-            while len(gateway.fleet.backends) < len(urls) or (
+            while len(gateway.fleet.backends) < len(urls) + len(others) or (
                 healthy and any(backend.healthy is None for backend in gateway.fleet.backends.values())
             ):
                 await asyncio.sleep(0.01)
