@@ -73,6 +73,8 @@ def test_what_two_readers_could_understand_differently_is_refused(lines, refusal
         ("Host: a:80 \t", "host", b"a:80"),  # what stands behind a value is no part of it (RFC 9110, 5.5)
         ("x-team: blue ", "forwarded", b"x-team: blue\r\n"),
         ("content-encoding: identity", "chunked", False),
+        ("authorization: Bearer x  ", "authorization", b"Bearer x"),
+        ("expect: 100-continue ", "expects_continue", True),
         ("x-request-id: abc-1", "request_id", b"abc-1"),
         ("x-request-id: a b", "request_id", b""),
         ("x-request-id: " + "a" * 65, "request_id", b""),
