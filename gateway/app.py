@@ -46,10 +46,11 @@ from gateway.call import Ids
 from gateway.children import CannotRun
 from gateway.config import Config, Etcd
 from gateway.config_fields import Address
-from gateway.gauges import register_gauges
+from gateway.gauges import register_gauges, register_load
 from gateway.identify import Identifier
 from gateway.keys import KeyStore
 from gateway.local_answers import LocalAnswers
+from gateway.memory import Memory
 from gateway.pipeline import InForce, Pipeline, Settings
 from gateway.reload import EtcdPolicy, FilePolicy, PolicySource
 from gateway.server import DataServer
@@ -68,6 +69,7 @@ from observability.recent import Recent
 from observability.tail_sampling import TailSampler
 from observability.tracing import SpanExporter, otlp_export, spans
 from policies.breaker import State
+from policies.overload import Overload
 from policies.policy import Policy
 from policies.problems import InvalidDocument
 from policies.routing import plan_of
@@ -97,6 +99,8 @@ class Gateway:
         self.metrics = Metrics(lambda: self._flush())  # noqa: PLW0108  what it is now is not what it will be
         self.recent = Recent(lambda: self._flush())  # noqa: PLW0108  as above
         self._lags: deque[float] = deque([0.0], maxlen=int(10 / LAG_PERIOD_SECONDS))
+        self.overload = Overload()
+        self.memory = Memory()
         self.data_address: Address
         self.admin_address: Address
         self.pipeline: Pipeline
@@ -164,10 +168,11 @@ class Gateway:
                 header_bytes=limits.header,
                 connections=self._most_connections(),
             )
-            background(self._measure_lag())
+            background(self._watch_load(observe))
             register_gauges(
                 self.metrics, self.pipeline, server, fleet, self.discovery, self.policy, store, lambda: max(self._lags)
             )
+            register_load(self.metrics, self.overload, self.memory)
             await self._listen_admin(stack)
             await self._listen_data(stack, server)
             gc.collect()
@@ -378,11 +383,19 @@ class Gateway:
             await asyncio.sleep(1.0)
             self.fleet.tidy()
 
-    async def _measure_lag(self) -> None:
+    async def _watch_load(self, observe: events.Observer) -> None:
+        """Measure how late the loop is and how much memory is in use; take on less where it is too much."""
+        overload = self.overload
         while True:
             before = self.clock()
             await asyncio.sleep(LAG_PERIOD_SECONDS)
-            self._lags.append(max(0.0, self.clock() - before - LAG_PERIOD_SECONDS))
+            now = self.clock()
+            lag = max(0.0, now - before - LAG_PERIOD_SECONDS)
+            self._lags.append(lag)
+            if overload.note(now, lag, self.memory.share()):
+                self.pipeline.keeps_connections = overload.keeps_connections
+                self.pipeline.takes_requests = overload.takes_requests
+                observe(events.OverloadChanged(overload.state, overload.reason))
 
 
 async def serve(settings: Config, *, worker: int | None = None) -> None:

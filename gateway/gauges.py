@@ -11,13 +11,17 @@ from observability.metrics import BREAKER_VALUES, Metrics
 
 if TYPE_CHECKING:
     from discovery.discovery import Discovery
+    from gateway.memory import Memory
     from gateway.pipeline import Pipeline
     from gateway.reload import PolicySource
     from gateway.server import DataServer
     from gateway.store import RedisStore
     from gateway.upstream.fleet import Fleet
+    from policies.overload import Overload
 
 Samples = Iterable[tuple[tuple[str, ...], float]]
+
+OVERLOAD_VALUES = {"normal": 0.0, "no_keep_alive": 1.0, "shedding": 2.0}  # what weir_overload_state says
 
 
 def register_gauges(
@@ -31,24 +35,16 @@ def register_gauges(
     loop_lag: Callable[[], float],
 ) -> None:
     """Tell the metrics where to look."""
-
-    def one(read: Callable[[], float | None]) -> Callable[[], Samples]:
-        def samples() -> Samples:
-            value = read()
-            return [] if value is None else [((), float(value))]
-
-        return samples
-
     watch = discovery.watch
-    metrics.gauge("weir_inflight", "Requests being served.", (), one(lambda: pipeline.inflight))
-    metrics.gauge("weir_connections", "Open client connections.", (), one(lambda: len(server.connections)))
+    metrics.gauge("weir_inflight", "Requests being served.", (), _one(lambda: pipeline.inflight))
+    metrics.gauge("weir_connections", "Open client connections.", (), _one(lambda: len(server.connections)))
     metrics.counter(
         "weir_connections_refused_total",
         "Client connections closed at once because limits.connections was reached.",
         (),
-        one(lambda: server.refused_connections),
+        _one(lambda: server.refused_connections),
     )
-    metrics.gauge("weir_tasks", "Tasks of the event loop.", (), one(lambda: len(asyncio.all_tasks())))
+    metrics.gauge("weir_tasks", "Tasks of the event loop.", (), _one(lambda: len(asyncio.all_tasks())))
     metrics.gauge("weir_backends", "Backends known to discovery.", ("service", "state"), lambda: _backends(fleet))
     metrics.gauge(
         "weir_breaker_state",
@@ -59,17 +55,40 @@ def register_gauges(
             for backend in fleet.backends.values()
         ],
     )
-    metrics.gauge("weir_discovery_revision", "Newest revision of etcd that is known.", (), one(lambda: watch.revision))
+    metrics.gauge("weir_discovery_revision", "Newest revision of etcd that is known.", (), _one(lambda: watch.revision))
     metrics.gauge(
         "weir_discovery_lag_seconds",
         "Seconds since discovery last heard from its source.",
         (),
-        one(lambda: watch.seconds_since_contact),
+        _one(lambda: watch.seconds_since_contact),
     )
     metrics.gauge("weir_policy_info", "The policy in force.", ("version",), lambda: [((policy.policy.version,), 1.0)])
     if store is not None:
-        metrics.gauge("weir_store_up", "Whether Redis answers: 1 or 0.", (), one(lambda: float(store.up)))
-    metrics.gauge("weir_loop_lag_seconds", "Worst delay of the event loop in the last 10 s.", (), one(loop_lag))
+        metrics.gauge("weir_store_up", "Whether Redis answers: 1 or 0.", (), _one(lambda: float(store.up)))
+    metrics.gauge("weir_loop_lag_seconds", "Worst delay of the event loop in the last 10 s.", (), _one(loop_lag))
+
+
+def register_load(metrics: Metrics, overload: Overload, memory: Memory) -> None:
+    """Tell the metrics how much the process has to do."""
+    metrics.gauge(
+        "weir_overload_state",
+        "0 normal, 1 connections are not kept, 2 new requests are refused.",
+        (),
+        _one(lambda: OVERLOAD_VALUES[overload.state]),
+    )
+    metrics.gauge(
+        "weir_memory_used_ratio", "Share in use of the memory that the cgroup may use.", (), _one(memory.share)
+    )
+
+
+def _one(read: Callable[[], float | None]) -> Callable[[], Samples]:
+    """A sample without labels, or none."""
+
+    def samples() -> Samples:
+        value = read()
+        return [] if value is None else [((), float(value))]
+
+    return samples
 
 
 def _backends(fleet: Fleet) -> Samples:

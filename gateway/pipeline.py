@@ -96,6 +96,8 @@ class Pipeline:
         self._ids = ids
         self.inflight = 0
         self.draining = False
+        self.keeps_connections = True  # False: memory is short
+        self.takes_requests = True  # False: the process has too much to do already
         self._log = structlog.get_logger()
 
     async def handle(self, call: Call) -> bool:
@@ -133,11 +135,13 @@ class Pipeline:
         # Accept: a head that two readers could not understand differently.
         self._ids.give(call, settings.sample)
         accept(call)
-        if self.draining:
+        if self.draining or not self.keeps_connections:
             call.keep_alive = False
         if call.method != "POST" and self._local.answers_anybody(call):
             self._local.answer(call, trail)
             return None
+        if not self.takes_requests:
+            raise errors.Overloaded("The gateway has more to do than it can; it takes on nothing new.", retry_after=2.0)
 
         # Identify: whose token is this? Remembered until it expires, so mostly a lookup.
         entry = connection.caller  # whoever sent the same header lines last

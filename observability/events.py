@@ -86,9 +86,16 @@ class KeysRefreshed(msgspec.Struct, frozen=True):
     reason: str = ""
 
 
+class OverloadChanged(msgspec.Struct, frozen=True):
+    """state: normal | no_keep_alive | shedding; reason: event loop | memory, "" when normal."""
+
+    state: str
+    reason: str
+
+
 Event = (
     BreakerChanged | DiscoveryRejected | DiscoveryResynced | DiscoveryState | BackendHealth
-    | PolicyReloaded | StoreChanged | KeysRefreshed
+    | PolicyReloaded | StoreChanged | KeysRefreshed | OverloadChanged
 )  # fmt: skip
 Observer = Callable[[Event], None]
 RequestObserver = Callable[[RequestEnded], None]

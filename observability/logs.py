@@ -58,6 +58,7 @@ _SAID: dict[type, Callable[[Any], tuple[str, str]]] = {
     ),
     events.StoreChanged: lambda e: ("info", "store is back") if e.up else ("error", "store is away"),
     events.KeysRefreshed: lambda e: ("info" if e.result == "ok" else "warning", "keys refreshed"),
+    events.OverloadChanged: lambda e: ("info" if e.state == "normal" else "warning", "overload"),
 }
 
 

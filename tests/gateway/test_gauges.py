@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gateway.gauges import register_gauges
+from gateway.gauges import register_gauges, register_load
 from gateway.upstream.fleet import Fleet
 from observability.metrics import Metrics
 from policies.breaker import Outcome
@@ -66,3 +66,20 @@ async def test_a_store_is_told_of_where_there_is_one(store, up) -> None:
 
 async def test_what_is_not_known_yet_is_not_told() -> None:
     assert "weir_discovery_lag_seconds" not in scraped(seconds_since_contact=None)
+
+
+@pytest.mark.parametrize(
+    ("state", "share", "shown"),
+    [
+        ("normal", None, {"weir_overload_state": 0}),
+        ("no_keep_alive", 0.93, {"weir_overload_state": 1, "weir_memory_used_ratio": 0.93}),
+        ("shedding", 0.97, {"weir_overload_state": 2, "weir_memory_used_ratio": 0.97}),
+    ],
+)
+def test_how_much_there_is_to_do(state, share, shown) -> None:
+    metrics = Metrics()
+    register_load(metrics, SimpleNamespace(state=state), SimpleNamespace(share=lambda: share))
+    lines = [line.rpartition(" ") for line in metrics.render()[0].decode().splitlines() if line.startswith("weir_")]
+    assert {
+        name: float(value) for name, _, value in lines if name in ("weir_overload_state", "weir_memory_used_ratio")
+    } == shown

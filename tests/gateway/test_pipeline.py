@@ -265,6 +265,32 @@ async def test_a_draining_gateway_serves_what_comes_and_closes() -> None:
 
 
 @virtual_time
+async def test_a_gateway_short_of_memory_serves_and_keeps_no_connection() -> None:
+    story = Story(OK)
+    story.pipeline.keeps_connections = False
+    answer = await story.ask()
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert header(answer, "connection") == "close"
+    assert story.transport.is_closing()
+
+
+@virtual_time
+async def test_a_gateway_with_too_much_to_do_serves_health_and_what_is_under_way_and_nothing_new() -> None:
+    story = Story(OK)
+    story.pipeline.takes_requests = False
+    refused = await story.ask()
+    assert refused.startswith(b"HTTP/1.1 503")
+    assert document(refused)["error"]["code"] == "overloaded"
+    assert header(refused, "retry-after") in ("2", "3")
+    assert story.events[-1].end_reason == "shed"
+    assert story.upstreams == []
+    assert (await story.ask(b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n")).startswith(b"HTTP/1.1 200")
+    story.pipeline.takes_requests = True
+    assert (await story.ask()).startswith(b"HTTP/1.1 200")
+    story.assert_given_back()
+
+
+@virtual_time
 async def test_a_request_ends_under_the_policy_it_began_with() -> None:
     story = Story(OK)
     request = chat_request()

@@ -53,6 +53,8 @@ GAUGES = (
     ("weir_policy_info", ("version",), [(("0123456789ab",), 1.0)]),
     ("weir_store_up", (), [((), 1.0)]),
     ("weir_loop_lag_seconds", (), [((), 0.001)]),
+    ("weir_overload_state", (), [((), 0.0)]),
+    ("weir_memory_used_ratio", (), [((), 0.5)]),
 )  # fmt: skip
 
 
@@ -203,6 +205,7 @@ FIRES = {
     "WeirStoreDown": {"weir_store_up": "0x30"},
     "WeirKeysNotRefreshed": {'weir_jwks_refresh_total{issuer="i",result="failed"}': "0+1x30", 'weir_jwks_refresh_total{issuer="i",result="ok"}': "5x30"},
     "WeirLoopBlocked": {"weir_loop_lag_seconds": "0.5x30"},
+    "WeirOverloaded": {"weir_overload_state": "1x30"},
     "WeirTracesLost": {"weir_otlp_export_failures_total": "0+1x30"},
     "WeirLogLost": {"weir_log_dropped_total": "0x25 1x4"},
 }  # fmt: skip
@@ -230,6 +233,7 @@ CALM = {
     'weir_jwks_refresh_total{issuer="i",result="failed"}': "0+1x30",
     'weir_jwks_refresh_total{issuer="i",result="ok"}': "0+1x30",
     "weir_loop_lag_seconds": "0.01x30",
+    "weir_overload_state": "0x30",
     "weir_otlp_export_failures_total": "7x30",
     "weir_log_dropped_total": "7x30",
 }

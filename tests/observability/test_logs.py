@@ -78,6 +78,8 @@ def test_a_traceback_tells_no_local_variable_and_obeys_no_client(configured, con
         (events.StoreChanged(False, "timeout"), "error", {"reason": "timeout"}),
         (events.StoreChanged(True, ""), "info", {"up": True}),
         (events.KeysRefreshed("https://idp", "failed", "timeout"), "warning", {"issuer": "https://idp"}),
+        (events.OverloadChanged("shedding", "memory"), "warning", {"state": "shedding", "reason": "memory"}),
+        (events.OverloadChanged("normal", ""), "info", {"state": "normal"}),
     ],
 )  # fmt: skip
 def test_what_happens_is_said(event, level, said):
