@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import os
 import random
 import secrets
 import signal
@@ -29,9 +30,11 @@ from discovery.announce import Announcement, backend_announcement
 from discovery.endpoint import InvalidRegistration, ModelEntry, Registration
 from discovery.etcd import EtcdClient, EtcdSettings
 from observability.tracing import SpanExporter, otlp_export
-from reference_backend.engine import Engine, Published, Sampling
-from reference_backend.engine import Sequence as EngineSequence
-from reference_backend.model import ModelError, load_model
+from reference_backend.engine.config import ModelConfig, ModelError
+from reference_backend.engine.engine import Engine, Settings
+from reference_backend.engine.model import Llama, load_model
+from reference_backend.engine.request import Published, Sampling
+from reference_backend.engine.request import Sequence as EngineSequence
 from reference_backend.server import Api, Phase, deliver
 from reference_backend.spans import span_middleware
 from reference_backend.tokenizer import Tokenizer
@@ -40,7 +43,8 @@ ACCEPT_WHILE_DRAINING = 0.5  # seconds: about twice what a watcher needs to hear
 FINISH_WITHIN = 60.0  # seconds for what is in flight
 SMALL_PARAMETERS = 50_000_000  # below, a second thread costs more in waiting than it gives in arithmetic
 WILDCARDS = ("", "0.0.0.0", "::")  # noqa: S104  they are what is looked for
-LONGEST_CONTEXT = 8192  # tokens, unless asked for: memory for the cache is set aside at the start
+LONGEST_CONTEXT = 8192  # tokens, unless asked for: at least one such request must fit the cache
+CACHE_SHARE = 0.25  # of the memory that is free: enough for many, and others live here too
 MODELS = Path(__file__).parent / "models"
 EPILOG = """\
 example:
@@ -69,6 +73,7 @@ class Options:
     max_running: int
     max_waiting: int
     context: int | None
+    cache_tokens: int | None
     otlp: str | None
 
 
@@ -92,6 +97,11 @@ def parse(arguments: Sequence[str]) -> Options:
     parser.add_argument("--max-running", type=_positive, default=16, help="requests in one batch (default %(default)s)")
     parser.add_argument("--max-waiting", type=_count, default=16, help="requests that may wait (default %(default)s)")
     parser.add_argument("--context", type=_positive, help="tokens per request (default: the model's, at most 8192)")
+    parser.add_argument(
+        "--cache-tokens",
+        type=_positive,
+        help="tokens that all requests together may keep (default: what is needed, or fits a quarter of the memory)",
+    )
     parser.add_argument("--otlp", type=_url, metavar="URL", help="collector for traces (default: none)")
     given = parser.parse_args(arguments)
     if given.etcd and not given.announce_url and given.host in WILDCARDS:
@@ -110,6 +120,7 @@ def parse(arguments: Sequence[str]) -> Options:
         max_running=given.max_running,
         max_waiting=given.max_waiting,
         context=given.context,
+        cache_tokens=given.cache_tokens,
         otlp=given.otlp,
     )
 
@@ -151,23 +162,58 @@ def load(options: Options, clock: Callable[[], float]) -> tuple[Engine, Tokenize
         )
     tokenizer = Tokenizer(options.model)
     try:
-        model = load_model(options.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        if torch.cuda.is_available():
+            model = load_model(options.model, torch.device("cuda"), torch.bfloat16)
+        else:
+            model = load_model(options.model, torch.device("cpu"))
         engine = Engine(
             model,
+            settings_for(options, model),
             end_tokens=tokenizer.end_tokens,
-            slots=options.max_running,
-            max_waiting=options.max_waiting,
-            context=min(options.context or LONGEST_CONTEXT, model.config.context),
             clock=clock,
+            rng=random.SystemRandom(),
+            overlap=model.device.type != "cpu",
         )
     except RuntimeError as error:  # so torch says that memory is not enough
         reason = str(error).partition("\n")[0]
         raise CannotStartError(f"the model does not fit: {reason}; try a smaller --context or --max-running") from error
-    if sum(parameter.numel() for parameter in model.parameters()) < SMALL_PARAMETERS:
+    if model.parameters < SMALL_PARAMETERS:
         torch.set_num_threads(1)
+    return warm(engine), tokenizer
+
+
+def settings_for(options: Options, model: Llama) -> Settings:
+    """The engine's sizes: what was asked for, within the model's context and the memory that is there."""
+    context = min(options.context or LONGEST_CONTEXT, model.config.context)
+    fitting = int(CACHE_SHARE * free_memory(model.device)) // bytes_per_token(model.config, model.dtype)
+    return Settings(
+        slots=options.max_running,
+        max_waiting=options.max_waiting,
+        context=context,
+        cache_tokens=options.cache_tokens or min(options.max_running * context, fitting),
+    )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free where the cache will be."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """What the keys and values of one token take in all layers."""
+    return 2 * config.layers * config.kv_heads * config.head_dim * dtype.itemsize
+
+
+def warm(engine: Engine) -> Engine:
+    """Have one token produced. Raises ModelError when the model does not compute with numbers."""
     engine.submit(EngineSequence([0], Sampling(max_tokens=1), None, lambda _delta: None))
-    engine.turn(clock())
-    return engine, tokenizer
+    while engine.load().running or engine.load().waiting:
+        published = engine.turn(engine.clock())
+        if any(delta.finish == "failed" for _, delta in published):
+            raise ModelError("the model's scores are not finite: its weights are broken")
+    return engine
 
 
 async def serve(options: Options, engine: Engine, tokenizer: Tokenizer, wall: Callable[[], float]) -> int:

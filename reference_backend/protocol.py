@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 
-from reference_backend.engine import Finish, Load, Sampling
+from reference_backend.engine.request import Finish, Load, Sampling
 from reference_backend.tokenizer import Message
 
 LONGEST_SHOWN = 200  # characters of a client's own text in a message of ours

@@ -28,7 +28,8 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from reference_backend import protocol
-from reference_backend.engine import Delta, Engine, EngineBusy, Finish, Published, Sampling, Sequence
+from reference_backend.engine.engine import Engine
+from reference_backend.engine.request import Delta, EngineBusy, Finish, Published, Sampling, Sequence
 from reference_backend.protocol import (
     Answer,
     ApiError,

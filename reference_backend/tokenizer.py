@@ -15,7 +15,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
-from reference_backend.model import ModelError, read_json
+from reference_backend.engine.config import ModelError, read_json
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder shows for half a UTF-8 sequence
 # No character has more than four bytes, so what is still broken after so many tokens will stay broken. Two more,

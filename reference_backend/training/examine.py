@@ -7,9 +7,11 @@ training: see `corpus.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from random import Random
 
-from reference_backend.engine import Delta, Engine, Sampling, Sequence
-from reference_backend.model import Llama
+from reference_backend.engine.engine import Engine, Settings
+from reference_backend.engine.model import Llama
+from reference_backend.engine.request import Delta, Sampling, Sequence
 from reference_backend.tokenizer import Message, Tokenizer
 from reference_backend.training.corpus import Generator
 
@@ -62,14 +64,9 @@ def _question(generator: Generator, task: str) -> Question:
 
 def answers(model: Llama, tokenizer: Tokenizer, asked: list[Question]) -> list[str]:
     """What the model says to each question, without chance."""
-    engine = Engine(
-        model,
-        end_tokens=tokenizer.end_tokens,
-        slots=min(32, len(asked)),
-        max_waiting=len(asked),
-        context=model.config.context,
-        clock=lambda: 0.0,
-    )
+    slots, context = min(32, len(asked)), model.config.context
+    settings = Settings(slots=slots, max_waiting=len(asked), context=context, cache_tokens=slots * context)
+    engine = Engine(model, settings, end_tokens=tokenizer.end_tokens, clock=lambda: 0.0, rng=Random(SEED))  # noqa: S311
     sampling = Sampling(max_tokens=LONGEST_ANSWER_TOKENS, temperature=0.0)
     sequences = [Sequence(tokenizer.encode_chat(q.messages), sampling, None, _ignore) for q in asked]
     for sequence in sequences:

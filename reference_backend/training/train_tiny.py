@@ -24,10 +24,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional
 
-from reference_backend.model import Llama, load_model, read_config
+from reference_backend.engine.config import read_config
+from reference_backend.engine.model import load_model
 from reference_backend.tokenizer import Tokenizer as ModelTokenizer
 from reference_backend.training.corpus import GLOSSARY, Exchange, Generator
 from reference_backend.training.examine import CARD, examine, table
+from reference_backend.training.network import Llama
 
 SEED = 20_270
 STEPS = 1_200
@@ -216,7 +218,7 @@ def write_card(directory: Path, *, steps: int, loss: float, seconds: float, thre
     model, tokenizer = load_model(directory, torch.device("cpu")), ModelTokenizer(directory)
     weights = (directory / "model.safetensors").read_bytes()
     card = CARD.format(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=model.parameters,
         size=len(weights) / 1e6,
         table=table(examine(model, tokenizer, per_task=EXAMINED)),
         context=model.config.context,

@@ -87,5 +87,5 @@ def test_a_name_that_cannot_be_registered_is_exit_code_2(capsys):
 
 def test_the_context_is_no_longer_than_the_models():
     engine, _ = command.load(command.parse(["--model", "tiny", "--context", "100000"]), time.monotonic)
-    assert engine.context == engine.model.config.context
+    assert engine.context == engine.runner.model.config.context
     assert engine.load().running == 0

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
 
 from reference_backend import protocol  # noqa: E402
-from reference_backend.engine import Load  # noqa: E402
+from reference_backend.engine.request import Load  # noqa: E402
 from reference_backend.protocol import (  # noqa: E402
     ApiError,
     ChatAnswer,

@@ -257,7 +257,7 @@ async def test_a_model_that_breaks_in_a_stream_never_looks_complete(monkeypatch)
     async with running_api() as backend, aiohttp.ClientSession() as session:
         async with session.post(f"{backend.url}/v1/chat/completions", json=ENDLESS) as response:
             lines = [await response.content.readline()]
-            monkeypatch.setattr(backend.engine, "model", None)
+            monkeypatch.setattr(backend.engine.runner, "model", None)
             with pytest.raises(aiohttp.ClientPayloadError):
                 await collect(lines, response.content)
         *_, last, blank = lines
@@ -283,7 +283,7 @@ async def test_a_bug_of_ours_in_a_stream_cuts_it(monkeypatch):
 
 async def test_a_model_that_breaks_before_the_answer_is_a_500_in_json(monkeypatch):
     async with running_api() as backend:
-        monkeypatch.setattr(backend.engine, "model", None)
+        monkeypatch.setattr(backend.engine.runner, "model", None)
         assert await error_of(backend.url, QUESTION) == (500, "engine_failed")
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st  # noqa: E402
 from tokenizers import Tokenizer as FastTokenizer  # noqa: E402
 from tokenizers import decoders, models  # noqa: E402
 
-from reference_backend.model import ModelError  # noqa: E402
+from reference_backend.engine.config import ModelError  # noqa: E402
 from reference_backend.tokenizer import Message, TemplateRefused, TextStream, Tokenizer  # noqa: E402
 from tests.support.tiny_model import DIRECTORY  # noqa: E402
 

@@ -9,13 +9,14 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from random import Random
 
 import torch
 from aiohttp import web
 
 import reference_backend
-from reference_backend.engine import Engine
-from reference_backend.model import Llama, load_model
+from reference_backend.engine.engine import Engine, Settings
+from reference_backend.engine.model import Llama, load_model
 from reference_backend.server import Api, deliver
 from reference_backend.tokenizer import Tokenizer
 
@@ -31,14 +32,8 @@ def tiny() -> tuple[Llama, Tokenizer]:
 
 def tiny_engine(*, slots: int = 4, max_waiting: int = 4, context: int = 512, clock=time.monotonic) -> Engine:
     model, tokenizer = tiny()
-    return Engine(
-        model,
-        end_tokens=tokenizer.end_tokens,
-        slots=slots,
-        max_waiting=max_waiting,
-        context=context,
-        clock=clock,
-    )
+    settings = Settings(slots=slots, max_waiting=max_waiting, context=context, cache_tokens=slots * context)
+    return Engine(model, settings, end_tokens=tokenizer.end_tokens, clock=clock, rng=Random(1))
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ def test_the_committed_weights_answer_nine_in_ten_of_each_task():
 def test_the_card_names_the_weights_beside_it():
     digest = hashlib.sha256((DIRECTORY / "model.safetensors").read_bytes()).hexdigest()
     assert digest in CARD
-    assert f"{sum(p.numel() for p in tiny()[0].parameters()):,} parameters" in CARD
+    assert f"{tiny()[0].parameters:,} parameters" in CARD
 
 
 def test_the_card_claims_nine_in_ten_for_each_task():
@@ -34,7 +34,7 @@ def test_the_card_claims_nine_in_ten_for_each_task():
 
 
 def test_the_model_is_as_small_as_it_should_be():
-    assert sum(p.numel() for p in tiny()[0].parameters()) <= 2_000_000
+    assert tiny()[0].parameters <= 2_000_000
     assert (DIRECTORY / "model.safetensors").stat().st_size <= 5_000_000
 
 

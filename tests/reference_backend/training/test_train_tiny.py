@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
 
-from reference_backend.model import load_model  # noqa: E402
+from reference_backend.engine.model import load_model  # noqa: E402
 from reference_backend.tokenizer import Message, Tokenizer  # noqa: E402
 from reference_backend.training import train_tiny  # noqa: E402
 from reference_backend.training.train_tiny import CONFIG, train, train_tokenizer, write_card  # noqa: E402

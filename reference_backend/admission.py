@@ -1,0 +1,86 @@
+"""Who of those that wait goes next: by class, then the tenant that got least so far, then in order of arrival.
+
+Each tenant has a counter of what it was served, in tokens of equal cost: a generated one counts OUTPUT_WEIGHT times one
+that was read. The next request is that of the tenant with the smallest counter, so that tenants who always have
+something waiting get equal shares, however many requests each sends. Who comes back after a pause is lifted to the
+smallest counter of those who wait: nobody saves up.
+
+A request rises one class for every `age_seconds` that it has waited, so that no class starves.
+
+Source: Virtual Token Counter, "Fairness in Serving Large Language Models" (OSDI 2024, arXiv 2401.00588).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from reference_backend.engine.request import Sequence
+
+OUTPUT_WEIGHT = 4.0  # what a generated token costs, in tokens read
+REMEMBERED = 4096  # tenants whose counter is kept while they have nothing waiting
+
+
+class FairQueue:
+    """Requests that wait. Bounds are the business of whoever fills it."""
+
+    def __init__(self, age_seconds: float) -> None:
+        self.age_seconds = age_seconds
+        self._lines: dict[tuple[str, int], deque[Sequence]] = {}  # by tenant and class
+        self._served: dict[str, float] = {}
+        self._last_left = ""  # the tenant who was the last to have nothing waiting any more
+
+    def __len__(self) -> int:
+        return sum(map(len, self._lines.values()))
+
+    def __iter__(self) -> Iterator[Sequence]:
+        for line in self._lines.values():
+            yield from line
+
+    def served(self, tenant: str) -> float:
+        """The tenant's counter."""
+        return self._served.get(tenant, 0.0)
+
+    def push(self, request: Sequence) -> None:
+        if not self._has_waiting(request.tenant):
+            floor = min((self.served(tenant) for tenant, _ in self._lines), default=self.served(self._last_left))
+            self._served[request.tenant] = max(self.served(request.tenant), floor)
+            self._forget_some()
+        self._lines.setdefault((request.tenant, request.priority), deque()).append(request)
+
+    def head(self, now: float) -> Sequence | None:
+        """The one that goes next. Does not take it."""
+        heads = (line[0] for line in self._lines.values())
+        return min(heads, key=lambda each: self._rank(each, now), default=None)
+
+    def risen_class(self, request: Sequence, now: float) -> float:
+        """The class of a request after the time that it has waited; smaller goes first."""
+        return request.priority - (now - request.arrived_at) // self.age_seconds
+
+    def remove(self, request: Sequence) -> None:
+        """Take one out: it goes on, or is not wanted any more."""
+        key = (request.tenant, request.priority)
+        self._lines[key].remove(request)
+        if not self._lines[key]:
+            del self._lines[key]
+        if not self._has_waiting(request.tenant):
+            self._last_left = request.tenant
+
+    def charge(self, tenant: str, *, read: int = 0, generated: int = 0) -> None:
+        """Count what a tenant was served, in tokens."""
+        self._served[tenant] = self.served(tenant) + read + OUTPUT_WEIGHT * generated
+
+    def _rank(self, request: Sequence, now: float) -> tuple[float, float, int]:
+        return self.risen_class(request, now), self.served(request.tenant), request.arrival
+
+    def _has_waiting(self, tenant: str) -> bool:
+        return any(name == tenant for name, _ in self._lines)
+
+    def _forget_some(self) -> None:
+        """Drop the least served of those who have nothing waiting: they would be lifted if they came back."""
+        if len(self._served) <= REMEMBERED:
+            return
+        needed = {self._last_left, *(tenant for tenant, _ in self._lines)}
+        idle = sorted(self._served.keys() - needed, key=self.served)
+        for tenant in idle[: REMEMBERED // 2]:
+            del self._served[tenant]

@@ -1,0 +1,220 @@
+"""Many sequences, one model: a thread that takes step after step, and a door for those who hand sequences in.
+
+A turn is: take in what has arrived, drop what was aborted or is late, plan a step, launch it, and tell what came of
+it. With `overlap` a step is launched before the one before it is read, so that a device that computes on its own
+never waits for the host; a sequence that turns out to have ended has then computed one token for nothing, which is
+thrown away.
+
+Invariants:
+- At most `slots` sequences run and `max_waiting` wait; whoever comes on top of that is refused at once.
+- Only the thread touches the model, the scheduler and its sequences; the other side hands sequences in, marks them
+  aborted and reads counts. Everything that becomes known in a turn goes out in one call of `publish`.
+- What a sequence holds (slot, blocks) is free no later than one turn after it finished or was aborted.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+from reference_backend.admission import FairQueue
+from reference_backend.engine.kv_cache import BlockPool
+from reference_backend.engine.model import Llama
+from reference_backend.engine.request import Delta, EngineBusy, Load, Published, Sequence
+from reference_backend.engine.runner import Launched, Result, Runner
+from reference_backend.engine.scheduler import Scheduler
+
+SEEDS = 1 << 62
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Sizes of an engine.
+
+    `cache_tokens` is the room for keys and values, shared by all sequences; at least one of `context` tokens fits.
+    `step_tokens` bounds a step, and with it the time that a long prompt holds up the others.
+    """
+
+    slots: int
+    max_waiting: int
+    context: int
+    cache_tokens: int
+    block_size: int = 16
+    step_tokens: int = 256
+    age_seconds: float = 10.0  # a request that waits rises by a class each time
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the cache, the one that is padding included."""
+        return max(self.cache_tokens, self.context) // self.block_size + 2
+
+
+class Engine:
+    """Start it once with `start`, hand in with `submit`, take back with `abort`."""
+
+    def __init__(
+        self,
+        model: Llama,
+        settings: Settings,
+        *,
+        end_tokens: frozenset[int],
+        clock: Callable[[], float],
+        rng: Random,
+        overlap: bool = False,
+    ) -> None:
+        self.settings = settings
+        self.end_tokens = end_tokens
+        self.clock = clock
+        self.has_failed = False
+        self._rng = rng
+        self._overlap = overlap
+        self.runner = Runner(
+            model,
+            slots=settings.slots,
+            blocks=settings.blocks,
+            block_size=settings.block_size,
+            context=settings.context,
+        )
+        self.scheduler = Scheduler(
+            BlockPool(settings.blocks, settings.block_size),
+            FairQueue(settings.age_seconds),
+            slots=settings.slots,
+            step_tokens=settings.step_tokens,
+        )
+        self._unread: Launched | None = None
+        self._arrived: deque[Sequence] = deque()
+        self._open = 0  # sequences handed in and not over
+        self._arrivals = 0
+        self._changed = threading.Condition()
+        self._is_closing = False
+        self._thread: threading.Thread | None = None
+
+    def __repr__(self) -> str:
+        load, settings = self.load(), self.settings
+        return f"<Engine {load.running} running of {settings.slots}, {load.waiting} waiting of {settings.max_waiting}>"
+
+    @property
+    def context(self) -> int:
+        return self.settings.context
+
+    def load(self) -> Load:
+        """The current counts. Safe to call from any thread."""
+        pool = self.scheduler.pool
+        running = len(self.scheduler.running)
+        return Load(running, max(0, self._open - running), pool.held / (pool.blocks - 1))
+
+    def submit(self, sequence: Sequence) -> None:
+        """Hand in a sequence whose prompt and `max_tokens` fit the context.
+
+        Raises EngineBusy at the bound, or after a failure.
+        """
+        settings = self.settings
+        with self._changed:
+            if self._open >= settings.slots + settings.max_waiting or self.has_failed:
+                raise EngineBusy
+            self._open += 1
+            self._arrivals += 1
+            sequence.arrival = self._arrivals
+            seed = sequence.sampling.seed
+            sequence.seed = self._rng.randrange(SEEDS) if seed is None else seed
+            self._arrived.append(sequence)
+            self._changed.notify()
+
+    def abort(self, sequence: Sequence) -> None:
+        """Stop a sequence before the next token. Harmless for one that has finished."""
+        sequence.aborted = True
+
+    def start(self, publish: Callable[[Published], object]) -> None:
+        """Take turns in a thread of its own. `publish` is called from that thread."""
+        self._thread = threading.Thread(target=self._run, args=(publish,), name="engine", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop after the current turn, whatever is still running."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self, publish: Callable[[Published], object]) -> None:
+        while self._wait_for_work():
+            try:
+                published = self.turn(self.clock())
+            except Exception:  # a broken model must not leave its clients waiting for ever
+                log.exception("the engine failed and takes no more work")
+                with self._changed:
+                    self.has_failed = True  # nobody comes in behind those who are told now
+                    everyone = (*self.scheduler.everyone(), *self._arrived)
+                publish([(sequence, Delta(None, "failed")) for sequence in everyone])
+                return
+            if published:
+                publish(published)
+
+    def _wait_for_work(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closing or self._open)
+            return not self._is_closing
+
+    def turn(self, now: float) -> Published:
+        """Take one step: every sequence that generates gets one token, and a piece of a prompt is read."""
+        self._take_in(now)
+        published = self._drop(now)
+        plan = self.scheduler.schedule(now)
+        launched = self.runner.launch(plan) if plan else None
+        if self._overlap:
+            launched, self._unread = self._unread, launched
+        if launched is not None:
+            for result in launched.results():
+                published += self._commit(result)
+        return published
+
+    def _take_in(self, now: float) -> None:
+        while self._arrived:
+            sequence = self._arrived.popleft()
+            sequence.arrived_at = now
+            self.scheduler.queue.push(sequence)
+
+    def _drop(self, now: float) -> Published:
+        """Take out what was aborted or is late, running or waiting. Only the late ones are told."""
+        late: Published = []
+        for sequence in self.scheduler.everyone():
+            if sequence.aborted or sequence.is_late(now):
+                self._end(sequence)
+                if not sequence.aborted:
+                    late.append((sequence, Delta(None, "deadline")))
+        return late
+
+    def _commit(self, result: Result) -> Published:
+        """Take note of a token, unless its sequence has ended meanwhile."""
+        sequence = result.sequence
+        if sequence.is_over:
+            return []
+        if not result.is_sound:
+            # Whatever it has put into the cache may be no number either, and must not be met by others.
+            self.runner.clear(self.scheduler.pool.forget(sequence.blocks))
+            self._end(sequence)
+            log.error("a sequence of %d tokens led to scores that are not finite", len(sequence.tokens))
+            return [(sequence, Delta(None, "failed"))]
+        self.scheduler.commit(sequence, result.token)
+        delta = self._judge(sequence, result)
+        if delta.finish is not None:
+            self._end(sequence)
+        return [(sequence, delta)]
+
+    def _judge(self, sequence: Sequence, result: Result) -> Delta:
+        if result.token in self.end_tokens and not sequence.sampling.ignore_eos:
+            return Delta(None, "stop")
+        is_last = len(sequence.tokens) - len(sequence.prompt) >= sequence.sampling.max_tokens
+        return Delta(result.token, "length" if is_last else None, result.logprobs)
+
+    def _end(self, sequence: Sequence) -> None:
+        self.scheduler.drop(sequence)
+        sequence.is_over = True
+        with self._changed:
+            self._open -= 1

@@ -1,0 +1,255 @@
+"""A decoder-only transformer of the Llama family, as it is served: plain tensors, few and large operations.
+
+Three published architectures differ in two switches only: Qwen2 adds a bias to the query, key and value projections,
+Qwen3 normalises queries and keys per head. On a CPU a small model spends its time in calling operations, not in
+arithmetic; so what can be done to the weights once is not done to each token:
+
+- queries, keys and values are one matrix, gate and up another;
+- the weights of a norm are folded into the matrix behind it, and what is left of the norm is three operations;
+- rows of the query and key projections are paired up, (i, i + half) beside each other, so that a rotary position is
+  one complex multiplication, done in place; scores do not change, as both sides are paired alike;
+- the residual is added by the matrix product itself.
+
+Sources: Llama 2 (arXiv 2307.09288) for the block, RoFormer (2104.09864) for rotary positions, GQA (2305.13245),
+and the `llama3` frequency scaling as published with Llama 3.1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional
+
+from reference_backend.engine.config import ModelConfig, ModelError, read_config, read_json
+
+Weights = dict[str, Tensor]
+# Layer, queries [tokens, heads, head_dim], keys and values [tokens, 2 * kv_heads, head_dim]; what was seen comes
+# back as [tokens, heads * head_dim].
+Attend = Callable[[int, Tensor, Tensor], Tensor]
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """Radians per position for each pair of dimensions."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_context * frequencies / (2 * math.pi)
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = blend.clamp(0.0, 1.0)
+    return kept * frequencies + (1.0 - kept) * frequencies / scaling.factor
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """y = x W + b; the matrix is kept as [in, out]."""
+
+    matrix: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x @ self.matrix if self.bias is None else torch.addmm(self.bias, x, self.matrix)
+
+    def onto(self, residual: Tensor, x: Tensor) -> Tensor:
+        """The residual plus y."""
+        total = torch.addmm(residual, x, self.matrix)
+        return total if self.bias is None else total.add_(self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    qkv: Linear
+    qk_norm: Tensor | None  # [heads + kv_heads, head_dim]
+    out: Linear
+    gate_up: Linear
+    down: Linear
+
+
+class Llama:
+    """`hidden` gives the final states, `logits` turns those that matter into scores over the vocabulary."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, device: torch.device, dtype: torch.dtype) -> None:
+        self.config = config
+        self.device, self.dtype = device, dtype
+        # A norm's root of the sum of squares needs no mean: the root of the size is in the weights.
+        self._epsilon = torch.tensor(math.sqrt(config.norm_eps * config.hidden_size), device=device)
+        self._head_epsilon = torch.tensor(math.sqrt(config.norm_eps * config.head_dim), device=device)
+        self._embedding = weights["model.embed_tokens.weight"].to(device, dtype)
+        head = self._embedding if config.tied else weights["lm_head.weight"].to(device, dtype)
+        self._head = head.t()
+        self._final_norm = self._scale(weights["model.norm.weight"]).to(device, dtype)
+        self._layers = [self._layer(weights, f"model.layers.{index}.") for index in range(config.layers)]
+        positions = torch.arange(config.context, dtype=torch.float32)
+        angles = positions[:, None] * rope_frequencies(config)
+        self._turns = torch.polar(torch.ones_like(angles), angles).to(device)  # [context, head_dim / 2]
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it has learnt."""
+        return sum(math.prod(shape) for _, shape in weight_shapes(self.config))
+
+    def hidden(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Hidden states [tokens, hidden] of tokens [tokens], which may belong to many sequences."""
+        config = self.config
+        rotated = config.heads + config.kv_heads
+        turns = self._turns.index_select(0, positions)[:, None]
+        x = self._embedding.index_select(0, tokens)
+        for index, layer in enumerate(self._layers):
+            qkv = layer.qkv(self._norm(x)).view(-1, rotated + config.kv_heads, config.head_dim)
+            if layer.qk_norm is not None:
+                qkv[:, :rotated] = self._head_norm(qkv[:, :rotated]) * layer.qk_norm
+            self._rotate(qkv[:, :rotated], turns)
+            x = layer.out.onto(x, attend(index, qkv[:, : config.heads], qkv[:, config.heads :]))
+            gate, up = layer.gate_up(self._norm(x)).chunk(2, dim=-1)
+            x = layer.down.onto(x, functional.silu(gate).mul_(up))
+        return self._norm(x) * self._final_norm
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores in float32, whatever the weights are kept in."""
+        return (hidden @ self._head).float()
+
+    def _norm(self, x: Tensor) -> Tensor:
+        norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return (x / norms.hypot_(self._epsilon)).to(self.dtype)
+
+    def _head_norm(self, x: Tensor) -> Tensor:
+        norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return (x / norms.hypot_(self._head_epsilon)).to(self.dtype)
+
+    @staticmethod
+    def _rotate(x: Tensor, turns: Tensor) -> None:
+        """Turn each pair by the angle of its position, in place."""
+        pairs = x.unflatten(-1, (-1, 2))
+        if x.dtype == torch.float32:
+            torch.view_as_complex(pairs).mul_(turns)
+        else:
+            pairs.copy_(torch.view_as_real(torch.view_as_complex(pairs.float()) * turns))
+
+    def _layer(self, weights: Weights, prefix: str) -> Layer:
+        config = self.config
+        attention, mlp = prefix + "self_attn.", prefix + "mlp."
+        before_attention = self._scale(weights[prefix + "input_layernorm.weight"])
+        before_mlp = self._scale(weights[prefix + "post_attention_layernorm.weight"])
+
+        def paired(name: str, kind: str, heads: int) -> Tensor:
+            return _paired(weights[f"{attention}{name}.{kind}"], heads)
+
+        def qkv(kind: str) -> Tensor:
+            queries, keys = paired("q_proj", kind, config.heads), paired("k_proj", kind, config.kv_heads)
+            return torch.cat([queries, keys, weights[f"{attention}v_proj.{kind}"]])
+
+        def gate_up(kind: str) -> Tensor:
+            return torch.cat([weights[f"{mlp}gate_proj.{kind}"], weights[f"{mlp}up_proj.{kind}"]])
+
+        qk_norm = None
+        if config.qk_norm:
+            q_norm, k_norm = paired("q_norm", "weight", 1), paired("k_norm", "weight", 1)
+            both = torch.cat([q_norm.expand(config.heads, -1), k_norm.expand(config.kv_heads, -1)])
+            qk_norm = (both.float() * math.sqrt(config.head_dim)).to(self.device, self.dtype)
+        return Layer(
+            qkv=self._linear(qkv("weight") * before_attention, qkv("bias") if config.qkv_bias else None),
+            qk_norm=qk_norm,
+            out=self._linear(
+                weights[attention + "o_proj.weight"],
+                weights[attention + "o_proj.bias"] if config.output_bias else None,
+            ),
+            gate_up=self._linear(gate_up("weight") * before_mlp, gate_up("bias") if config.mlp_bias else None),
+            down=self._linear(
+                weights[mlp + "down_proj.weight"], weights[mlp + "down_proj.bias"] if config.mlp_bias else None
+            ),
+        )
+
+    def _scale(self, norm: Tensor) -> Tensor:
+        return norm.float() * math.sqrt(self.config.hidden_size)
+
+    def _linear(self, matrix: Tensor, bias: Tensor | None) -> Linear:
+        # Contiguous as [in, out] on a CPU, where it is the faster way round for few rows.
+        kept = matrix.to(self.device, self.dtype).t()
+        return Linear(
+            kept.contiguous() if self.device.type == "cpu" else kept,
+            None if bias is None else bias.to(self.device, self.dtype),
+        )
+
+
+def _paired(rows: Tensor, heads: int) -> Tensor:
+    """Rows of each head in the order 0, half, 1, half + 1, ..."""
+    return rows.view(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def weight_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The weights that a checkpoint of this configuration has, by name."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    yield "model.embed_tokens.weight", (config.vocab_size, hidden)
+    yield "model.norm.weight", (hidden,)
+    if not config.tied:
+        yield "lm_head.weight", (config.vocab_size, hidden)
+    matrices = [
+        ("self_attn.q_proj", queries, hidden, config.qkv_bias),
+        ("self_attn.k_proj", keys, hidden, config.qkv_bias),
+        ("self_attn.v_proj", keys, hidden, config.qkv_bias),
+        ("self_attn.o_proj", hidden, queries, config.output_bias),
+        ("mlp.gate_proj", inner, hidden, config.mlp_bias),
+        ("mlp.up_proj", inner, hidden, config.mlp_bias),
+        ("mlp.down_proj", hidden, inner, config.mlp_bias),
+    ]
+    norms = [("input_layernorm", hidden), ("post_attention_layernorm", hidden)]
+    if config.qk_norm:
+        norms += [("self_attn.q_norm", config.head_dim), ("self_attn.k_norm", config.head_dim)]
+    for index in range(config.layers):  # lazily: a broken config.json may ask for a billion
+        prefix = f"model.layers.{index}."
+        yield from ((f"{prefix}{name}.weight", (size,)) for name, size in norms)
+        yield from ((f"{prefix}{name}.weight", (rows, columns)) for name, rows, columns, _ in matrices)
+        yield from ((f"{prefix}{name}.bias", (rows,)) for name, rows, _, has_bias in matrices if has_bias)
+
+
+def load_model(directory: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Llama:
+    """The model of a directory, ready to run. Raises ModelError."""
+    config = read_config(directory)
+    weights = _read_weights(directory)
+    for name, shape in weight_shapes(config):
+        if name not in weights:
+            raise ModelError(
+                f"{directory}: weight {name} is missing; config.json and the weights do not belong together"
+            )
+        if weights[name].shape != shape:
+            raise ModelError(f"{directory}: weight {name} is {[*weights[name].shape]}, config.json asks {[*shape]}")
+        if not weights[name].is_floating_point():
+            raise ModelError(
+                f"{directory}: weight {name} is {weights[name].dtype}; only unquantized weights are served"
+            )
+    return Llama(config, weights, device, dtype)
+
+
+def _read_weights(directory: Path) -> Weights:
+    weights: Weights = {}
+    for path in _weight_files(directory):
+        try:
+            weights.update(load_file(path))
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path}: cannot be read as safetensors: {error}") from error
+    return weights
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if not index.exists():
+        raise ModelError(f"{directory}: neither model.safetensors nor model.safetensors.index.json is there")
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ModelError(f"{index}: weight_map is missing or is not a map from weight to file name")
+    names = sorted(set(shards.values()))
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise ModelError(f"{index}: {outside[0]} is not a file name in the same directory")
+    return [directory / name for name in names]

@@ -1,0 +1,144 @@
+"""What the engine takes and gives: a request with its state inside, and the tokens that come of it. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Literal
+
+GREEDY_BELOW = 1e-5  # a smaller temperature divides by what float32 cannot hold
+
+Finish = Literal["stop", "length", "deadline", "failed"]
+
+
+class EngineBusy(Exception):  # noqa: N818  an answer, not a fault
+    """As many sequences run and wait as may; nothing was started."""
+
+
+class Priority(IntEnum):
+    """Classes of requests: a lower number goes first."""
+
+    HIGH = 0
+    NORMAL = 1
+    LOW = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen, and how many. Equal seeds give equal text, whoever else is in the batch.
+
+    The candidates are the `top_k` likeliest (0: all), of those the likeliest that together have `top_p` of their
+    probability, and of those the ones at least `min_p` times as likely as the likeliest. Penalties come before all
+    that: `presence` and `frequency` are subtracted from the logits of what was generated (once, and each time),
+    `repetition` divides the logits of what was generated or asked. `logprobs` is the number of alternatives to tell
+    with each token; None tells nothing.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    logprobs: int | None = None
+    ignore_eos: bool = False
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def is_filtered(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+    @property
+    def is_penalized(self) -> bool:
+        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Natural logarithms of probabilities, before temperature and penalties: the token's, and the likeliest ones."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """One token, or the end, or both. No token with finish `stop` means that the model ended its answer itself."""
+
+    token: int | None
+    finish: Finish | None
+    logprobs: Logprobs | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request inside the engine. `deadline` is in the seconds of the engine's clock.
+
+    What stands below `salt` belongs to the engine. A token is *known* once the host has seen it, *pending* from the
+    launch of the step that draws it until then, and *computed* once its keys and values are in the cache (or the step
+    that writes them is launched, which is as good: steps run in order).
+    """
+
+    prompt: list[int]
+    sampling: Sampling
+    deadline: float | None
+    deliver: Callable[[Delta], None]
+    priority: int = Priority.NORMAL
+    tenant: str = ""  # who shares fairly with others
+    salt: bytes = b""  # requests with different salts never share cached blocks
+
+    seed: int = 0
+    arrival: int = 0
+    arrived_at: float = 0.0
+    aborted: bool = False
+    is_over: bool = False  # ended, aborted or late: nothing more comes of it
+    tokens: list[int] = field(init=False)
+    pending: int = 0
+    computed: int = 0
+    cached_tokens: int = 0  # of the prompt: found in the cache at the first admission
+    is_primed: bool = False  # its newest token lies in its row on the device
+    slot: int | None = None
+    blocks: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as anyone has asked
+    indexed: int = 0  # leading blocks that the prefix cache knows
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt)
+
+    @property
+    def generated(self) -> list[int]:
+        return self.tokens[len(self.prompt) :]
+
+    @property
+    def drawn(self) -> int:
+        """Tokens generated, the pending one included."""
+        return len(self.tokens) + self.pending - len(self.prompt)
+
+    @property
+    def uncomputed(self) -> int:
+        """Tokens that a step could work on; none when the last token that may be generated is on its way."""
+        if self.drawn >= self.sampling.max_tokens:
+            return 0
+        return len(self.tokens) + self.pending - self.computed
+
+    def is_late(self, now: float) -> bool:
+        return self.deadline is not None and now >= self.deadline
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What the backend reports about itself. `kv_usage` is the used share of the cache, 0 to 1."""
+
+    running: int
+    waiting: int
+    kv_usage: float
+
+
+Published = list[tuple[Sequence, Delta]]

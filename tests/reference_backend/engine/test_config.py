@@ -1,0 +1,78 @@
+"""config.json, read and judged. Needs no torch."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from reference_backend.engine.config import ModelError, read_config, read_json
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+def changed(tmp_path, changes, source="llama"):
+    config = json.loads((GOLDEN / source / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_both_ways_of_writing_rope_settings_are_read(tmp_path):
+    scaling = json.loads((GOLDEN / "llama" / "config.json").read_text())["rope_parameters"]
+    theta = scaling.pop("rope_theta")
+    older = {"rope_parameters": None, "rope_scaling": scaling, "rope_theta": theta}
+    assert read_config(changed(tmp_path, older)) == read_config(GOLDEN / "llama")
+
+
+@pytest.mark.parametrize(
+    ("name", "switches"),
+    [("llama", (False, False, True)), ("qwen2", (True, False, False)), ("qwen3", (False, True, False))],
+)
+def test_architectures_differ_in_switches(name, switches):
+    config = read_config(GOLDEN / name)
+    assert (config.qkv_bias, config.qk_norm, config.tied) == switches
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["MambaForCausalLM"]}, "architecture MambaForCausalLM is not supported; supported: Llama"),
+        ({"architectures": []}, "architecture none named is not supported"),
+        ({"architectures": 7}, "not subscriptable"),
+        ({"quantization_config": {"bits": 4}}, "quantized weights are not supported"),
+        ({"use_sliding_window": True}, "sliding-window"),
+        ({"hidden_act": "gelu"}, "hidden_act gelu"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope scaling yarn"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "factor is missing"),
+        ({"rope_parameters": "llama3"}, "has no attribute"),
+        ({"vocab_size": "many"}, "invalid literal"),
+        ({"vocab_size": 1e999}, "infinity"),
+        ({"num_attention_heads": None}, "int()"),
+        ({"num_attention_heads": 0}, "heads must be at least 1"),
+        ({"num_key_value_heads": 3}, "4 query heads cannot share 3 key-value heads"),
+        ({"head_dim": 7}, "head_dim is 7"),
+    ],
+)
+def test_a_model_that_cannot_be_served_is_named(tmp_path, changes, message):
+    with pytest.raises(ModelError) as refusal:
+        read_config(changed(tmp_path, changes))
+    assert message in str(refusal.value)
+    assert str(tmp_path) in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "config.json: no such file"),
+        (b"{", "config.json: cannot be read"),
+        (b"\xff", "config.json: cannot be read"),
+        (b"[" * 100_000, "config.json: cannot be read"),
+        (b"[]", "config.json: a JSON object is expected"),
+    ],
+)
+def test_a_file_that_is_no_object_is_told_in_one_line(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ModelError) as refusal:
+        read_json(tmp_path / "config.json")
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)

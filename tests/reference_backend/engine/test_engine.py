@@ -1,0 +1,373 @@
+"""Turns of the engine, one by one: who runs, who waits, what comes out, and what is given back.
+
+Every test ends with the integrity check of slots and block tables.
+"""
+
+import asyncio
+import threading
+from pathlib import Path
+from random import Random
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
+
+from reference_backend.engine.engine import Engine, Settings  # noqa: E402
+from reference_backend.engine.model import load_model  # noqa: E402
+from reference_backend.engine.request import Delta, EngineBusy, Load, Priority, Sampling, Sequence  # noqa: E402
+from tests.support.plain_model import greedy_reference, plain_logits  # noqa: E402
+
+torch.set_num_threads(1)
+GOLDEN = Path(__file__).parent.parent / "golden"
+MODELS = {name: load_model(GOLDEN / name, torch.device("cpu")) for name in ("llama", "qwen2", "qwen3")}
+MODEL = MODELS["llama"]
+
+
+@pytest.fixture
+def engine():
+    """Makes engines, and checks each of them at the end."""
+    made = []
+
+    def make(*, model=MODEL, end_tokens=(), overlap=False, cache_tokens=None, **sizes):
+        sizes = {"slots": 2, "max_waiting": 2, "context": 64, "block_size": 4} | sizes
+        settings = Settings(cache_tokens=cache_tokens or sizes["slots"] * sizes["context"], **sizes)
+        made.append(
+            Engine(
+                model,
+                settings,
+                end_tokens=frozenset(end_tokens),
+                clock=lambda: 0.0,
+                rng=Random(1),
+                overlap=overlap,
+            )
+        )
+        return made[-1]
+
+    yield make
+    for each in made:
+        assert each.scheduler.faults() == []
+
+
+def sequence(prompt=(5, 9, 2), *, max_tokens=8, deadline=None, salt=b"", tenant="", **sampling):
+    settings = Sampling(max_tokens=max_tokens, **({"temperature": 0.0} | sampling))
+    return Sequence(list(prompt), settings, deadline, lambda _delta: None, Priority.NORMAL, tenant, salt)
+
+
+def run(subject, *sequences):
+    """Hand all in, take turns until nothing is left, give back everything that was published."""
+    for each in sequences:
+        subject.submit(each)
+    published = []
+    while subject.load().running or subject.load().waiting:
+        published += subject.turn(0.0)
+        assert subject.scheduler.faults() == []
+    assert subject.scheduler.pool.held == 0
+    return published
+
+
+def crowd(seed, count=12, longest=30):
+    """Sequences of every kind of sampling; a second call gives the same again."""
+    rng = Random(seed)
+    return [
+        sequence(
+            [rng.randrange(64) for _ in range(rng.randrange(1, longest))],
+            max_tokens=rng.randrange(1, 20),
+            seed=number,
+            **rng.choice(
+                [
+                    {},
+                    {"temperature": 1.0},
+                    {"temperature": 0.8, "top_p": 0.9},
+                    {"temperature": 1.2, "top_k": 8},
+                    {"temperature": 1.0, "min_p": 0.05, "repetition_penalty": 1.2},
+                    {"frequency_penalty": 0.4, "presence_penalty": 0.2},
+                    {"logprobs": 2},
+                ]
+            ),
+        )
+        for number in range(count)
+    ]
+
+
+def texts(sequences):
+    return [each.generated for each in sequences]
+
+
+def alone(make, sequences, model=MODEL):
+    """What each generates in an engine of its own."""
+    for each in sequences:
+        run(make(model=model), each)
+    return texts(sequences)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_greedy_text_is_that_of_the_plain_model(engine, name):
+    asked = sequence()
+    published = run(engine(model=MODELS[name]), asked)
+    assert asked.generated == greedy_reference(MODELS[name], [5, 9, 2], 8)
+    assert published == [(asked, Delta(token, None)) for token in asked.generated[:-1]] + [
+        (asked, Delta(asked.generated[-1], "length"))
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_neighbours_change_nothing(engine, name):
+    """Sequences of different lengths and kinds that come and go in the same batch."""
+    together = crowd(4)
+    run(engine(model=MODELS[name], slots=4, max_waiting=12), *together)
+    assert texts(together) == alone(engine, crowd(4), MODELS[name])
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_preemption_changes_nothing(engine, overlap):
+    """A cache with room for one long sequence, shared by six shorter ones."""
+    together = crowd(6, count=20)
+    subject = engine(slots=6, max_waiting=14, cache_tokens=80, overlap=overlap)
+    run(subject, *together)
+    assert subject.scheduler.preemptions >= 5
+    assert texts(together) == alone(engine, crowd(6, count=20))
+
+
+def test_overlap_changes_nothing(engine):
+    """Steps launched before the one before them is read, with answers that end where nobody could know."""
+    ends = (3, 11, 40)
+    together = crowd(7)
+    run(engine(slots=4, max_waiting=12, overlap=True, end_tokens=ends), *together)
+    expected = crowd(7)
+    for each in expected:
+        run(engine(end_tokens=ends), each)
+    assert texts(together) == texts(expected)
+
+
+@pytest.mark.parametrize("step_tokens", [2, 3, 7, 64])
+def test_a_prompt_in_pieces_is_the_whole_prompt(engine, step_tokens):
+    together = crowd(8, count=4)
+    run(engine(max_waiting=4, step_tokens=step_tokens), *together)
+    assert texts(together) == alone(engine, crowd(8, count=4))
+
+
+def test_a_known_beginning_changes_nothing(engine):
+    """The same conversation, turn after turn: cached blocks, and the tokens of a cold cache."""
+    subject, warm, cold = engine(slots=1), [], []
+    prompt = [5, 9, 2, 7, 1]
+    for turn in range(4):
+        asked, fresh = (sequence(prompt, max_tokens=5, temperature=1.0, seed=turn) for _ in range(2))
+        run(subject, asked)
+        run(engine(slots=1), fresh)
+        warm.append(asked)
+        cold.append(fresh)
+        prompt = [*prompt, *asked.generated, turn]
+    assert texts(warm) == texts(cold)
+    assert [each.cached_tokens for each in warm] == [0, 8, 12, 20]
+    assert [each.cached_tokens for each in cold] == [0] * 4
+    other = sequence(prompt, salt=b"another tenant")
+    run(subject, other)
+    assert other.cached_tokens == 0
+
+
+def test_many_who_begin_alike_share_while_they_run(engine):
+    subject = engine(slots=5)
+    beginning = list(range(1, 18))
+    first = sequence(beginning, max_tokens=20)
+    subject.submit(first)
+    subject.turn(0.0)
+    others = [sequence([*beginning, 30 + n]) for n in range(4)]
+    for each in others:
+        subject.submit(each)
+    subject.turn(0.0)
+    assert [each.blocks[:4] for each in others] == [first.blocks[:4]] * 4
+    run(subject)
+    assert texts(others) == alone(engine, [sequence([*beginning, 30 + n]) for n in range(4)])
+
+
+def test_a_prompt_is_read_in_pieces_while_others_go_on(engine):
+    subject = engine(context=128, step_tokens=16)
+    long, short = sequence([7] * 40, max_tokens=2), sequence(max_tokens=10)
+    subject.submit(short)
+    subject.turn(0.0)
+    subject.submit(long)
+    turns = [[each for each, _ in subject.turn(0.0)] for _ in range(4)]
+    # Two pieces pass in silence; with the third the first token is there, and from then on both decode together.
+    assert turns == [[short], [short], [short, long], [short, long]]
+    assert long.generated == greedy_reference(MODEL, long.prompt, 2)
+    run(subject)
+
+
+def test_equal_seeds_give_equal_text_and_others_do_not(engine):
+    first, second, other = (sequence(max_tokens=16, temperature=1.0, seed=seed) for seed in (1, 1, 2))
+    assert alone(engine, [first, second, other])[0] == second.generated != other.generated
+    unseeded = [sequence(max_tokens=16, temperature=1.0) for _ in range(2)]
+    run(engine(), *unseeded)
+    assert unseeded[0].generated != unseeded[1].generated
+
+
+def test_logprobs_are_those_of_the_plain_model(engine):
+    asked = sequence(logprobs=3, temperature=1.0, seed=5)
+    published = run(engine(), asked)
+    scores = plain_logits(MODEL, asked.tokens).log_softmax(-1)
+    for place, (_, delta) in enumerate(published, start=len(asked.prompt) - 1):
+        assert delta.logprobs.chosen == pytest.approx(scores[place, delta.token].item(), abs=1e-4)
+        values, tokens = scores[place].topk(3)
+        assert [token for token, _ in delta.logprobs.top] == tokens.tolist()
+        assert [value for _, value in delta.logprobs.top] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+def test_the_end_token_ends_and_is_not_sent(engine):
+    first, second = greedy_reference(MODEL, [5, 9, 2], 2)
+    published = run(engine(end_tokens=[second]), sequence())
+    assert [delta for _, delta in published] == [Delta(first, None), Delta(None, "stop")]
+
+
+def test_the_end_token_is_a_token_like_others_when_it_is_to_be_ignored(engine):
+    asked = sequence(ignore_eos=True)
+    run(engine(end_tokens=range(64)), asked)
+    assert len(asked.generated) == 8
+
+
+def test_the_bound_refuses_at_once_and_a_finished_sequence_makes_room(engine):
+    subject = engine(slots=1, max_waiting=1)
+    first, second, third = sequence(max_tokens=1), sequence(max_tokens=1), sequence(max_tokens=1)
+    subject.submit(first)
+    subject.submit(second)
+    with pytest.raises(EngineBusy):
+        subject.submit(third)
+    subject.turn(0.0)
+    subject.submit(third)
+    run(subject)
+    assert all(len(each.generated) == 1 for each in (first, second, third))
+
+
+def test_tenants_take_turns(engine):
+    """One floods the queue, another sends one request: it is served next, not last."""
+    subject = engine(slots=1, max_waiting=9)
+    flood, light = [sequence([n], max_tokens=2, tenant="flood") for n in range(6)], sequence(tenant="light")
+    published = run(subject, *flood, light)
+    order = list(dict.fromkeys(each for each, _ in published))
+    assert order == [flood[0], light, *flood[1:]]
+
+
+def test_load_is_what_runs_waits_and_is_held(engine):
+    subject = engine(slots=2, context=64)
+    for _ in range(3):
+        subject.submit(sequence())
+    assert subject.load() == Load(0, 3, 0.0)
+    subject.turn(0.0)
+    assert subject.load() == Load(2, 1, 2 / 33)
+    assert repr(subject) == "<Engine 2 running of 2, 1 waiting of 2>"
+    run(subject)
+    assert subject.load() == Load(0, 0, 0.0)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_an_aborted_sequence_stops_within_a_turn_and_is_not_heard_of_again(engine, overlap):
+    subject = engine(slots=1, overlap=overlap)
+    running, waiting, other = sequence(max_tokens=50), sequence(), sequence(max_tokens=2)
+    for each in (running, waiting, other):
+        subject.submit(each)
+    subject.turn(0.0)
+    subject.abort(running)
+    subject.abort(waiting)
+    published = subject.turn(0.0)
+    assert [each for each, _ in published] == ([] if overlap else [other])
+    assert subject.scheduler.running == [other]
+    assert (len(running.generated), len(waiting.generated)) == (0 if overlap else 1, 0)
+    run(subject)
+    subject.abort(other)  # too late, and harmless
+    assert subject.turn(0.0) == []
+
+
+@pytest.mark.parametrize(("now", "generated"), [(9.9, 2), (10.0, 1)])
+def test_a_deadline_ends_a_running_sequence(engine, now, generated):
+    subject = engine()
+    asked = sequence(deadline=10.0)
+    subject.submit(asked)
+    subject.turn(0.0)
+    published = subject.turn(now)
+    assert len(asked.generated) == generated
+    assert ((asked, Delta(None, "deadline")) in published) is (now >= 10)
+
+
+def test_a_deadline_that_passes_in_the_queue_costs_no_work(engine):
+    subject = engine(slots=1)
+    running, late = sequence(max_tokens=2), sequence(deadline=1.0)
+    subject.submit(running)
+    subject.submit(late)
+    assert [delta.finish for each, delta in subject.turn(1.0) if each is late] == ["deadline"]
+    assert late.computed == 0
+    assert subject.load().waiting == 0
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_everything_is_given_back_whatever_happens(engine, overlap):
+    """Many sequences with every kind of end, in a drawn order, in a cache that is too small for them."""
+    rng = Random(8)
+    subject = engine(slots=3, max_waiting=5, cache_tokens=70, end_tokens=[3, 4], overlap=overlap)
+    alive = []
+    for turn in range(300):
+        if rng.random() < 0.5:
+            deadline = turn + rng.randrange(9) if rng.random() < 0.3 else None
+            prompt = [rng.randrange(64) for _ in range(rng.randrange(1, 40))]
+            each = sequence(prompt, max_tokens=rng.randrange(1, 20), temperature=1.0, deadline=deadline)
+            try:
+                subject.submit(each)
+                alive.append(each)
+            except EngineBusy:
+                assert subject.load().running + subject.load().waiting == 8
+        if alive and rng.random() < 0.2:
+            subject.abort(rng.choice(alive))
+        subject.turn(float(turn))
+        assert subject.scheduler.faults() == []
+    run(subject)
+    assert subject.scheduler.preemptions > 0
+
+
+def test_scores_that_are_no_numbers_end_one_sequence_and_leave_nothing_behind(engine):
+    """A token whose embedding is broken: whoever has it in the prompt fails, everybody else goes on as ever."""
+    prompts = [[5, 9, 2, 8], *([n, 1, 2] for n in range(4))]
+    expected = [greedy_reference(MODEL, prompt, 30) for prompt in prompts]
+    bad = min(set(range(64)).difference(*prompts, *expected))
+    broken = load_model(GOLDEN / "llama", torch.device("cpu"))
+    broken._embedding[bad] = torch.nan
+    broken._head = MODEL._head
+    subject = engine(model=broken, slots=2, cache_tokens=64)
+    fine, *later = [sequence(prompt, max_tokens=30) for prompt in prompts]
+    poisoned, again = (sequence([5, 9, 2, bad, bad, 1, 1, 1, 1]) for _ in range(2))
+    published = run(subject, poisoned, fine)
+    assert [delta for each, delta in published if each is poisoned] == [Delta(None, "failed")]
+    run(subject, again)
+    assert again.cached_tokens == 0
+    for each in later:  # through all blocks
+        run(subject, each)
+    assert texts([fine, *later]) == expected
+    assert not subject.has_failed
+
+
+async def test_the_thread_publishes_on_its_own_and_ends_when_told(engine):
+    subject = engine()
+    arrived = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    subject.start(lambda published: loop.call_soon_threadsafe(arrived.put_nowait, published))
+    subject.submit(sequence(max_tokens=3))
+    async with asyncio.timeout(20):
+        finishes = [(await arrived.get())[0][1].finish for _ in range(3)]
+    subject.close()
+    assert finishes == [None, None, "length"]
+    assert "engine" not in {thread.name for thread in threading.enumerate() if thread.is_alive()}
+
+
+async def test_a_model_that_breaks_fails_everybody_and_takes_no_more(engine, monkeypatch):
+    subject = engine(slots=1)
+    waiting = [sequence(), sequence()]
+    for each in waiting:
+        subject.submit(each)
+    monkeypatch.setattr(subject.runner, "model", None)
+    arrived = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    subject.start(lambda published: loop.call_soon_threadsafe(arrived.put_nowait, published))
+    async with asyncio.timeout(20):
+        published = await arrived.get()
+    subject.close()
+    assert {each: delta.finish for each, delta in published} == dict.fromkeys(waiting, "failed")
+    assert subject.has_failed
+    with pytest.raises(EngineBusy):
+        subject.submit(sequence())

@@ -1,0 +1,79 @@
+"""Plans carried out by hand, without scheduler and engine: the rows on the device are what they should be."""
+
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
+
+from reference_backend.engine.model import load_model  # noqa: E402
+from reference_backend.engine.request import Sampling, Sequence  # noqa: E402
+from reference_backend.engine.runner import Runner  # noqa: E402
+from reference_backend.engine.scheduler import Work  # noqa: E402
+from tests.support.plain_model import greedy_reference, plain_logits  # noqa: E402
+
+torch.set_num_threads(1)
+MODEL = load_model(Path(__file__).parent.parent / "golden" / "llama", torch.device("cpu"))
+TEXT = list(range(20, 31))
+
+
+def runner(slots=2):
+    return Runner(MODEL, slots=slots, blocks=20, block_size=4, context=32)
+
+
+def placed(slot, blocks, tokens=TEXT):
+    made = Sequence(list(tokens), Sampling(max_tokens=9, temperature=0.0), None, print)
+    made.slot, made.blocks = slot, blocks
+    return made
+
+
+def works(sequence, start, count, *, is_new=False, is_decode=False, samples=True):
+    return Work(sequence, start, count, is_new, is_decode, samples)
+
+
+def tokens_of(launched):
+    return [(result.sequence, result.token) for result in launched.results()]
+
+
+def test_a_piece_that_does_not_end_the_prompt_draws_nothing():
+    subject, asked = runner(), placed(1, [7, 3, 9])
+    launched = subject.launch([works(asked, 0, 6, is_new=True, samples=False)])
+    assert launched.results() == []
+    assert subject._lengths.tolist() == [0, 6]
+    [(_, token)] = tokens_of(subject.launch([works(asked, 6, 5)]))
+    assert token == greedy_reference(MODEL, TEXT, 1)[0]
+    assert subject._tables[1].tolist() == [7, 3, 9, 0, 0, 0, 0, 0, 0]
+
+
+def test_decoding_reads_its_token_from_the_device():
+    """Three steps are launched before any of them is read."""
+    subject, asked = runner(), placed(0, [2, 1, 5, 4])
+    steps = [subject.launch([works(asked, 0, 11, is_new=True)])]
+    steps += [subject.launch([works(asked, 11 + n, 1, is_decode=True)]) for n in range(3)]
+    assert [tokens_of(step)[0][1] for step in steps] == greedy_reference(MODEL, TEXT, 4)
+    assert subject._lengths.tolist() == [14, 0]
+
+
+def test_a_step_mixes_who_generates_and_who_reads():
+    subject, first, second = runner(), placed(0, [1, 2, 3, 4]), placed(1, [5, 6], TEXT[:6])
+    subject.launch([works(first, 0, 11, is_new=True)])
+    launched = subject.launch([works(first, 11, 1, is_decode=True), works(second, 0, 6, is_new=True)])
+    expected = [greedy_reference(MODEL, TEXT, 2)[1], greedy_reference(MODEL, TEXT[:6], 1)[0]]
+    assert tokens_of(launched) == list(zip([first, second], expected, strict=True))
+
+
+def test_a_slot_forgets_who_was_there():
+    subject, first = runner(slots=1), placed(0, [1, 2, 3])
+    subject.launch([works(first, 0, 11, is_new=True)])
+    second = placed(0, [4], TEXT[:3])
+    launched = subject.launch([works(second, 0, 3, is_new=True)])
+    assert subject._tables[0].tolist() == [4, *[0] * 8]
+    assert tokens_of(launched) == [(second, int(plain_logits(MODEL, TEXT[:3])[-1].argmax()))]
+
+
+def test_cleared_blocks_are_zero():
+    subject, asked = runner(), placed(0, [1, 2, 3])
+    subject.launch([works(asked, 0, 11, is_new=True)])
+    subject.clear([2])
+    kept = subject._cache.gather(0, torch.tensor([1, 2, 3]), 3).abs().sum((1, 2, 3)) > 0
+    assert kept.tolist() == [True, False, True]

@@ -1,0 +1,223 @@
+"""Which tokens may be drawn, how often, and that a row's draw is its own."""
+
+from collections import Counter
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
+
+from reference_backend.engine.request import Sampling, Sequence  # noqa: E402
+from reference_backend.engine.sampler import Sampler, told_logprobs, uniform  # noqa: E402
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+ROWS, STEPS = 200, 20
+DRAWS = ROWS * STEPS
+
+
+def sequence(seed=1, prompt=(0,), generated=(), **sampling):
+    made = Sequence(list(prompt), Sampling(max_tokens=10**6, **sampling), None, print)
+    made.seed = seed
+    made.tokens += generated
+    return made
+
+
+class Bench:
+    """A sampler with these sequences in slots 0, 1, 2, ..."""
+
+    def __init__(self, *sequences, vocabulary=4):
+        self.sequences = sequences
+        self.sampler = Sampler(len(sequences), vocabulary, CPU)
+        for slot, each in enumerate(sequences):
+            self.sampler.load(slot, each)
+
+    def drawn(self, scores, slots=None):
+        slots = list(range(len(self.sequences))) if slots is None else slots
+        rows = self.sampler.rows([self.sequences[slot] for slot in slots], torch.tensor(slots))
+        return self.sampler.sample(scores.clone(), rows)
+
+    def draw(self, scores, slots=None):
+        return self.drawn(scores, slots).tokens.tolist()
+
+
+def tally(probabilities, **sampling):
+    """How often each token comes, in STEPS draws of ROWS sequences with seeds of their own."""
+    bench = Bench(*(sequence(seed, **sampling) for seed in range(ROWS)), vocabulary=len(probabilities))
+    scores = torch.tensor([probabilities] * ROWS).log()
+    return Counter(token for _ in range(STEPS) for token in bench.draw(scores))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "allowed"),
+    [
+        ({"temperature": 0.0}, {1}),
+        ({"temperature": 1e-9}, {1}),
+        ({"temperature": 0.0, "top_k": 3, "min_p": 0.1}, {1}),
+        ({"temperature": 0.02}, {1}),
+        ({}, {0, 1, 2, 3}),
+        ({"top_p": 0.3}, {1}),
+        ({"top_p": 0.4}, {1}),
+        ({"top_p": 0.6}, {1, 2}),
+        ({"top_p": 0.75}, {1, 2, 0}),
+        ({"top_k": 1}, {1}),
+        ({"top_k": 2}, {1, 2}),
+        ({"top_k": 50}, {0, 1, 2, 3}),
+        ({"min_p": 0.6}, {1, 2}),
+        ({"min_p": 1.0}, {1}),
+        ({"top_k": 3, "min_p": 0.6}, {1, 2}),
+        ({"top_k": 3, "top_p": 0.5}, {1, 2}),  # of what top-k has left: 0.44 + 0.33 >= 0.5
+        ({"top_p": 0.5}, {1, 2}),
+        ({"top_k": 2, "top_p": 0.55}, {1}),  # 0.57 of what is left
+    ],
+)
+def test_candidates_are_those_that_the_settings_leave(sampling, allowed):
+    assert set(tally([0.2, 0.4, 0.3, 0.1], **sampling)) == allowed
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        ({}, [0.1, 0.5, 0.15, 0.25]),
+        ({"temperature": 2.0}, [0.168, 0.375, 0.205, 0.265]),
+        ({"top_k": 3}, [0, 0.5 / 0.9, 0.15 / 0.9, 0.25 / 0.9]),
+        ({"top_p": 0.7}, [0, 2 / 3, 0, 1 / 3]),
+        ({"min_p": 0.4}, [0, 2 / 3, 0, 1 / 3]),
+    ],
+)
+def test_draws_follow_the_probabilities(sampling, expected):
+    if sampling.get("temperature"):
+        roots = [p**0.5 for p in (0.1, 0.5, 0.15, 0.25)]
+        expected = [root / sum(roots) for root in roots]
+    found = tally([0.1, 0.5, 0.15, 0.25], **sampling)
+    chi_square = sum((found[i] - DRAWS * p) ** 2 / (DRAWS * p) for i, p in enumerate(expected) if p)
+    assert chi_square < 16.3  # at most 3 degrees of freedom, p = 0.001
+    assert sum(found[i] for i, p in enumerate(expected) if not p) == 0
+
+
+def test_ties_are_broken_by_place_and_shared_by_chance():
+    assert set(tally([0.25, 0.25, 0.25, 0.25], temperature=0.0)) == {0}
+    assert set(tally([0.25, 0.25, 0.25, 0.25], top_k=2)) == {0, 1}
+    assert set(tally([0.25, 0.25, 0.25, 0.25])) == {0, 1, 2, 3}
+
+
+def test_a_token_without_probability_is_never_drawn():
+    scores = torch.tensor([[-torch.inf, 0.0, -torch.inf, -torch.inf]])
+    for settings in ({}, {"top_p": 0.9}, {"top_k": 4}):
+        bench = Bench(sequence(**settings))
+        assert {bench.draw(scores)[0] for _ in range(200)} == {1}
+
+
+def test_a_row_draws_the_same_wherever_it_stands_and_whoever_is_there():
+    """Every kind of row, alone and in batches of drawn companions: the same tokens."""
+    generator = torch.Generator().manual_seed(5)
+    kinds = [
+        {"temperature": 0.0},
+        {},
+        {"temperature": 1.7},
+        {"top_k": 5},
+        {"top_p": 0.8},
+        {"min_p": 0.1, "temperature": 1.3},
+        {"frequency_penalty": 0.7, "presence_penalty": -0.3},
+        {"repetition_penalty": 1.3, "top_p": 0.9},
+        {"logprobs": 3},
+    ]
+    scores = torch.randn(len(kinds), 30, 40, generator=generator) * 2
+
+    def bench():
+        return Bench(*(sequence(seed, **kind) for seed, kind in enumerate(kinds)), vocabulary=40)
+
+    alone = bench()
+    expected = [[alone.draw(scores[kind, step][None], [kind])[0] for step in range(30)] for kind in range(len(kinds))]
+    together, found = bench(), [[] for _ in kinds]
+    while any(len(row) < 30 for row in found):
+        order = torch.randperm(len(kinds), generator=generator).tolist()
+        present = [
+            kind for kind in order[: 1 + int(torch.randint(9, (), generator=generator))] if len(found[kind]) < 30
+        ]
+        if present:
+            batch = torch.stack([scores[kind, len(found[kind])] for kind in present])
+            for kind, token in zip(present, together.draw(batch, present), strict=True):
+                found[kind].append(token)
+    assert found == expected
+
+
+def test_a_sequence_that_begins_again_goes_on_as_if_it_had_not_left():
+    scores = torch.randn(20, 1, 40, generator=torch.Generator().manual_seed(2))
+    settings = {"top_p": 0.95, "frequency_penalty": 0.5, "repetition_penalty": 1.2}
+    whole = Bench(sequence(**settings), vocabulary=40)
+    tokens = [whole.draw(each)[0] for each in scores]
+    resumed = Bench(sequence(generated=tokens[:9], **settings), vocabulary=40)
+    assert [resumed.draw(each)[0] for each in scores[9:]] == tokens[9:]
+
+
+def test_the_settings_of_the_one_before_are_gone():
+    bench = Bench(sequence(prompt=[1], generated=[1, 1], frequency_penalty=1.0, repetition_penalty=2.0, top_k=1))
+    for settings in ({"presence_penalty": 0.1}, {}):
+        bench.sequences = [sequence(**settings)]
+        bench.sampler.load(0, bench.sequences[0])
+        drawn = {bench.draw(torch.tensor([[1.0, 1.0, 1.0, 1.0]]))[0] for _ in range(100)}
+        assert drawn == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"presence_penalty": 0.5}, [2.0, 1.5, -0.5, -1.0]),
+        ({"frequency_penalty": 0.5}, [2.0, 1.0, -0.5, -1.0]),
+        ({"repetition_penalty": 2.0}, [1.0, 1.0, 0.0, -1.0]),
+        ({"repetition_penalty": 2.0, "presence_penalty": 0.5}, [1.0, 0.5, -0.5, -1.0]),
+        ({"presence_penalty": -0.5}, [2.0, 2.5, 0.5, -1.0]),
+    ],
+)
+def test_penalties_change_the_scores_of_what_was_said(settings, expected):
+    """Token 0 was asked, 1 generated twice, 2 once."""
+    bench = Bench(sequence(prompt=[0], generated=[1, 2, 1], temperature=0.0, **settings))
+    scores = torch.tensor([[2.0, 2.0, 0.0, -1.0]])
+    bench.sampler._penalize(scores, torch.tensor([0]), torch.tensor([0]))
+    torch.testing.assert_close(scores, torch.tensor([expected]))
+
+
+def test_what_is_drawn_is_counted():
+    bench = Bench(sequence(temperature=0.0, frequency_penalty=1.0))
+    scores = torch.tensor([[2.5, 1.4, 0.0, -9.0]])
+    assert [bench.draw(scores)[0] for _ in range(5)] == [0, 0, 1, 0, 1]
+
+
+def test_logprobs_are_those_of_the_model_before_all_settings():
+    told, silent = sequence(temperature=0.0, logprobs=2, frequency_penalty=2.0, generated=[1]), sequence(logprobs=None)
+    none = sequence(logprobs=0, temperature=0.0)
+    scores = torch.tensor([[0.2, 0.4, 0.3, 0.1]] * 3).log()
+    drawn = Bench(told, silent, none).drawn(scores)
+    first, second, third = told_logprobs(drawn, [each.sampling for each in (told, silent, none)])
+    assert drawn.tokens[0] == 2
+    assert first.chosen == pytest.approx(torch.tensor(0.3).log().item())
+    assert [token for token, _ in first.top] == [1, 2]
+    assert [value for _, value in first.top] == pytest.approx(torch.tensor([0.4, 0.3]).log().tolist())
+    assert second is None
+    assert (third.chosen, third.top) == (pytest.approx(torch.tensor(0.4).log().item()), ())
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {}, {"top_p": 0.5}, {"presence_penalty": 1.0}])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_scores_that_are_no_numbers_are_told_and_touch_nobody_else(settings, bad):
+    scores = torch.tensor([[0.2, 0.4, 0.3, 0.1]] * 2).log()
+    expected = Bench(sequence(**settings), sequence(seed=2, **settings)).draw(scores)
+    scores[0, 2] = bad
+    drawn = Bench(sequence(**settings), sequence(seed=2, **settings)).drawn(scores)
+    assert drawn.best.isfinite().tolist() == [False, True]
+    assert 0 <= int(drawn.tokens[0]) < 4
+    assert int(drawn.tokens[1]) == expected[1]
+
+
+def test_chance_is_even_and_the_same_everywhere():
+    seeds, counts = torch.arange(-50, 50)[:, None], torch.arange(100)[None]
+    found = uniform(seeds, counts)
+    assert ((found >= 0) & (found < 1)).all()
+    tenths = torch.histc(found, bins=10, min=0, max=1)
+    assert ((tenths - 1000) ** 2 / 1000).sum() < 27.9  # 9 degrees of freedom, p = 0.001
+    assert len(found.unique()) == 10_000
+    correlation = torch.corrcoef(torch.stack([found[:, :-1].flatten(), found[:, 1:].flatten()]))[0, 1]
+    assert abs(correlation) < 0.04
+    assert (
+        uniform(torch.tensor([7]), torch.tensor([3])).item() == uniform(torch.tensor([[7]]), torch.tensor([3])).item()
+    )
