@@ -14,6 +14,7 @@ from gateway.headers import is_sane_value, passing_name
 from policies.retry import Failure
 
 HOLD_BYTES: Final = 1024 * 1024
+_MOST_VALUE_BYTES: Final = 8000  # of a header that passes: what clients' parsers take (aiohttp: 8190 for the line)
 
 
 class Mode(Enum):
@@ -98,7 +99,7 @@ def _look_at(header: tuple[bytes, bytes]) -> tuple[int, bytes]:
     passing = passing_name(name)
     if passing is None:
         return _KINDS.get(name.lower(), _PLAIN), b""
-    if not is_sane_value(value):
+    if len(value) > _MOST_VALUE_BYTES or not is_sane_value(value):
         return _MALFORMED, b""
     return _KINDS.get(passing, _PLAIN), b"%b: %b\r\n" % (passing, value)
 

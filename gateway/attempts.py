@@ -38,6 +38,7 @@ consumer_line = lru_cache(maxsize=4096)(header_safe)
 _FAILURES = frozenset(
     {"upstream_reset", "upstream_timeout", "upstream_protocol", "upstream_error", "stream_truncated", "connect_fail"}
 )
+_NO_WORK = frozenset({"connect_fail", "shed"})
 _TOO_LATE = Ending("upstream_timeout", Failure.FIRST_BYTE_TIMEOUT)
 # Looking a member up in its Enum costs as much as a short function.
 _STALE, _BUSY, _NOT_STARTED = Failure.STALE, Failure.BUSY, Failure.NOT_STARTED
@@ -175,6 +176,11 @@ class Forwarder:
         if budget is None:
             budget = self._budgets[key] = RetryBudget(route.retry.budget)
         return budget
+
+
+def had_work(attempts: list[Attempt]) -> bool:
+    """Whether a backend may have begun with the request: not where none could be reached or all said they are full."""
+    return any(attempt.outcome not in _NO_WORK for attempt in attempts)
 
 
 def _outcome(ending: Ending, head: AnswerHead | None, overdue: Kind | None) -> Outcome:

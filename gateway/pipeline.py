@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from gateway.attempts import Forwarder
+from gateway.attempts import Forwarder, had_work
 from gateway.body import is_at_hand, read_body
 from gateway.call import Call, Ids, accept
 from gateway.meter import UNKNOWN
@@ -187,7 +187,12 @@ class Pipeline:
             access.check(route, entry.principal, call.model)
 
             # Balance, guard, forward: choose a backend that its breaker lets through, relay its answer, or try another.
-            await self._forwarder.forward(call, trail, route, consumer)
+            try:
+                await self._forwarder.forward(call, trail, route, consumer)
+            except (errors.NoBackend, errors.BackendsBusy):
+                if not had_work(trail.attempts):
+                    account.refund()
+                raise
             return None
 
     def reject(self, connection: ClientConnection, refusal: errors.Refusal) -> None:

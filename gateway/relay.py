@@ -55,7 +55,7 @@ _ERRED = Ending("upstream_error")
 _FAILURE_REASONS = {
     Failure.PROTOCOL: "upstream_protocol",
     Failure.BUSY: "shed",
-    Failure.NOT_STARTED: "upstream_error",
+    Failure.NOT_STARTED: "shed",
     Failure.SERVER_ERROR: "upstream_error",
     Failure.RESET: "upstream_reset",
     Failure.STALE: "upstream_reset",
@@ -118,6 +118,8 @@ class Relay(Wakeup):
     def release(self) -> None:
         """Give back what the answer held. A connection whose answer is not whole is closed here."""
         self._client.relay = None
+        if self.ending is LEFT and self._scanner is not None:
+            self._note_tokens(self._scanner)
         self._connection.finish(self.trail.clock())
 
     # What the connection tells
@@ -283,8 +285,7 @@ class Relay(Wakeup):
 
     def _end_events(self, scanner: sse.Scanner) -> None:
         rest = scanner.rest()
-        trail = self.trail
-        trail.tokens_in, trail.tokens_out = scanner.tokens_in, scanner.tokens_out
+        self._note_tokens(scanner)
         if not scanner.is_whole and not scanner.errored:
             self._break("stream_truncated")
             return
@@ -294,6 +295,9 @@ class Relay(Wakeup):
             self._out.append(rest)
         self._commit_and_flush(last=True)
         self._end(_ERRED if scanner.errored else _OK)
+
+    def _note_tokens(self, scanner: sse.Scanner) -> None:
+        self.trail.tokens_in, self.trail.tokens_out = scanner.tokens_in, scanner.tokens_out
 
     def _break(self, reason: str) -> None:
         """The answer will never be whole."""
@@ -306,7 +310,7 @@ class Relay(Wakeup):
         if self._out:
             self._commit_and_flush()
         if self._scanner is not None:
-            self.trail.tokens_in, self.trail.tokens_out = self._scanner.tokens_in, self._scanner.tokens_out
+            self._note_tokens(self._scanner)
             event = error_event(self.call.resource.protocol, _refusal_of(reason, self.overdue), self.call.request_id)
             if event:
                 self._send(self._framed(event))

@@ -49,7 +49,7 @@ class Connection:
         self.idle_since = 0.0
         self.got_bytes = False  # any byte of the current answer
         self.whole = False  # the current answer has ended as its framing says
-        self.leftover = False  # bytes came after the end of the answer
+        self.leftover = False  # what comes is not heard: it came after the end of the answer, or after too large a head
         self._in_head = True
         self._bodyless_bytes = 0  # since the last piece of a body, or since the answer began
         self._headers: list[tuple[bytes, bytes]] = []
@@ -139,7 +139,7 @@ class Connection:
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self._unreadable(answer)
             return
-        if self._bodyless_bytes > MAX_HEAD_BYTES and not self.whole:
+        if (self._bodyless_bytes > MAX_HEAD_BYTES or self.leftover) and not self.whole:
             self.leftover = True
             answer.on_broken("upstream_protocol")
             return
@@ -178,17 +178,24 @@ class Connection:
     def on_headers_complete(self) -> None:
         if self.answer is None or self.whole:
             return
-        self._in_head = False
         headers, self._headers = self._headers, []
+        if self._bodyless_bytes > MAX_HEAD_BYTES and _size_of(headers) > MAX_HEAD_BYTES:
+            self.leftover = True  # the answer hears of it when this read has been parsed
+            return
+        self._in_head = False
         self.answer.on_head(self._parser.get_status_code(), headers)
 
     def on_body(self, data: bytes) -> None:
         self._bodyless_bytes = 0
-        if self.answer is not None and not self.whole:
+        if self.answer is not None and not self.leftover:
             self.answer.on_body(data)
 
     def on_message_complete(self) -> None:
-        if self.answer is not None and not self.whole:
+        if self.answer is not None and not self.leftover:
             self.whole = True
             self._keeps_alive = self._parser.should_keep_alive()  # llhttp knows it only now
             self.answer.on_end()
+
+
+def _size_of(headers: list[tuple[bytes, bytes]]) -> int:
+    return sum([len(name) + len(value) + 4 for name, value in headers])

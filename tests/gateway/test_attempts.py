@@ -103,7 +103,7 @@ async def test_a_request_goes_out_with_what_the_backend_must_know() -> None:
         ([REFUSED, OK], RetryRule(attempts=2), ["connect_fail", "ok"], 200),
         ([HANGS, OK], RetryRule(attempts=2), ["connect_fail", "ok"], 200),
         ([BUSY, OK], RetryRule(attempts=2), ["shed", "ok"], 200),
-        ([FULL, OK], RetryRule(attempts=2), ["upstream_error", "ok"], 200),
+        ([FULL, OK], RetryRule(attempts=2), ["shed", "ok"], 200),
         ([REFUSED, REFUSED, OK], RetryRule(attempts=3), ["connect_fail", "connect_fail", "ok"], 200),
         ([BAD, OK], RetryRule(attempts=2, idempotent=True), ["upstream_error", "ok"], 200),
         ([CLOSED, OK], RetryRule(attempts=2, idempotent=True), ["upstream_reset", "ok"], 200),

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -15,13 +16,27 @@ from gateway.pipeline import InForce, Pipeline, Settings
 from gateway.server import DataServer
 from gateway.upstream.fleet import Fleet
 from policies import errors
-from policies.policy import Allow, Match, Plan, Policy, Principal, Rate, RetryRule, Route, Target
+from policies.policy import (
+    Allow,
+    Balance,
+    BalanceKind,
+    BreakerRule,
+    Match,
+    Plan,
+    Policy,
+    Principal,
+    Rate,
+    RetryRule,
+    Route,
+    Target,
+)
 from tests.support.raw_client import CHAT, chat_request
-from tests.support.upstream import CLOSED, HANGS, SILENT, MemoryTransport, endpoint, script
+from tests.support.upstream import CLOSED, HANGS, REFUSED, SILENT, MemoryTransport, endpoint, script
 from tests.support.virtual_clock import virtual_time
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
 BUSY = b"HTTP/1.1 429 X\r\ncontent-length: 0\r\n\r\n"
+FULL = b"HTTP/1.1 503 X\r\nx-backend-not-started: true\r\ncontent-length: 0\r\n\r\n"
 BAD = b"HTTP/1.1 500 X\r\ncontent-length: 0\r\n\r\n"
 ROUTES = (
     Route("team", Match(headers=(("x-team", "blue"),)), (Target("tiny"),), allow=Allow(groups=frozenset({"blue"}))),
@@ -327,6 +342,51 @@ async def test_a_body_that_does_not_come_is_not_charged() -> None:
     assert story.transport.written.startswith(b"HTTP/1.1 408 ")
     assert story.account.take_nowait(1000.0 + asyncio.get_running_loop().time()) == 0.0
     story.assert_given_back()
+
+
+@pytest.mark.parametrize(
+    ("does", "code", "charged"),
+    [
+        ([], "no_backend", False),
+        ([REFUSED], "no_backend", False),
+        ([HANGS], "no_backend", False),
+        ([BUSY, BUSY], "queue_full", False),
+        ([FULL], "overloaded", False),
+        ([BAD], "upstream_failed", True),
+        ([CLOSED], "upstream_failed", True),
+        ([SILENT], "upstream_timeout", True),
+    ],
+)
+@virtual_time
+async def test_a_request_is_not_charged_where_no_backend_had_work_with_it(does, code, charged) -> None:
+    story = Story(*does, plan=Plan("free", requests=Rate(1, 3600.0), burst=1))
+    story.send(chat_request())
+    await asyncio.sleep(40)
+    assert document(story.transport.written)["error"]["code"] == code
+    assert (story.account.take_nowait(1000.0 + asyncio.get_running_loop().time()) > 0.0) is charged
+    story.assert_given_back()
+
+
+@virtual_time
+async def test_a_request_that_an_open_breaker_stopped_is_not_charged() -> None:
+    breaker = BreakerRule(of_at_least=1, eject_at_most=1.0)
+    story = Story(BAD, plan=Plan("free", requests=Rate(2, 3600.0), burst=2))
+    story.pipeline.in_force = InForce.of(Policy("v1", routes=(replace(ROUTES[1], breaker=breaker),)))
+    codes = [document(await story.ask())["error"]["code"] for _ in range(3)]
+    assert codes == ["upstream_failed", "circuit_open", "circuit_open"]
+    assert story.account.take_nowait(1000.0 + asyncio.get_running_loop().time()) == 0.0
+
+
+@virtual_time
+async def test_a_request_that_one_backend_had_work_with_is_charged_whatever_the_next_says() -> None:
+    story = Story(BAD, REFUSED, plan=Plan("free", requests=Rate(1, 3600.0), burst=1))
+    route = replace(ROUTES[1], retry=RetryRule(attempts=2, idempotent=True), balance=Balance(BalanceKind.ROUND_ROBIN))
+    story.pipeline.in_force = InForce.of(Policy("v1", routes=(route,)))
+    while not story.events or story.events[-1].attempts[0].outcome != "upstream_error":
+        story.account.refund()
+        answer = await story.ask()
+    assert document(answer)["error"]["code"] == "no_backend"
+    assert story.account.take_nowait(1000.0 + asyncio.get_running_loop().time()) > 0.0
 
 
 # Clients that leave

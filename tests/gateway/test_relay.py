@@ -214,7 +214,7 @@ async def test_to_http10_nothing_is_chunked_and_a_cut_answer_does_not_end_cleanl
         ([b"junk\r\n\r\n"], False, Ending("upstream_protocol", Failure.PROTOCOL)),
         ([b"HTTP/1.1 429 X\r\ncontent-length: 0\r\n\r\n"], False, Ending("shed", Failure.BUSY)),
         ([b"HTTP/1.1 500 X\r\ncontent-length: 0\r\n\r\n"], False, Ending("upstream_error", Failure.SERVER_ERROR)),
-        ([b"HTTP/1.1 503 X\r\nx-backend-not-started: 1\r\ncontent-length: 0\r\n\r\n"], False, Ending("upstream_error", Failure.NOT_STARTED)),
+        ([b"HTTP/1.1 503 X\r\nx-backend-not-started: 1\r\ncontent-length: 0\r\n\r\n"], False, Ending("shed", Failure.NOT_STARTED)),
         ([b"HTTP/1.1 302 X\r\nlocation: http://evil/\r\ncontent-length: 0\r\n\r\n"], False, Ending("upstream_protocol", Failure.PROTOCOL)),
     ],
 )  # fmt: skip
@@ -497,6 +497,18 @@ async def test_when_the_client_leaves_everything_is_given_back(pieces) -> None:
     assert (story.client.relay, story.connection.answer, story.pool.take(1000.0)) == (None, None, None)
     story.connection.transport.lose()  # late news
     story.relay.on_broken("eof")
+
+
+@virtual_time
+async def test_what_a_stream_had_told_of_its_tokens_is_recorded_when_the_client_leaves() -> None:
+    story = Story()
+    story.hear(EVENTS + chunk(b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":2}}\n\n'))
+    ended = asyncio.ensure_future(story.end())
+    await asyncio.sleep(0)
+    ended.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await ended
+    assert (story.trail.tokens_in, story.trail.tokens_out) == (7, 2)
 
 
 @virtual_time

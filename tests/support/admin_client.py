@@ -50,4 +50,6 @@ class Scrape:
 
 
 async def scrape(gateway) -> Scrape:
-    return Scrape((await page(gateway, "/metrics")).text)
+    shown = await page(gateway, "/metrics")
+    assert shown.status == 200
+    return Scrape(shown.text)

@@ -149,6 +149,14 @@ def test_a_head_that_does_not_end_is_bounded(pool, piece) -> None:
     assert listener.heard[-1] == "upstream_protocol"
 
 
+def test_a_head_in_one_piece_is_bounded_too(pool) -> None:
+    connection = connected(pool)
+    listener = exchange(connection, OK[:17] + b"x: %b\r\n" % (b"y" * 999) * (MAX_HEAD_BYTES // 999 + 1) + OK[17:])
+    assert listener.heard == ["upstream_protocol"]
+    connection.finish(0.0)
+    assert connection.transport.closed == "abort"
+
+
 @pytest.mark.parametrize("endless", [b"2;evil=", b"2\r\nhi\r\n0\r\nx-evil: "], ids=["an extension", "a trailer"])
 def test_what_frames_a_body_is_bounded_too(pool, endless) -> None:
     connection = connected(pool)
