@@ -46,7 +46,7 @@ from gateway.call import Ids
 from gateway.children import CannotRun
 from gateway.config import Config, Etcd
 from gateway.config_fields import Address
-from gateway.gauges import register_gauges, register_load
+from gateway.gauges import register_gauges, register_identity, register_load
 from gateway.identify import Identifier
 from gateway.keys import KeyStore
 from gateway.local_answers import LocalAnswers
@@ -123,7 +123,7 @@ class Gateway:
             background(self.policy.run())
 
             session = await stack.enter_async_context(aiohttp.ClientSession())
-            self.keys = keys = KeyStore(self.policy.policy.issuers, session, observe, self.rng)
+            self.keys = keys = KeyStore(self.policy.policy.issuers, session, observe, self.rng, self.wall)
             background(keys.run())
             await keys.wait_tried()
 
@@ -173,6 +173,7 @@ class Gateway:
                 self.metrics, self.pipeline, server, fleet, self.discovery, self.policy, store, lambda: max(self._lags)
             )
             register_load(self.metrics, self.overload, self.memory)
+            register_identity(self.metrics, keys, identifier)
             await self._listen_admin(stack)
             await self._listen_data(stack, server)
             gc.collect()

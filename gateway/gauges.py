@@ -11,6 +11,8 @@ from observability.metrics import BREAKER_VALUES, Metrics
 
 if TYPE_CHECKING:
     from discovery.discovery import Discovery
+    from gateway.identify import Identifier
+    from gateway.keys import KeyStore
     from gateway.memory import Memory
     from gateway.pipeline import Pipeline
     from gateway.reload import PolicySource
@@ -78,6 +80,28 @@ def register_load(metrics: Metrics, overload: Overload, memory: Memory) -> None:
     )
     metrics.gauge(
         "weir_memory_used_ratio", "Share in use of the memory that the cgroup may use.", (), _one(memory.share)
+    )
+
+
+def register_identity(metrics: Metrics, keys: KeyStore, identifier: Identifier) -> None:
+    """Tell the metrics what is known of issuers and callers."""
+    metrics.gauge(
+        "weir_jwks_age_seconds",
+        "Seconds since the keys of an issuer were last read well.",
+        ("issuer",),
+        lambda: [((status.issuer,), status.age) for status in keys.statistics() if status.age is not None],
+    )
+    metrics.gauge(
+        "weir_clock_skew_seconds",
+        "How far our clock is ahead of an issuer's.",
+        ("issuer",),
+        lambda: [((status.issuer,), status.skew) for status in keys.statistics() if status.skew is not None],
+    )
+    metrics.gauge(
+        "weir_tokens_remembered",
+        "Tokens that need not be looked at again, by what was found: verified or refused.",
+        ("found",),
+        lambda: [((found,), float(count)) for found, count in identifier.statistics().items()],
     )
 
 

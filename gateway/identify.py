@@ -54,7 +54,7 @@ class Identifier:
         self._anonymous: Entry | None = None
         self._trusted: dict[str, Trusted] = {}
         self._verified: OrderedDict[bytes, Entry] = OrderedDict()
-        self._refused: OrderedDict[bytes, tuple[str, float]] = OrderedDict()  # message, wall time of the refusal
+        self._refused: OrderedDict[bytes, tuple[str, str, float]] = OrderedDict()  # message, check, wall time of it
         self._generation = -1
         self._epoch = 0
 
@@ -94,7 +94,7 @@ class Identifier:
         try:
             principal = verify(token, self._trusted, wall)
         except Unauthenticated as refusal:
-            self._remember_refusal(digest, refusal.message, wall)
+            self._remember_refusal(digest, refusal, wall)
             raise
         except (UnknownKey, KeysMissing) as question:
             principal = await self._verify_with_newer_keys(token, question.issuer, wall)
@@ -112,7 +112,7 @@ class Identifier:
             return verify(token, self._trusted, wall)
         except UnknownKey:
             if not self._keys.is_failing(issuer):
-                raise Unauthenticated(NOT_ACCEPTED) from None
+                raise Unauthenticated(NOT_ACCEPTED, check="token.unknown_key") from None
         except KeysMissing:
             pass
         raise KeysUnavailable(_KEYS_AWAY, retry_after=1.0)
@@ -131,18 +131,18 @@ class Identifier:
             self._verified.popitem(last=False)
         return entry
 
-    def _remember_refusal(self, digest: bytes, message: str, wall: float) -> None:
-        self._refused[digest] = (message, wall)
+    def _remember_refusal(self, digest: bytes, refusal: Unauthenticated, wall: float) -> None:
+        self._refused[digest] = (refusal.message, refusal.check, wall)
         if len(self._refused) > _MAX_REFUSED:
             self._refused.popitem(last=False)
 
     def _refuse_again(self, digest: bytes, wall: float) -> None:
         """Raise what was raised lately for the same header. A clock that was set back makes a refusal no longer."""
-        message, since = self._refused.get(digest, ("", 0.0))
+        message, check, since = self._refused.get(digest, ("", "", 0.0))
         if not message:
             return
         if since <= wall < since + _REFUSED_SECONDS:
-            raise Unauthenticated(message)
+            raise Unauthenticated(message, check=check)
         del self._refused[digest]
 
 
@@ -150,5 +150,5 @@ def _bearer_token(authorization: bytes | None) -> bytes:
     """RFC 6750, 2.1. Whether it is one token and no more, the strict form of a token decides."""
     scheme, _, token = (authorization or b"").partition(b" ")
     if scheme.lower() != b"bearer" or not token:
-        raise Unauthenticated(_NO_TOKEN)
+        raise Unauthenticated(_NO_TOKEN, check="token.missing")
     return token.lstrip(b" ")

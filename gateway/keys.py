@@ -9,15 +9,19 @@ Each issuer has one task, and only that task reads its keys: single flight by co
 A set changes whole: a document that cannot be read, or holds no usable key, changes nothing. `generation` grows with
 every change of any set, so whoever remembers a decision made with these keys knows when to forget it. Nobody waits for
 keys but a request whose own token needs them, and that one no longer than two fetches may take.
+
+Tokens are judged by the wall clock, and this is where somebody else's is heard: the `Date` of each answer tells how far
+ours is off.
 """
 
 from __future__ import annotations
 
 import asyncio
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from email.utils import mktime_tz, parsedate_tz
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -47,7 +51,11 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class KeysStatus:
-    """What an operator may ask about one issuer. `age` is seconds since its keys were last read well."""
+    """What an operator may ask about one issuer. `age` is seconds since its keys were last read well.
+
+    `skew` is how many seconds our clock is ahead of the issuer's, to within a second and the time of a fetch; None
+    where it has not told its own.
+    """
 
     issuer: str
     keys: int
@@ -55,6 +63,7 @@ class KeysStatus:
     result: str  # ok | failed | rejected | unread
     reason: str
     age: float | None
+    skew: float | None
 
 
 class KeyStore:
@@ -66,12 +75,14 @@ class KeyStore:
         session: aiohttp.ClientSession,
         observe: Observer,
         rng: Random,
+        wall: Callable[[], float],
         timing: Timing = Timing(),
     ) -> None:
         self.generation = 0
         self._session = session
         self._observe = observe
         self._rng = rng
+        self._wall = wall
         self._timing = timing
         self._group: asyncio.TaskGroup | None = None
         self._sources: dict[tuple[str, ...], _Source] = {}
@@ -134,17 +145,21 @@ class KeyStore:
     async def _keep(self, source: _Source) -> None:
         while True:
             before = source.held
-            source.land(await self._read(source.issuer), _now())
+            source.land(await self._read(source), _now())
             if source.held.keys != before.keys:
                 self.generation += 1
             if source.held != before or source.is_remote:  # a file is looked at each second: only news of it is told
                 self._observe(KeysRefreshed(source.issuer.issuer, source.held.result, source.held.reason))
             await source.wait_due()
 
-    async def _read(self, issuer: Issuer) -> _Reading:
+    async def _read(self, source: _Source) -> _Reading:
         """Read the keys once. Never raises, whatever the other side does."""
+        issuer = source.issuer
         try:
-            keys = parse_jwks(await self._document(issuer.jwks), issuer.algorithms)
+            document, date = await self._document(issuer.jwks)
+            if date is not None:
+                source.skew = self._wall() - date
+            keys = parse_jwks(document, issuer.algorithms)
         except InvalidKeys as why:
             return _Reading(None, "rejected", str(why))
         except TimeoutError:
@@ -159,11 +174,13 @@ class KeyStore:
             return _Reading(None, "failed", "cannot be read: no file can have this name")
         return _Reading(keys, "ok", "; ".join(keys.rejected))
 
-    async def _document(self, location: str) -> bytes:
+    async def _document(self, location: str) -> tuple[bytes, float | None]:
+        """The document, and the wall time of whoever sent it."""
         if _is_url(location):
             return await _fetch(self._session, location, self._timing.fetch)
         async with asyncio.timeout(self._timing.fetch):
-            return await asyncio.to_thread(_read_file, Path(location))  # a thread, because the disk may be a network
+            text = await asyncio.to_thread(_read_file, Path(location))  # a thread, because the disk may be a network
+        return text, None
 
 
 class _Unreadable(Exception):  # noqa: N818  what the answer is, not an error of ours
@@ -185,6 +202,7 @@ class _Source:
         self.issuer = issuer
         self.is_remote = _is_url(issuer.jwks)
         self.held = _Reading(None, "unread", "")
+        self.skew: float | None = None
         self.tried = asyncio.Event()
         self.landed = asyncio.Event()  # of the read under way, or of the next
         self.task: asyncio.Task[None] | None = None
@@ -242,7 +260,7 @@ class _Source:
         keys, result, reason = self.held
         age = None if self._read_at is None else now - self._read_at
         rejected = () if keys is None else keys.rejected
-        return KeysStatus(self.issuer.issuer, _count(keys), rejected, result, reason, age)
+        return KeysStatus(self.issuer.issuer, _count(keys), rejected, result, reason, age, self.skew)
 
     def _delay(self) -> float:
         refresh = self._timing.url_refresh if self.is_remote else self._timing.file_refresh
@@ -268,7 +286,7 @@ def _now() -> float:
     return asyncio.get_running_loop().time()
 
 
-async def _fetch(session: aiohttp.ClientSession, url: str, seconds: float) -> bytes:
+async def _fetch(session: aiohttp.ClientSession, url: str, seconds: float) -> tuple[bytes, float | None]:
     """Read a document. A redirect, a compressed or an endless body is no document."""
     timeout = aiohttp.ClientTimeout(total=seconds)
     async with session.get(
@@ -283,7 +301,16 @@ async def _fetch(session: aiohttp.ClientSession, url: str, seconds: float) -> by
             document += chunk
             if len(document) > MAX_DOCUMENT_BYTES:
                 break  # parse_jwks says what is wrong with it
-        return bytes(document)
+        return bytes(document), _unix_seconds(answer.headers.get("date", ""))
+
+
+def _unix_seconds(date: str) -> float | None:
+    """The moment that a Date header tells (RFC 9110, 6.6.1); None for anything else."""
+    try:
+        parts = parsedate_tz(date)
+        return None if parts is None else float(mktime_tz(parts))
+    except (ValueError, OverflowError, TypeError):  # no day of any calendar
+        return None
 
 
 def _read_file(path: Path) -> bytes:

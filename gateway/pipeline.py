@@ -245,6 +245,6 @@ class Pipeline:
             trail.server_timing(),
         )
         answer = refusal_bytes(protocol, refusal, request_id, lines, self._rng, close=close, head_only=head_only)
-        trail.status, trail.code, trail.rule = refusal.status, refusal.code, refusal.rule or ""
+        trail.status, trail.code, trail.rule = refusal.status, refusal.code, refusal.rule or refusal.check
         trail.bytes_out = len(answer)
         connection.write(answer)

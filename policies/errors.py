@@ -13,7 +13,8 @@ class Refusal(Exception):  # noqa: N818  it is an answer, not an error of the pr
     """A request that will not be forwarded, or whose forwarding failed before the first byte.
 
     `message` is fixed text, safe to show to any client. `rule` is the dotted policy path that decided
-    (`plans.free.requests`). `retry_after` is seconds until another try makes sense, without jitter.
+    (`plans.free.requests`). `retry_after` is seconds until another try makes sense, without jitter. `check` names the
+    check that failed, from a fixed set; the log is told it, the client is not.
     """
 
     status: ClassVar[int] = 500
@@ -27,12 +28,14 @@ class Refusal(Exception):  # noqa: N818  it is an answer, not an error of the pr
         rule: str | None = None,
         retry_after: float | None = None,
         param: str | None = None,
+        check: str = "",
     ) -> None:
         super().__init__(message)
         self.message = message
         self.rule = rule
         self.retry_after = retry_after
         self.param = param
+        self.check = check
 
 
 class InternalError(Refusal):

@@ -11,7 +11,7 @@ The rules, and where they come from (RFC 7515 to 7519, RFC 8725 "JWT Best Curren
 - Strict base64url (RFC 7515, 2): one token has one spelling. Headers that would change what is verified or where
   keys come from (`crit`, `b64`, `jku`, `jwk`, `x5u`, `x5c`) are refused even where they are harmless.
 - The signature is checked before any claim but `iss`, so "expired" is told only to a bearer of an authentic token. A
-  refusal says expired, not yet valid or not accepted, and no more.
+  refusal says expired, not yet valid or not accepted, and no more; which check failed is for the log.
 
 Whatever the bytes: `verify` returns a Principal or raises Unauthenticated, UnknownKey or KeysMissing.
 """
@@ -138,7 +138,7 @@ def verify(token: str | bytes, issuers: Mapping[str, Trusted], wall: float) -> P
     claims = _json_object(jws.payload)
     name = claims.get("iss")
     if not isinstance(name, str) or name not in issuers:
-        raise Unauthenticated(NOT_ACCEPTED)
+        raise Unauthenticated(NOT_ACCEPTED, check="token.issuer")
     issuer, keys = issuers[name]
     _check_signature(jws, issuer, keys)
     return _principal(claims, issuer, wall)
@@ -221,33 +221,33 @@ def _open(token: str | bytes) -> _Jws:
     try:
         octets = token.encode("ascii") if isinstance(token, str) else token
         if len(octets) > MAX_TOKEN_BYTES:
-            raise Unauthenticated(NOT_ACCEPTED)
+            raise Unauthenticated(NOT_ACCEPTED, check="token.form")
         header, payload, signature = octets.split(b".")
         signing_input = octets[: -len(signature) - 1]
         return _Jws(_json_object(_octets(header)), _octets(payload), signing_input, _octets(signature))
     except ValueError:  # not ASCII, not three parts, or not base64url
-        raise Unauthenticated(NOT_ACCEPTED) from None
+        raise Unauthenticated(NOT_ACCEPTED, check="token.form") from None
 
 
 def _check_signature(jws: _Jws, issuer: Issuer, keys: KeySet | None) -> None:
     header = jws.header
     if not _REFUSED_HEADERS.isdisjoint(header) or not _is_token_type(header.get("typ", "JWT")):
-        raise Unauthenticated(NOT_ACCEPTED)
+        raise Unauthenticated(NOT_ACCEPTED, check="token.header")
     algorithm = header.get("alg")
     if not isinstance(algorithm, str) or algorithm not in issuer.algorithms:
-        raise Unauthenticated(NOT_ACCEPTED)
+        raise Unauthenticated(NOT_ACCEPTED, check="token.algorithm")
     if keys is None:
         raise KeysMissing(issuer)
     key = _key_named(header["kid"], issuer, keys) if "kid" in header else _only_key(algorithm, keys)
     if algorithm not in key.algorithms:
-        raise Unauthenticated(NOT_ACCEPTED)
+        raise Unauthenticated(NOT_ACCEPTED, check="token.key")
     if not jwt.get_algorithm_by_name(algorithm).verify(jws.signing_input, key.public, jws.signature):
-        raise Unauthenticated(NOT_ACCEPTED)
+        raise Unauthenticated(NOT_ACCEPTED, check="token.signature")
 
 
 def _key_named(kid: object, issuer: Issuer, keys: KeySet) -> Key:
     if not isinstance(kid, str) or len(kid) > MAX_NAME_LENGTH:
-        raise Unauthenticated(NOT_ACCEPTED)
+        raise Unauthenticated(NOT_ACCEPTED, check="token.key")
     key = keys.named.get(kid)
     if key is None:
         raise UnknownKey(issuer, kid)
@@ -258,7 +258,7 @@ def _only_key(algorithm: str, keys: KeySet) -> Key:
     """Find the key of a token without `kid`: the only one that fits. Trying several would let a caller set the cost."""
     fitting = keys.fitting(algorithm)
     if len(fitting) != 1:
-        raise Unauthenticated(NOT_ACCEPTED)
+        raise Unauthenticated(NOT_ACCEPTED, check="token.key")
     return fitting[0]
 
 
@@ -271,8 +271,10 @@ def _principal(claims: dict[str, Any], issuer: Issuer, wall: float) -> Principal
     audience = claims.get("aud")
     meant_for = _names([audience] if isinstance(audience, str) else audience)
     consumer = _claim(claims, issuer.claims.consumer)
-    if meant_for.isdisjoint(issuer.audience) or not _is_name(consumer):
-        raise Unauthenticated(NOT_ACCEPTED)
+    if meant_for.isdisjoint(issuer.audience):
+        raise Unauthenticated(NOT_ACCEPTED, check="token.audience")
+    if not _is_name(consumer):
+        raise Unauthenticated(NOT_ACCEPTED, check="token.consumer")
     groups = _names(_claim(claims, issuer.claims.groups))
     scopes = _names(claims["scope"] if "scope" in claims else claims.get("scp"))
     expires_at = _check_times(claims, wall)
@@ -284,15 +286,15 @@ def _check_times(claims: dict[str, Any], wall: float) -> float:
     expires_at = _instant(claims.get("exp"))
     begins = [_instant(claims[name]) for name in ("nbf", "iat") if name in claims]
     if wall >= expires_at + LEEWAY_SECONDS:
-        raise Unauthenticated(EXPIRED)
+        raise Unauthenticated(EXPIRED, check="token.expired")
     if any(begin > wall + LEEWAY_SECONDS for begin in begins):
-        raise Unauthenticated(NOT_YET_VALID)
+        raise Unauthenticated(NOT_YET_VALID, check="token.not_yet_valid")
     return expires_at
 
 
 def _instant(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_INSTANT:
-        raise Unauthenticated(NOT_ACCEPTED)
+        raise Unauthenticated(NOT_ACCEPTED, check="token.times")
     return float(value)
 
 
@@ -312,7 +314,7 @@ def _names(value: object) -> frozenset[str]:
         return frozenset()
     names = [name for name in value.split(" ") if name] if isinstance(value, str) else value
     if not isinstance(names, list) or len(names) > MAX_NAMES or not all(map(_is_name, names)):
-        raise Unauthenticated(NOT_ACCEPTED)
+        raise Unauthenticated(NOT_ACCEPTED, check="token.names")
     return frozenset(names)
 
 
@@ -327,7 +329,7 @@ def _json_object(document: bytes) -> dict[str, Any]:
     try:
         return _JSON_OBJECT.decode(document)
     except (ValueError, RecursionError):
-        raise Unauthenticated(NOT_ACCEPTED) from None
+        raise Unauthenticated(NOT_ACCEPTED, check="token.form") from None
 
 
 def _octets(text: bytes) -> bytes:

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gateway.gauges import register_gauges, register_load
+from gateway.gauges import register_gauges, register_identity, register_load
 from gateway.upstream.fleet import Fleet
 from observability.metrics import Metrics
 from policies.breaker import Outcome
@@ -83,3 +83,21 @@ def test_how_much_there_is_to_do(state, share, shown) -> None:
     assert {
         name: float(value) for name, _, value in lines if name in ("weir_overload_state", "weir_memory_used_ratio")
     } == shown
+
+
+def test_what_is_known_of_issuers_and_callers() -> None:
+    metrics = Metrics()
+    told = SimpleNamespace(issuer="https://a", age=4.0, skew=-1.5)
+    silent = SimpleNamespace(issuer="https://b", age=None, skew=None)
+    register_identity(
+        metrics,
+        SimpleNamespace(statistics=lambda: [told, silent]),
+        SimpleNamespace(statistics=lambda: {"verified": 3, "refused": 0}),
+    )
+    lines = metrics.render()[0].decode().splitlines()
+    assert [line for line in lines if line.startswith(("weir_jwks_age", "weir_clock", "weir_tokens"))] == [
+        'weir_jwks_age_seconds{issuer="https://a"} 4.0',
+        'weir_clock_skew_seconds{issuer="https://a"} -1.5',
+        'weir_tokens_remembered{found="verified"} 3.0',
+        'weir_tokens_remembered{found="refused"} 0.0',
+    ]

@@ -45,7 +45,7 @@ class Door:
 
     def __init__(self, server: JwksServer, session: aiohttp.ClientSession, capacity: int) -> None:
         self.server = server
-        self.keys = KeyStore(policy(server).issuers, session, [].append, Random(1))
+        self.keys = KeyStore(policy(server).issuers, session, [].append, Random(1), lambda: WALL)
         self.identifier = Identifier(self.keys, plan_of, capacity)
         self.identifier.use(policy(server))
 
@@ -337,7 +337,7 @@ async def test_until_a_policy_is_used_nobody_is_accepted():
 
 async def test_where_nobody_issues_tokens_one_is_neither_needed_nor_looked_at() -> None:
     async with aiohttp.ClientSession() as session:
-        keys = KeyStore((), session, lambda _event: None, Random(1))
+        keys = KeyStore((), session, lambda _event: None, Random(1), lambda: WALL)
         identifier = Identifier(keys, plan_of)
         identifier.use(Policy("v", anonymous=True))
         for authorization in (None, b"Bearer sk-made-up", b"Basic x"):

@@ -23,6 +23,7 @@ from tests.support import virtual_clock
 from tests.support.jwks_server import jwks_server
 
 IDP = "https://idp.example.com"
+WALL = 1_800_000_000.0  # Fri, 15 Jan 2027 08:00:00 GMT
 OLD, NEW = jwks_of(generate_signing_key()), jwks_of(generate_signing_key())
 
 
@@ -50,7 +51,7 @@ async def running(*issuers: Issuer, timing: Timing = Timing()):  # noqa: B008  f
     """A store that runs, whose issuers were all asked once, and the events it told."""
     events: list[KeysRefreshed] = []
     async with aiohttp.ClientSession() as session:
-        store = KeyStore(issuers, session, events.append, Random(1), timing)
+        store = KeyStore(issuers, session, events.append, Random(1), lambda: WALL, timing)
         task = asyncio.create_task(store.run())
         try:
             await store.wait_tried()
@@ -250,6 +251,26 @@ async def test_each_fetch_is_told():
         assert events == [KeysRefreshed(IDP, "ok")] * server.asked
 
 
+@pytest.mark.parametrize(
+    ("date", "skew"),
+    [
+        ("Fri, 15 Jan 2027 08:00:00 GMT", 0.0),
+        ("Fri, 15 Jan 2027 07:00:00 GMT", 3600.0),
+        ("Fri, 15 Jan 2027 08:01:00 GMT", -60.0),
+        ("", None),
+        ("tomorrow", None),
+        ("Fri, 31 Feb 99999999999 08:00:00 GMT", None),
+    ],
+)
+@in_virtual_time
+async def test_the_issuers_clock_is_heard(date, skew):
+    async with jwks_server(OLD) as server:
+        server.headers["date"] = date
+        async with running(issuer(server.url)) as (store, _):
+            assert [status.skew for status in store.statistics()] == [skew]
+            assert held(store, issuer(server.url)) == kids(OLD)
+
+
 @in_virtual_time
 async def test_long_body_is_not_read_to_its_end():
     async with jwks_server() as server:
@@ -333,7 +354,7 @@ async def test_waiting_for_keys_ends():
 @in_virtual_time
 async def test_store_that_does_not_run_lets_nobody_wait_long():
     async with aiohttp.ClientSession() as session:
-        store = KeyStore([issuer("http://127.0.0.1:1/")], session, [].append, Random(1))
+        store = KeyStore([issuer("http://127.0.0.1:1/")], session, [].append, Random(1), lambda: WALL)
         await store.wait_tried()
         await store.refetch(issuer("http://127.0.0.1:1/"))
         assert asyncio.get_running_loop().time() <= 4.1

@@ -175,7 +175,7 @@ async def test_refusals(request_bytes, status, code, end_reason, keeps) -> None:
 @pytest.mark.parametrize(
     ("failure", "status", "end_reason"),
     [
-        (errors.Unauthenticated("No."), 401, "auth"),
+        (errors.Unauthenticated("No.", check="token.a bug"), 401, "auth"),
         (errors.KeysUnavailable("Later."), 503, "auth"),
         (RuntimeError("a bug"), 500, "internal"),
     ],
@@ -188,6 +188,7 @@ async def test_who_cannot_be_identified(failure, status, end_reason) -> None:
     assert answer.startswith(b"HTTP/1.1 %d " % status)
     assert b"a bug" not in answer
     assert (story.events[0].status, story.events[0].end_reason, story.events[0].consumer) == (status, end_reason, "")
+    assert story.events[0].rule == getattr(failure, "check", "")  # for the log; the client is not told
     story.caller.failure = None
     assert (await story.ask()).startswith(b"HTTP/1.1 200")  # the next one is served
     story.assert_given_back()

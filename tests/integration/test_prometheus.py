@@ -55,6 +55,7 @@ GAUGES = (
     ("weir_loop_lag_seconds", (), [((), 0.001)]),
     ("weir_overload_state", (), [((), 0.0)]),
     ("weir_memory_used_ratio", (), [((), 0.5)]),
+    ("weir_clock_skew_seconds", ("issuer",), [(("https://idp.example.com",), 0.4)]),
 )  # fmt: skip
 
 
@@ -206,6 +207,7 @@ FIRES = {
     "WeirKeysNotRefreshed": {'weir_jwks_refresh_total{issuer="i",result="failed"}': "0+1x30", 'weir_jwks_refresh_total{issuer="i",result="ok"}': "5x30"},
     "WeirLoopBlocked": {"weir_loop_lag_seconds": "0.5x30"},
     "WeirOverloaded": {"weir_overload_state": "1x30"},
+    "WeirClockWrong": {'weir_clock_skew_seconds{issuer="a"}': "-60x30", 'weir_clock_skew_seconds{issuer="b"}': "-61x30"},
     "WeirTracesLost": {"weir_otlp_export_failures_total": "0+1x30"},
     "WeirLogLost": {"weir_log_dropped_total": "0x25 1x4"},
 }  # fmt: skip
@@ -234,6 +236,8 @@ CALM = {
     'weir_jwks_refresh_total{issuer="i",result="ok"}': "0+1x30",
     "weir_loop_lag_seconds": "0.01x30",
     "weir_overload_state": "0x30",
+    'weir_clock_skew_seconds{issuer="a"}': "1x30",
+    'weir_clock_skew_seconds{issuer="b"}': "-60x30",
     "weir_otlp_export_failures_total": "7x30",
     "weir_log_dropped_total": "7x30",
 }

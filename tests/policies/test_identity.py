@@ -201,6 +201,34 @@ def test_claim_of_the_exact_name_comes_before_a_path():
     assert verify(token, {IDP: (issuer, KEYS["ES256"])}, WALL).groups == {"g"}
 
 
+# What the log is told
+
+
+@pytest.mark.parametrize(
+    ("token", "check"),
+    [
+        (lambda: b"abc", "form"),
+        (lambda: sign(b"[]"), "form"),
+        (lambda: sign(claims(iss="https://evil.example")), "issuer"),
+        (lambda: unsigned("none"), "algorithm"),
+        (lambda: hs256(PUBLIC_PEM), "algorithm"),
+        (lambda: sign(header={"jku": "https://evil.example/jwks"}), "header"),
+        (lambda: sign(header={"kid": 7}), "key"),
+        (lambda: sign(pem=generate_signing_key()), "signature"),
+        (lambda: sign(claims(aud="other")), "audience"),
+        (lambda: sign(claims(sub=7)), "consumer"),
+        (lambda: sign(claims(groups=7)), "names"),
+        (lambda: sign(claims(exp="soon")), "times"),
+        (lambda: sign(claims(exp=0)), "expired"),
+        (lambda: sign(claims(nbf=WALL + 3600)), "not_yet_valid"),
+    ],
+)
+def test_a_refusal_names_the_check_that_failed(token, check):
+    with pytest.raises(Unauthenticated) as caught:
+        verify(token(), TRUSTED, WALL)
+    assert caught.value.check == f"token.{check}"
+
+
 # Attacks: the header
 
 
