@@ -77,6 +77,7 @@ from policies.routing import plan_of
 ACCEPT_SECONDS = 5.0  # how long a gateway that was told to stop still accepts, so that balancers get to know
 DRAIN_SECONDS = 60.0
 FIRST_LIST_SECONDS = 5.0
+OTHER_WORKERS_SECONDS = 0.25  # between two looks whether they serve
 LAG_PERIOD_SECONDS = 0.5
 GC_ALLOCATIONS = 50_000  # a request makes no cycles: looking for them after each 700 new objects costs 5 % for nothing
 MAX_POLICY_BYTES = 1024 * 1024
@@ -175,7 +176,11 @@ class Gateway:
             register_load(self.metrics, self.overload, self.memory)
             register_identity(self.metrics, keys, identifier)
             await self._listen_admin(stack)
-            await self._listen_data(stack, server)
+            listener = await self._bind_data(stack, server)
+            if self.worker is None:
+                await self._open(listener)
+            else:
+                background(self._open_when_of_use(listener))
             gc.collect()
             gc.freeze()  # what lives as long as the process need not be looked at again
             gc.set_threshold(GC_ALLOCATIONS, 50, 50)
@@ -183,17 +188,19 @@ class Gateway:
 
     def not_ready(self) -> tuple[str, ...]:
         """Why no traffic should come here; empty when it should."""
+        draining = ["the gateway is draining"] if self.pipeline.draining else []
+        closed = [] if self.is_listening else ["the data port is not open yet"]
+        return (*draining, *self._missing(), *closed)
+
+    def _missing(self) -> list[str]:
+        """What is not known yet, without which every request would be refused."""
         reasons = []
-        if self.pipeline.draining:
-            reasons.append("the gateway is draining")
         if not self.discovery.watch.revision and self.discovery.watch.state is heard.SyncState.COLD:
             reasons.append("discovery has not listed the backends yet")
-        if not self.is_listening:
-            reasons.append("the data port is not open yet")
         policy = self.policy.policy
         if not policy.anonymous and not any(self.keys.keys_of(issuer) for issuer in policy.issuers):
             reasons.append("no issuer's keys could be read yet, so nobody could be let in")
-        return tuple(reasons)
+        return reasons
 
     # Parts
 
@@ -333,7 +340,8 @@ class Gateway:
             )
         return most
 
-    async def _listen_data(self, stack: contextlib.AsyncExitStack, server: DataServer) -> None:
+    async def _bind_data(self, stack: contextlib.AsyncExitStack, server: DataServer) -> asyncio.Server:
+        """Take the data port, without listening there yet."""
         listen, tls = self.config.listen, self.config.tls
         context = None
         if tls is not None:
@@ -350,12 +358,24 @@ class Gateway:
                 ssl=context,
                 backlog=4096,
                 reuse_port=self.worker is not None,
+                start_serving=False,
             )
         except OSError as error:
             raise _cannot_listen("listen", listen, error) from error
         self.data_address = Address(listen.host, listener.sockets[0].getsockname()[1])
-        self.is_listening = True
         stack.push_async_callback(self._drain, listener, server)
+        return listener
+
+    async def _open(self, listener: asyncio.Server) -> None:
+        await listener.start_serving()
+        self.is_listening = True
+
+    async def _open_when_of_use(self, listener: asyncio.Server) -> None:
+        """Listen on the shared port, but leave requests to other workers while this one would have to refuse them."""
+        while self._missing() and await _is_served(self.data_address):  # noqa: ASYNC110  another process: no event tells
+            await asyncio.sleep(OTHER_WORKERS_SECONDS)
+        if not self.pipeline.draining:
+            await self._open(listener)
 
     # Ends
 
@@ -455,6 +475,19 @@ def most_connections(wanted: int, files: int) -> int:
     if files == resource.RLIM_INFINITY:
         return wanted
     return min(wanted, max(FEWEST_CONNECTIONS, files // 2 - RESERVED_FILES))
+
+
+async def _is_served(address: Address) -> bool:
+    """Whether somebody listens there."""
+    try:
+        async with asyncio.timeout(OTHER_WORKERS_SECONDS):
+            _, writer = await asyncio.open_connection(address.host, address.port)
+    except TimeoutError:  # somebody who is busy
+        return True
+    except OSError:
+        return False
+    writer.close()
+    return True
 
 
 def _tell_breaker(observe: events.Observer) -> Callable[[Backend, State], None]:

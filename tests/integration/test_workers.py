@@ -1,4 +1,5 @@
-"""`weir serve` with two workers: one port, no failed request while one of them dies, one line when it cannot start."""
+"""`weir serve` with two workers: one port, no failed request while one of them dies and comes back knowing nothing, one
+line when it cannot start."""
 
 from __future__ import annotations
 
@@ -13,6 +14,11 @@ import aiohttp
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+
+from gateway import app
+from gateway import config as configuration
+from tests.support.etcd_server import EtcdServer, free_ports
+from tests.support.running_gateway import announced
 
 pytestmark = pytest.mark.integration
 
@@ -37,18 +43,32 @@ def ports_in_a_row(count):
         return first
 
 
-async def serve(folder, backend, data, admin):
-    (folder / "policy.yaml").write_text(POLICY)
-    (folder / "weir.yaml").write_text(
+def static(backend):
+    return f"static: [{{service: llm, url: 'http://127.0.0.1:{backend}', models: [m]}}]"
+
+
+def config(discovery, data, admin):
+    return (
         f"listen: 127.0.0.1:{data}\nadmin: {{listen: '127.0.0.1:{admin}'}}\nworkers: 2\npolicy: policy.yaml\n"
-        f"discovery:\n  static: [{{service: llm, url: 'http://127.0.0.1:{backend}', models: [m]}}]\n"
+        f"discovery:\n  {discovery}\n"
     )
+
+
+async def serve(folder, discovery, data, admin):
+    (folder / "policy.yaml").write_text(POLICY)
+    (folder / "weir.yaml").write_text(config(discovery, data, admin))
     command = (sys.executable, "-m", "gateway.cli", "serve", "--config", str(folder / "weir.yaml"))
     return await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
 
 
 def children_of(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def worker_of(pid, number):
+    """The process of this worker of a `weir serve`."""
+    mark = f"--worker\0{number}\0".encode()
+    return next(child for child in children_of(pid) if mark in Path(f"/proc/{child}/cmdline").read_bytes())
 
 
 async def answer(request):
@@ -78,6 +98,19 @@ async def until_answered(session, port):
         await asyncio.sleep(0.05)
 
 
+async def page(session, port, path):
+    try:
+        async with session.get(f"http://127.0.0.1:{port}{path}") as reply:
+            return f"{reply.status} {await reply.text()}"
+    except aiohttp.ClientError:
+        return ""
+
+
+async def until_ready(session, port):
+    while not (await page(session, port, "/readyz")).startswith("200"):
+        await asyncio.sleep(0.05)
+
+
 async def until_said(process, text, times=1):
     for _ in range(times):
         while text not in await process.stderr.readline():
@@ -86,7 +119,7 @@ async def until_said(process, text, times=1):
 
 async def test_a_worker_that_dies_is_replaced_while_the_other_serves(tmp_path, backend):
     port = ports_in_a_row(3)
-    process = await serve(tmp_path, backend, data=port, admin=port + 1)
+    process = await serve(tmp_path, static(backend), data=port, admin=port + 1)
     fresh = aiohttp.TCPConnector(force_close=True)  # each request may meet either worker
     async with asyncio.timeout(60), aiohttp.ClientSession(connector=fresh) as session:
         await until_said(process, b"is ready", times=2)
@@ -102,9 +135,52 @@ async def test_a_worker_that_dies_is_replaced_while_the_other_serves(tmp_path, b
         assert await process.wait() == 0
 
 
+async def test_a_worker_that_comes_back_while_etcd_is_away_leaves_requests_to_the_other(tmp_path, backend):
+    port = ports_in_a_row(3)
+    with EtcdServer(tmp_path) as etcd:
+        fresh = aiohttp.TCPConnector(force_close=True)
+        async with (
+            asyncio.timeout(90),
+            announced(etcd.url, "llm/1", f"http://127.0.0.1:{backend}", models=("m",)),
+            aiohttp.ClientSession(connector=fresh) as session,
+        ):
+            process = await serve(tmp_path, f"etcd: {{endpoints: ['{etcd.url}']}}", data=port, admin=port + 1)
+            await until_said(process, b"is ready", times=2)
+            for worker in range(2):
+                await until_ready(session, port + 1 + worker)
+            etcd.pause()
+            os.kill(worker_of(process.pid, 1), signal.SIGKILL)
+            await until_said(process, b"was ended by SIGKILL; starting it again")
+            told = ""
+            while "discovery has not listed the backends yet" not in told:
+                assert await ask(session, port) == 200
+                told = await page(session, port + 2, "/readyz")
+            assert "the data port is not open yet" in told
+            assert [await ask(session, port) for _ in range(50)] == [200] * 50
+            etcd.resume()
+            await until_ready(session, port + 2)
+            os.kill(worker_of(process.pid, 0), signal.SIGKILL)
+            await until_answered(session, port)
+            process.send_signal(signal.SIGTERM)
+            assert await process.wait() == 0
+
+
+async def test_the_first_worker_to_know_nothing_says_so_to_clients(tmp_path, monkeypatch):
+    monkeypatch.setattr(app, "FIRST_LIST_SECONDS", 0.05)
+    port, [nobody] = ports_in_a_row(3), free_ports(1)
+    (tmp_path / "policy.yaml").write_text(POLICY)
+    text = config(f"etcd: {{endpoints: ['http://127.0.0.1:{nobody}']}}", port, port + 1)
+    gateway = app.Gateway(configuration.parse(text.encode(), {}, base=tmp_path), worker=1)
+    async with gateway.running(), aiohttp.ClientSession() as session:
+        async with asyncio.timeout(30):
+            while not gateway.is_listening:
+                await asyncio.sleep(0.01)
+        assert await ask(session, port) == 503
+
+
 async def test_a_port_in_use_ends_all_of_it_with_3(tmp_path, backend):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        process = await serve(tmp_path, backend, data=taken.getsockname()[1], admin=ports_in_a_row(2))
+        process = await serve(tmp_path, static(backend), data=taken.getsockname()[1], admin=ports_in_a_row(2))
         _, told = await process.communicate()
     assert process.returncode == 3
     assert b"is in use; stop what listens there, or set another `listen`" in told
