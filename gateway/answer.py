@@ -50,11 +50,11 @@ class AnswerHead:
         lines = []
         for header in headers:
             known = _known.get(header)
-            kind, line = known if known is not None else _remember(header)
+            kind, line, value = known if known is not None else _remember(header)
             if line:
                 lines.append(line)
             if kind != _PLAIN:
-                self._sort(kind, header[1])
+                self._sort(kind, value)
         self.lines = b"".join(lines)
 
     def _sort(self, kind: int, value: bytes) -> None:
@@ -90,21 +90,21 @@ _KINDS: Final = {
     b"x-backend-not-started": _NOT_STARTED,
     b"retry-after": _RETRY_AFTER,
 }
-_known: dict[tuple[bytes, bytes], tuple[int, bytes]] = {}
+_known: dict[tuple[bytes, bytes], tuple[int, bytes, bytes]] = {}
 
 
-def _look_at(header: tuple[bytes, bytes]) -> tuple[int, bytes]:
-    """What a header means, and its line for the client (b"" when it does not pass)."""
-    name, value = header
+def _look_at(header: tuple[bytes, bytes]) -> tuple[int, bytes, bytes]:
+    """What a header means, its line for the client (b"" when it does not pass), and its value."""
+    name, value = header[0], header[1].rstrip(b" \t")  # the parser leaves what stands behind a value
     passing = passing_name(name)
     if passing is None:
-        return _KINDS.get(name.lower(), _PLAIN), b""
+        return _KINDS.get(name.lower(), _PLAIN), b"", value
     if len(value) > _MOST_VALUE_BYTES or not is_sane_value(value):
-        return _MALFORMED, b""
-    return _KINDS.get(passing, _PLAIN), b"%b: %b\r\n" % (passing, value)
+        return _MALFORMED, b"", value
+    return _KINDS.get(passing, _PLAIN), b"%b: %b\r\n" % (passing, value), value
 
 
-def _remember(header: tuple[bytes, bytes]) -> tuple[int, bytes]:
+def _remember(header: tuple[bytes, bytes]) -> tuple[int, bytes, bytes]:
     """Backends say the same few headers all day. Bounded: only short ones, and it starts anew when it is full."""
     known = _look_at(header)
     if len(header[0]) + len(header[1]) <= 256:

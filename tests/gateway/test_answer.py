@@ -48,6 +48,9 @@ API, STREAM, PLAIN = call_of(), call_of(stream=True), call_of("/hooks")
         (API, 200, [JSON, SIZED, (b"openai-note", b"x" * 8000)], Mode.HOLD),
         (API, 200, [JSON, SIZED, (b"openai-note", b"x" * 8001)], Failure.PROTOCOL),
         (API, 200, [JSON, SIZED, (b"x-note", b"x" * 8001)], Mode.HOLD),
+        (API, 200, [JSON, (b"content-length", b" \t")], Failure.PROTOCOL),
+        (API, 200, [JSON, (b"content-length", b"10 \t")], Mode.HOLD),  # what stands behind a value is no part of it
+        (API, 200, [JSON, (b"transfer-encoding", b"chunked ")], Mode.HOLD),
         (API, 204, [], Mode.EMPTY),
         (call_of(method="HEAD"), 200, [SIZED], Mode.EMPTY),
         (PLAIN, 200, [HTML, SIZED], Mode.RAW),
