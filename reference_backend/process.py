@@ -208,7 +208,7 @@ def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
 
 def warm(engine: Engine) -> Engine:
     """Have one token produced. Raises ModelError when the model does not compute with numbers."""
-    engine.submit(EngineSequence([0], Sampling(max_tokens=1), None, lambda _delta: None))
+    engine.submit(EngineSequence([0], Sampling(max_tokens=1), None))
     while engine.load().running or engine.load().waiting:
         published = engine.turn(engine.clock())
         if any(delta.finish == "failed" for _, delta in published):

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import msgspec
 
 from reference_backend.engine.request import Finish, Load, Sampling
-from reference_backend.tokenizer import Message
+from reference_backend.tokenizer import UNFINISHED, Message
 
 LONGEST_SHOWN = 200  # characters of a client's own text in a message of ours
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
@@ -25,6 +25,7 @@ Json = dict[str, Any]
 Tokens = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 One = Annotated[int, msgspec.Meta(ge=1, le=1)]
 Stop = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
 
 
 class ApiError(Exception):
@@ -85,22 +86,18 @@ class Unsupported(msgspec.Struct, kw_only=True):
     """Fields that would change the answer, each refused unless it says what is the case anyway."""
 
     echo: Any = None
-    frequency_penalty: Any = None
     function_call: Any = None
     functions: Any = None
     logit_bias: Any = None
-    logprobs: Any = None
     modalities: Any = None
-    presence_penalty: Any = None
     response_format: Any = None
     suffix: Any = None
     tool_choice: Any = None
     tools: Any = None
-    top_logprobs: Any = None
 
 
 class GenerationRequest(Unsupported, kw_only=True):
-    """The fields that both endpoints share."""
+    """The fields that both endpoints share. Those that OpenAI does not have are named as vLLM names them."""
 
     model: str
     stream: bool | None = None
@@ -108,11 +105,17 @@ class GenerationRequest(Unsupported, kw_only=True):
     max_tokens: Tokens | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)] | None = None  # 0 and -1: no limit
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, msgspec.Meta(ge=0.1, le=10)] | None = None
     n: One | None = None
     best_of: One | None = None
     stop: Stop | Annotated[list[Stop], msgspec.Meta(max_length=4)] | None = None
     seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
-    ignore_eos: bool = False  # as in vLLM: go on to max_tokens, for measurements
+    ignore_eos: bool = False  # go on to max_tokens, for measurements
+    cache_salt: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] | None = None
 
     def check_supported(self) -> None:
         """Raise ApiError for what was asked for and cannot be done."""
@@ -133,9 +136,19 @@ class GenerationRequest(Unsupported, kw_only=True):
             max_tokens=min(self.token_limit() or room, room),
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=max(self.top_k or 0, 0),
+            min_p=self.min_p or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=self.repetition_penalty or 1.0,
             seed=self.seed,
+            logprobs=self.alternatives(),
             ignore_eos=self.ignore_eos,
         )
+
+    def alternatives(self) -> int | None:
+        """How many alternatives the client wants to be told with each token; None: no logprobs at all."""
+        raise NotImplementedError
 
     def token_limit(self) -> int | None:
         """The longest answer that the client wants; None: what there is room for."""
@@ -145,6 +158,16 @@ class GenerationRequest(Unsupported, kw_only=True):
 class ChatRequest(GenerationRequest, kw_only=True):
     messages: Annotated[list[ChatMessage], msgspec.Meta(min_length=1, max_length=1000)]
     max_completion_tokens: Tokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+
+    def check_supported(self) -> None:
+        super().check_supported()
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "bad_request", "top_logprobs needs logprobs: true", param="top_logprobs")
+
+    def alternatives(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
 
     def token_limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
@@ -152,10 +175,14 @@ class ChatRequest(GenerationRequest, kw_only=True):
 
 class CompletionRequest(GenerationRequest, kw_only=True):
     prompt: str | Annotated[list[str], msgspec.Meta(min_length=1, max_length=1)]
+    logprobs: Annotated[int, msgspec.Meta(ge=0, le=5)] | None = None
 
     def text(self) -> str:
         """The one prompt, however it was sent."""
         return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+
+    def alternatives(self) -> int | None:
+        return self.logprobs
 
     def token_limit(self) -> int | None:
         return self.max_tokens or COMPLETION_TOKENS
@@ -182,6 +209,7 @@ def decode(body: bytes, form: type[Request]) -> Request:
 class Usage:
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0  # of the prompt, that did not have to be computed
 
     def as_json(self) -> Json:
         total = self.prompt_tokens + self.completion_tokens
@@ -189,7 +217,20 @@ class Usage:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": total,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token as text, its logprob, and those of the likeliest tokens in its place."""
+
+    text: str
+    logprob: float
+    top: list[tuple[str, float]]
+
+
+Told = list[TokenLogprob] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,14 +247,14 @@ class Answer:
     model: str
     with_usage: bool = field(default=False)  # chunks carry `usage`: null, until the last one
 
-    def whole(self, text: str, finish: str, usage: Usage) -> Json:
+    def whole(self, text: str, finish: str, usage: Usage, logprobs: Told = None) -> Json:
         """The complete answer as one object."""
-        frame = self._frame(self.whole_name, [self._choice(text) | _ending(finish)])
+        frame = self._frame(self.whole_name, [self._choice(text) | self._ending(finish, logprobs)])
         return frame | {"usage": usage.as_json()}
 
-    def chunk(self, text: str | None, finish: str | None = None) -> Json:
+    def chunk(self, text: str | None, finish: str | None = None, logprobs: Told = None) -> Json:
         """One event of a stream. No text, with a finish, is the last one that has a choice."""
-        frame = self._frame(self.chunk_name, [self._delta(text) | _ending(finish)])
+        frame = self._frame(self.chunk_name, [self._delta(text) | self._ending(finish, logprobs)])
         return frame | ({"usage": None} if self.with_usage else {})
 
     def usage_chunk(self, usage: Usage) -> Json:
@@ -227,10 +268,17 @@ class Answer:
     def _frame(self, name: str, choices: list[Json]) -> Json:
         return {"id": self.id, "object": name, "created": self.created, "model": self.model, "choices": choices}
 
+    def _ending(self, finish: str | None, logprobs: Told = None) -> Json:
+        told = None if logprobs is None else self._logprobs(logprobs)
+        return {"index": 0, "logprobs": told, "finish_reason": finish}
+
     def _choice(self, text: str) -> Json:
         raise NotImplementedError
 
     def _delta(self, text: str | None) -> Json:
+        raise NotImplementedError
+
+    def _logprobs(self, logprobs: list[TokenLogprob]) -> Json:
         raise NotImplementedError
 
 
@@ -243,13 +291,20 @@ class ChatAnswer(Answer):
 
     def opening(self) -> list[Json]:
         role = {"delta": {"role": "assistant", "content": ""}}
-        return [self.chunk(None) | {"choices": [role | _ending(None)]}]
+        return [self.chunk(None) | {"choices": [role | self._ending(None)]}]
 
     def _choice(self, text: str) -> Json:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
     def _delta(self, text: str | None) -> Json:
         return {"delta": {} if text is None else {"content": text}}
+
+    def _logprobs(self, logprobs: list[TokenLogprob]) -> Json:
+        content = [
+            _token(each.text, each.logprob) | {"top_logprobs": [_token(text, value) for text, value in each.top]}
+            for each in logprobs
+        ]
+        return {"content": content, "refusal": None}
 
 
 class CompletionAnswer(Answer):
@@ -264,9 +319,17 @@ class CompletionAnswer(Answer):
     def _delta(self, text: str | None) -> Json:
         return {"text": text or ""}
 
+    def _logprobs(self, logprobs: list[TokenLogprob]) -> Json:
+        return {
+            "tokens": [each.text for each in logprobs],
+            "token_logprobs": [each.logprob for each in logprobs],
+            "top_logprobs": [dict(each.top) for each in logprobs],
+        }
 
-def _ending(finish: str | None) -> Json:
-    return {"index": 0, "logprobs": None, "finish_reason": finish}
+
+def _token(text: str, logprob: float) -> Json:
+    """A token that is no whole text by itself has no bytes to tell."""
+    return {"token": text, "logprob": logprob, "bytes": None if UNFINISHED in text else list(text.encode())}
 
 
 def finish_reason(finish: Finish) -> str:

@@ -29,7 +29,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from reference_backend import protocol
 from reference_backend.engine.engine import Engine
-from reference_backend.engine.request import Delta, EngineBusy, Finish, Published, Sampling, Sequence
+from reference_backend.engine.request import Delta, EngineBusy, Finish, Logprobs, Priority, Published, Sequence
 from reference_backend.protocol import (
     Answer,
     ApiError,
@@ -39,6 +39,7 @@ from reference_backend.protocol import (
     CompletionRequest,
     GenerationRequest,
     Request,
+    TokenLogprob,
     Usage,
 )
 from reference_backend.tokenizer import TemplateRefused, TextStream, Tokenizer
@@ -46,6 +47,8 @@ from reference_backend.tokenizer import TemplateRefused, TextStream, Tokenizer
 LARGEST_BODY = 4 * 1024 * 1024
 BODY_SECONDS = 30.0
 DEADLINE_HEADER = "x-weir-deadline-ms"  # what is left of the client's time
+CONSUMER_HEADER = "x-weir-consumer"  # who shares this backend fairly with others
+PRIORITY_HEADER = "x-weir-priority"
 LOAD_FORMAT_HEADER = "endpoint-load-metrics-format"
 USAGE = web.RequestKey("usage", Usage)  # what a request has used, for whoever wraps the handler
 log = logging.getLogger(__name__)
@@ -64,10 +67,11 @@ class EngineError(Exception):
 class Generation:
     """One sequence as the event loop sees it: a `with` around `next`, which gives its tokens in order."""
 
-    def __init__(self, engine: Engine, prompt: list[int], sampling: Sampling, deadline: float | None) -> None:
+    def __init__(self, engine: Engine, sequence: Sequence) -> None:
         self._engine = engine
         self._arrived: asyncio.Queue[Delta] = asyncio.Queue()
-        self._sequence = Sequence(prompt, sampling, deadline, self._arrived.put_nowait)
+        self._sequence = sequence
+        sequence.deliver = self._arrived.put_nowait
 
     def __enter__(self) -> Self:
         """Raises ApiError 429 when the engine is full."""
@@ -92,36 +96,49 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Text to be sent on, and the end if this is it."""
+    """Text to be sent on, the end if this is it, and of which tokens it is, where the client wants to know."""
 
     text: str
     finish: Finish | None
+    logprobs: list[TokenLogprob] | None
 
 
 class Reader:
     """A generation as text: detokenised, cut at the stop strings, counted."""
 
-    def __init__(self, generation: Generation, text: TextStream, prompt_tokens: int) -> None:
+    def __init__(
+        self, generation: Generation, tokenizer: Tokenizer, stops: tuple[str, ...], prompt_tokens: int
+    ) -> None:
         self._generation = generation
-        self._text = text
+        self._tokenizer = tokenizer
+        self._text = TextStream(tokenizer, stops)
         self._prompt_tokens = prompt_tokens
         self._completion_tokens = 0
+        self._cached_tokens = 0
 
     @property
     def usage(self) -> Usage:
-        return Usage(self._prompt_tokens, self._completion_tokens)
+        return Usage(self._prompt_tokens, self._completion_tokens, self._cached_tokens)
 
     async def next(self) -> Piece:
         """The next text that is certain. A piece with a finish is the last."""
+        told: list[TokenLogprob] | None = None
         while True:
             delta = await self._generation.next()
             self._completion_tokens += delta.finish != "deadline"
+            self._cached_tokens = max(self._cached_tokens, delta.cached_tokens)
             text = "" if delta.token is None else self._text.feed(delta.token)
+            if delta.token is not None and delta.logprobs is not None:
+                told = [*(told or []), self._told(delta.token, delta.logprobs)]
             if delta.finish is not None and not self._text.is_stopped:
                 text += self._text.finish()
             finish = "stop" if self._text.is_stopped else delta.finish
             if text or finish is not None:
-                return Piece(text, finish)
+                return Piece(text, finish, told)
+
+    def _told(self, token: int, logprobs: Logprobs) -> TokenLogprob:
+        top = [(self._tokenizer.name(other), value) for other, value in logprobs.top]
+        return TokenLogprob(self._tokenizer.name(token), logprobs.chosen, top)
 
 
 class InFlight:
@@ -244,8 +261,16 @@ class Api:
             message = f"the prompt has {len(prompt)} tokens, the context has room for {self._engine.context - 1}"
             raise ApiError(400, "context_length_exceeded", message, param=kind.prompt_field)
         answer = kind(f"{kind.id_prefix}-{uuid4().hex}", int(self._wall()), self.model, body.wants_usage())
-        with Generation(self._engine, prompt, body.sampling(room), self._deadline(request)) as generation:
-            reader = Reader(generation, TextStream(self._tokenizer, body.stops()), len(prompt))
+        sequence = Sequence(
+            prompt,
+            body.sampling(room),
+            self._deadline(request),
+            priority=_priority(request),
+            tenant=request.headers.get(CONSUMER_HEADER, ""),
+            salt=(body.cache_salt or "").encode(),
+        )
+        with Generation(self._engine, sequence) as generation:
+            reader = Reader(generation, self._tokenizer, body.stops(), len(prompt))
             try:
                 return await (self._stream if body.stream else self._whole)(request, answer, reader)
             finally:
@@ -262,11 +287,13 @@ class Api:
 
     async def _whole(self, _request: web.Request, answer: Answer, reader: Reader) -> web.StreamResponse:
         piece = await _first(reader)
-        text = piece.text
+        text, logprobs = piece.text, piece.logprobs
         while piece.finish is None:
             piece = await reader.next()
             text += piece.text
-        return _json(answer.whole(text, protocol.finish_reason(piece.finish), reader.usage))
+            if piece.logprobs is not None:
+                logprobs = [*(logprobs or []), *piece.logprobs]
+        return _json(answer.whole(text, protocol.finish_reason(piece.finish), reader.usage, logprobs))
 
     async def _stream(self, request: web.Request, answer: Answer, reader: Reader) -> web.StreamResponse:
         first = await _first(reader)
@@ -311,6 +338,14 @@ class Api:
         return _json({"ready": self.is_ready}, status=200 if self.is_ready else 503)
 
 
+def _priority(request: web.Request) -> Priority:
+    name = request.headers.get(PRIORITY_HEADER, "normal")
+    try:
+        return Priority[name.upper()]
+    except KeyError as error:
+        raise ApiError(400, "bad_request", f"{PRIORITY_HEADER} is not high, normal or low") from error
+
+
 async def _first(reader: Reader) -> Piece:
     """The first piece. Raises ApiError 504 when the deadline passed before there was any text."""
     piece = await reader.next()
@@ -324,15 +359,15 @@ async def _write(response: web.StreamResponse, answer: Answer, first: Piece, rea
     piece = first
     await response.write(b"".join(protocol.event(opening) for opening in answer.opening()))
     while piece.finish is None:
-        await response.write(protocol.event(answer.chunk(piece.text)))
+        await response.write(protocol.event(answer.chunk(piece.text, logprobs=piece.logprobs)))
         piece = await reader.next()
-    await response.write(_ending(answer, piece.text, piece.finish, reader.usage))
+    await response.write(_ending(answer, piece, protocol.finish_reason(piece.finish), reader.usage))
 
 
-def _ending(answer: Answer, text: str, finish: Finish, usage: Usage) -> bytes:
+def _ending(answer: Answer, piece: Piece, finish: str, usage: Usage) -> bytes:
     """All that is left of a stream, in one write."""
-    events = [answer.chunk(text)] if text else []
-    events.append(answer.chunk(None, protocol.finish_reason(finish)))
+    events = [answer.chunk(piece.text, logprobs=piece.logprobs)] if piece.text or piece.logprobs else []
+    events.append(answer.chunk(None, finish))
     if answer.with_usage:
         events.append(answer.usage_chunk(usage))
     return b"".join(protocol.event(each) for each in events) + protocol.DONE

@@ -68,6 +68,11 @@ class Tokenizer:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
+    def name(self, token: int) -> str:
+        """One token by itself, special ones too."""
+        text: str = self._tokenizer.decode([token], skip_special_tokens=False)
+        return text
+
     def _end_tokens(self, directory: Path) -> frozenset[int]:
         """What ends an answer: generation_config.json knows best, then config.json, then the tokenizer."""
         for name in ("generation_config.json", "config.json"):

@@ -209,9 +209,9 @@ class Engine:
 
     def _judge(self, sequence: Sequence, result: Result) -> Delta:
         if result.token in self.end_tokens and not sequence.sampling.ignore_eos:
-            return Delta(None, "stop")
+            return Delta(None, "stop", cached_tokens=sequence.cached_tokens)
         is_last = len(sequence.tokens) - len(sequence.prompt) >= sequence.sampling.max_tokens
-        return Delta(result.token, "length" if is_last else None, result.logprobs)
+        return Delta(result.token, "length" if is_last else None, result.logprobs, sequence.cached_tokens)
 
     def _end(self, sequence: Sequence) -> None:
         self.scheduler.drop(sequence)

@@ -75,6 +75,11 @@ class Delta:
     token: int | None
     finish: Finish | None
     logprobs: Logprobs | None = None
+    cached_tokens: int = 0  # of the prompt, that were found in the cache
+
+
+def _nobody(_delta: Delta) -> None:
+    """Who reads `generated` at the end needs no deltas."""
 
 
 @dataclass(slots=True, eq=False)
@@ -89,7 +94,7 @@ class Sequence:
     prompt: list[int]
     sampling: Sampling
     deadline: float | None
-    deliver: Callable[[Delta], None]
+    deliver: Callable[[Delta], None] = _nobody
     priority: int = Priority.NORMAL
     tenant: str = ""  # who shares fairly with others
     salt: bytes = b""  # requests with different salts never share cached blocks

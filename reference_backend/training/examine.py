@@ -11,7 +11,7 @@ from random import Random
 
 from reference_backend.engine.engine import Engine, Settings
 from reference_backend.engine.model import Llama
-from reference_backend.engine.request import Delta, Sampling, Sequence
+from reference_backend.engine.request import Sampling, Sequence
 from reference_backend.tokenizer import Message, Tokenizer
 from reference_backend.training.corpus import Generator
 
@@ -68,16 +68,12 @@ def answers(model: Llama, tokenizer: Tokenizer, asked: list[Question]) -> list[s
     settings = Settings(slots=slots, max_waiting=len(asked), context=context, cache_tokens=slots * context)
     engine = Engine(model, settings, end_tokens=tokenizer.end_tokens, clock=lambda: 0.0, rng=Random(SEED))  # noqa: S311
     sampling = Sampling(max_tokens=LONGEST_ANSWER_TOKENS, temperature=0.0)
-    sequences = [Sequence(tokenizer.encode_chat(q.messages), sampling, None, _ignore) for q in asked]
+    sequences = [Sequence(tokenizer.encode_chat(q.messages), sampling, None) for q in asked]
     for sequence in sequences:
         engine.submit(sequence)
     while engine.load().running or engine.load().waiting:
         engine.turn(0.0)
     return [tokenizer.decode(sequence.generated) for sequence in sequences]
-
-
-def _ignore(_delta: Delta) -> None:
-    """The examination reads what was generated when all is done."""
 
 
 def examine(model: Llama, tokenizer: Tokenizer, per_task: int) -> list[Score]:

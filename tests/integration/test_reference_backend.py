@@ -76,6 +76,18 @@ async def test_the_openai_client_is_served():
         completion = await client.completions.create(model="tiny", prompt="A canary is", temperature=0, stop=["."])
         assert completion.choices[0].text
 
+        told = await client.chat.completions.create(
+            model="tiny",
+            messages=QUESTION,
+            temperature=0,
+            logprobs=True,
+            top_logprobs=2,
+            presence_penalty=-0.1,
+            extra_body={"top_k": 3, "min_p": 0.1},
+        )
+        assert "".join(token.token for token in told.choices[0].logprobs.content) == told.choices[0].message.content
+        assert told.usage.prompt_tokens_details.cached_tokens > 0
+
         together = await asyncio.gather(
             *(client.chat.completions.create(model="tiny", messages=QUESTION, temperature=0) for _ in range(12))
         )

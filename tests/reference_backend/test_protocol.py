@@ -8,13 +8,14 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
 
 from reference_backend import protocol  # noqa: E402
-from reference_backend.engine.request import Load  # noqa: E402
+from reference_backend.engine.request import Load, Sampling  # noqa: E402
 from reference_backend.protocol import (  # noqa: E402
     ApiError,
     ChatAnswer,
     ChatRequest,
     CompletionAnswer,
     CompletionRequest,
+    TokenLogprob,
     Usage,
     decode,
 )
@@ -66,8 +67,18 @@ BAD_CHATS = [
     (chat(seed=2**63), "seed", "<= 9223372036854775807"),
     (chat(seed="x"), "seed", "Expected `int"),
     (chat(tools=[{"type": "function"}]), "tools", "tools is not supported"),
-    (chat(logprobs=True), "logprobs", "logprobs is not supported"),
-    (chat(frequency_penalty=1), "frequency_penalty", "not supported"),
+    (chat(logprobs="yes"), "logprobs", "Expected `bool | null`"),
+    (chat(logprobs=True, top_logprobs=21), "top_logprobs", "<= 20"),
+    (chat(top_logprobs=2), "top_logprobs", "top_logprobs needs logprobs: true"),
+    (chat(top_k=-2), "top_k", ">= -1"),
+    (chat(top_k=2**40), "top_k", "<= 2147483647"),
+    (chat(min_p=1.5), "min_p", "<= 1"),
+    (chat(frequency_penalty=2.5), "frequency_penalty", "<= 2"),
+    (chat(presence_penalty=-3), "presence_penalty", ">= -2"),
+    (chat(repetition_penalty=0), "repetition_penalty", ">= 0.1"),
+    (chat(repetition_penalty="NaN"), "repetition_penalty", "Expected `float"),
+    (chat(cache_salt=""), "cache_salt", "length >= 1"),
+    (chat(echo=True), "echo", "echo is not supported"),
     (chat(logit_bias={"5": 1}), "logit_bias", "not supported"),
     (chat(response_format={"type": "json_object"}), "response_format", "not supported"),
     (chat(tool_choice={"type": "function"}), "tool_choice", "not supported"),
@@ -92,7 +103,7 @@ def test_a_bad_request_names_its_field(body, param, message):
         {"tools": None},
         {"tools": []},
         {"logprobs": False},
-        {"frequency_penalty": 0, "presence_penalty": 0.0},
+        {"frequency_penalty": 0, "presence_penalty": 0.0, "repetition_penalty": None, "top_k": None, "min_p": None},
         {"logit_bias": {}},
         {"response_format": {"type": "text"}},
         {"tool_choice": "none"},
@@ -149,8 +160,33 @@ def test_the_answer_ends_where_the_client_or_the_context_says(form, fields, limi
 
 
 def test_sampling_defaults_are_those_of_openai():
-    sampling = decode(chat(), ChatRequest).sampling(10)
-    assert (sampling.temperature, sampling.top_p, sampling.seed, sampling.ignore_eos) == (1.0, 1.0, None, False)
+    assert decode(chat(), ChatRequest).sampling(10) == Sampling(max_tokens=10)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sampling"),
+    [
+        ({"temperature": 0, "top_p": 0.5, "seed": -1}, {"temperature": 0.0, "top_p": 0.5, "seed": -1}),
+        ({"top_k": 5, "min_p": 0.1, "ignore_eos": True}, {"top_k": 5, "min_p": 0.1, "ignore_eos": True}),
+        ({"top_k": -1}, {}),
+        ({"top_k": 0, "min_p": 0}, {}),
+        (
+            {"presence_penalty": -2, "frequency_penalty": 2, "repetition_penalty": 1.1},
+            {"presence_penalty": -2.0, "frequency_penalty": 2.0, "repetition_penalty": 1.1},
+        ),
+        ({"logprobs": True}, {"logprobs": 0}),
+        ({"logprobs": True, "top_logprobs": 7}, {"logprobs": 7}),
+        ({"logprobs": False, "top_logprobs": 0}, {}),
+    ],
+)
+def test_what_is_asked_reaches_the_sampler(fields, sampling):
+    assert decode(chat(**fields), ChatRequest).sampling(10) == Sampling(max_tokens=10, **sampling)
+
+
+@pytest.mark.parametrize(("asked", "alternatives"), [({}, None), ({"logprobs": 0}, 0), ({"logprobs": 5}, 5)])
+def test_completions_ask_for_logprobs_by_number(asked, alternatives):
+    body = json.dumps({"model": "tiny", "prompt": "a"} | asked).encode()
+    assert decode(body, CompletionRequest).sampling(10).logprobs == alternatives
 
 
 @pytest.mark.parametrize(
@@ -165,7 +201,7 @@ def test_errors_have_the_form_of_openai(status, kind):
 
 def test_a_chat_answer_is_this_json():
     answer = ChatAnswer("chatcmpl-1", 1_800_000_000, "tiny")
-    assert answer.whole("Hi.", "stop", Usage(9, 3)) == {
+    assert answer.whole("Hi.", "stop", Usage(9, 3, 8)) == {
         "id": "chatcmpl-1",
         "object": "chat.completion",
         "created": 1_800_000_000,
@@ -178,7 +214,12 @@ def test_a_chat_answer_is_this_json():
                 "finish_reason": "stop",
             }
         ],
-        "usage": {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12},
+        "usage": {
+            "prompt_tokens": 9,
+            "completion_tokens": 3,
+            "total_tokens": 12,
+            "prompt_tokens_details": {"cached_tokens": 8},
+        },
     }
 
 
@@ -189,8 +230,40 @@ def test_a_stream_of_completions_is_these_bytes():
     assert b"".join(protocol.event(each) for each in events) == (
         b"data: {" + frame + b'[{"text":"Hi","index":0,"logprobs":null,"finish_reason":null}],"usage":null}\n\n'
         b"data: {" + frame + b'[{"text":"","index":0,"logprobs":null,"finish_reason":"length"}],"usage":null}\n\n'
-        b"data: {" + frame + b'[],"usage":{"prompt_tokens":1,"completion_tokens":1,"total_tokens":2}}\n\n'
+        b"data: {" + frame + b'[],"usage":{"prompt_tokens":1,"completion_tokens":1,"total_tokens":2,'
+        b'"prompt_tokens_details":{"cached_tokens":0}}}\n\n'
     )
+
+
+LOGPROBS = [TokenLogprob("Hi", -0.5, [("Hi", -0.5), ("Ho", -1.0)]), TokenLogprob("\N{REPLACEMENT CHARACTER}", -2.0, [])]
+
+
+def test_logprobs_of_a_chat():
+    [choice] = ChatAnswer("chatcmpl-1", 1, "tiny").chunk("Hi", logprobs=LOGPROBS)["choices"]
+    assert choice["logprobs"] == {
+        "content": [
+            {
+                "token": "Hi",
+                "logprob": -0.5,
+                "bytes": [72, 105],
+                "top_logprobs": [
+                    {"token": "Hi", "logprob": -0.5, "bytes": [72, 105]},
+                    {"token": "Ho", "logprob": -1.0, "bytes": [72, 111]},
+                ],
+            },
+            {"token": "\N{REPLACEMENT CHARACTER}", "logprob": -2.0, "bytes": None, "top_logprobs": []},
+        ],
+        "refusal": None,
+    }
+
+
+def test_logprobs_of_a_completion():
+    [choice] = CompletionAnswer("cmpl-1", 1, "tiny").whole("Hi", "length", Usage(1, 2), LOGPROBS)["choices"]
+    assert choice["logprobs"] == {
+        "tokens": ["Hi", "\N{REPLACEMENT CHARACTER}"],
+        "token_logprobs": [-0.5, -2.0],
+        "top_logprobs": [{"Hi": -0.5, "Ho": -1.0}, {}],
+    }
 
 
 def test_the_load_report_in_both_forms():

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
 
 from reference_backend import server  # noqa: E402
+from reference_backend.engine.request import Priority  # noqa: E402
 from reference_backend.protocol import DONE  # noqa: E402
 from reference_backend.server import LARGEST_BODY, InFlight, Phase  # noqa: E402
 from tests.support.tiny_model import CREATED, running_api  # noqa: E402
@@ -114,6 +115,54 @@ async def test_equal_seeds_give_equal_answers():
     assert texts[0] == texts[1] != texts[2]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_logprobs_are_told_token_by_token(stream):
+    """Greedy, so that each token is the likeliest of its alternatives; held-back text takes its tokens along."""
+    body = QUESTION | {"logprobs": True, "top_logprobs": 2, "stop": ["and not"], "stream": stream}
+    async with running_api() as backend:
+        _, _, content = await post(backend.url, body)
+    choices = [each["choices"][0] for each in (events(content) if stream else [json.loads(content)])]
+    told = [token for choice in choices if choice["logprobs"] for token in choice["logprobs"]["content"]]
+    text = "".join(token["token"] for token in told)
+    assert text.startswith(ANSWER.split("and not", maxsplit=1)[0])
+    assert all(token["top_logprobs"][0]["token"] == token["token"] for token in told)
+    assert all(token["logprob"] <= 0 and len(token["top_logprobs"]) == 2 for token in told)
+    assert bytes(byte for token in told for byte in token["bytes"]).decode() == text
+
+
+async def test_a_completion_tells_logprobs_in_its_own_form():
+    body = {"model": "tiny", "prompt": "A canary is", "temperature": 0, "max_tokens": 4, "logprobs": 1}
+    async with running_api() as backend:
+        _, _, content = await post(backend.url, body, "/v1/completions")
+    choice = json.loads(content)["choices"][0]
+    assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
+    assert [list(top) for top in choice["logprobs"]["top_logprobs"]] == [[t] for t in choice["logprobs"]["tokens"]]
+
+
+async def test_a_prompt_that_is_known_is_told_as_cached_and_a_salt_hides_it():
+    async with running_api() as backend:
+        cached = [
+            json.loads((await post(backend.url, QUESTION | more))[2])["usage"]["prompt_tokens_details"]["cached_tokens"]
+            for more in ({}, {}, {"cache_salt": "mine"}, {"cache_salt": "mine"})
+        ]
+    assert cached[0] == cached[2] == 0
+    assert cached[1] == cached[3] > 0
+
+
+async def test_priority_and_consumer_reach_the_engine():
+    async with running_api(start=False) as backend, aiohttp.ClientSession() as session:
+        headers = {"x-weir-priority": "high", "x-weir-consumer": "team-a"}
+        asking = asyncio.ensure_future(
+            session.post(f"{backend.url}/v1/chat/completions", json=QUESTION, headers=headers)
+        )
+        async with asyncio.timeout(5):
+            while not backend.engine.load().waiting:
+                await asyncio.sleep(0.002)
+        [sequence] = backend.engine._arrived
+        assert (sequence.priority, sequence.tenant) == (Priority.HIGH, "team-a")
+        asking.cancel()
+
+
 @pytest.mark.parametrize(
     ("path", "body", "expected"),
     [
@@ -147,6 +196,7 @@ async def test_what_cannot_be_done_is_refused_in_json(path, body, expected):
     [
         ({"content-encoding": "gzip"}, (415, "unsupported_encoding")),
         ({"x-weir-deadline-ms": "soon"}, (400, "bad_request")),
+        ({"x-weir-priority": "urgent"}, (400, "bad_request")),
         ({"x-weir-deadline-ms": "-5"}, (400, "bad_request")),
         ({"x-weir-deadline-ms": "9" * 40}, (400, "bad_request")),
         ({"x-weir-deadline-ms": "0"}, (504, "deadline")),
