@@ -148,7 +148,7 @@ class LeasedMeter:
         if not self._store.up:
             return self._take_alone(now)
         if now < lease.closed_until:
-            return lease.closed_until - now
+            return lease.refusal(now)
         return UNKNOWN
 
     async def take(self) -> float:
@@ -224,7 +224,7 @@ class LeasedMeter:
                 waiter.set_result(0.0)
             elif now < lease.closed_until:
                 self._waiters.appendleft(waiter)
-                self._settle_all(lease.closed_until - now)
+                self._settle_all(lease.refusal(now))
             else:
                 self._waiters.appendleft(waiter)
                 self._ask_store()

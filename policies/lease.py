@@ -20,6 +20,8 @@ holds must be known there:
 - `debt` is what was admitted without the store while it was away. It is taken off the level, not below zero.
 
 A grant smaller than asked means that the bucket is empty: until `closed_until` requests are refused without asking.
+That is never longer than `BELIEVED_SECONDS`, however long the next token takes: another replica may give some back, and
+a store may forget. What a refused request is told is the time to the next token all the same (`refusal`).
 """
 
 from __future__ import annotations
@@ -45,6 +47,9 @@ MOST_CLOSED_SECONDS = 0.05
 LEAST_CLOSED_SECONDS = 0.002
 """A replica asks an empty bucket again after a quarter of the time it takes to fill, within these bounds: seldom enough
 to be cheap, often enough that the bucket does not run full unused."""
+
+BELIEVED_SECONDS = 1.0
+"""How long a replica takes it from the store that a bucket is empty."""
 
 OPEN = -inf
 """`closed_until` of a bucket that may be asked: before every reading of the clock, also one older than the answer."""
@@ -87,7 +92,8 @@ class Slice:
 
     __slots__ = (
         "_ack", "_capacity", "_credit", "_debt", "_demand", "_demand_at", "_expires_at", "_leased", "_level",
-        "_level_at", "_per_second", "_renewed_at", "_spent_at", "closed_until", "limit", "low_water", "tokens",
+        "_level_at", "_next_at", "_per_second", "_renewed_at", "_spent_at", "closed_until", "limit", "low_water",
+        "tokens",
     )  # fmt: skip
 
     def __init__(self, limit: Limit, now: float) -> None:
@@ -100,6 +106,7 @@ class Slice:
         self._leased = 0  # tokens that the store counts as held here
         self._level = float(limit.capacity)  # of the store's bucket, when last told
         self._level_at = now
+        self._next_at = now  # when the store's bucket will have a token, when last told
         self._demand = 0.0  # tokens needed, fading with DEMAND_SECONDS
         self._demand_at = now
         self._ack = 0
@@ -172,11 +179,16 @@ class Slice:
             self._renewed_at = now
         if grant.tokens < ask.need + ask.spare:
             self.low_water = -1
-            self.closed_until = now + max(grant.wait, self._patience())
+            self._next_at = now + grant.wait
+            self.closed_until = now + max(min(grant.wait, BELIEVED_SECONDS), self._patience())
         else:
             self.low_water = self.tokens // 2 if self.tokens else -1
             self.closed_until = OPEN
         return going
+
+    def refusal(self, now: float) -> float:
+        """Seconds until there may be a token, for a request that comes before `closed_until`."""
+        return max(self.closed_until, self._next_at) - now
 
     def lost(self) -> None:
         """No answer came. What is in hand stays good until it expires."""

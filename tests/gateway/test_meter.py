@@ -8,7 +8,7 @@ import pytest
 from gateway.meter import STORE_SECONDS, UNKNOWN, LeasedMeter, LocalMeter, Unmetered
 from policies import errors
 from policies.bucket import Bucket
-from policies.lease import KEEP_SECONDS, Limit
+from policies.lease import BELIEVED_SECONDS, KEEP_SECONDS, Limit
 from policies.policy import Plan, Rate, WhenStoreIsDown
 from tests.support.lease_ledger import MICRO, Ledger
 from tests.support.ledger_store import LedgerStore
@@ -167,6 +167,17 @@ class TestTaking:
         meter.reconfigure(FAST, Limit(100, Rate(100, 1.0)))
         await asyncio.sleep(0.5)
         assert await take_many(meter, 100) == 50
+
+    @virtual_time
+    async def test_what_another_replica_gives_back_is_found_in_time(self, ledger):
+        slow = plan(Rate(1, 3600.0), 40)
+        one, other = (leased(LedgerStore(ledger, name), slow, gateways=2) for name in "ab")
+        assert await take_many(one, 20) == 20
+        assert await take_many(one, 1) == 1  # now five are spare
+        assert await take_many(other, 20) == 14
+        assert other.take_nowait(now()) == pytest.approx(3600.0, abs=1.0)  # what it is told is the truth
+        await asyncio.sleep(BELIEVED_SECONDS + 0.01)
+        assert await take_many(other, 20) == 5
 
 
 class TestPuttingBack:

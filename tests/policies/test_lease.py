@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from policies.lease import (
+    BELIEVED_SECONDS,
     KEEP_SECONDS,
     LEASE_SECONDS,
     MOST_CLOSED_SECONDS,
@@ -108,6 +109,9 @@ class TestClosing:
         ("limit", "wait", "closed"),
         [
             pytest.param(Limit(10, Rate(60, 60.0)), 1.0, 1.0, id="until there is a token"),
+            pytest.param(
+                Limit(10, Rate(1, 3600.0)), 3600.0, BELIEVED_SECONDS, id="not so long as nobody would believe"
+            ),
             pytest.param(Limit(1000, Rate(1000, 1.0)), 0.001, MOST_CLOSED_SECONDS, id="not for each of many"),
             pytest.param(Limit(20, Rate(1000, 1.0)), 0.001, 0.005, id="a quarter of the time to full"),
             pytest.param(Limit(1, Rate(1000, 1.0)), 0.001, 0.002, id="never too often"),
@@ -117,6 +121,14 @@ class TestClosing:
         lease = Slice(limit, 0.0)
         assert granted(lease, 2, 1, now=5.0, wait=wait) == 1
         assert lease.closed_until == pytest.approx(5.0 + closed)
+
+    def test_a_refused_request_is_told_when_there_will_be_a_token(self):
+        lease = Slice(Limit(10, Rate(1, 3600.0)), 0.0)
+        granted(lease, 2, 1, now=5.0, wait=3600.0)
+        assert lease.refusal(5.5) == 3599.5
+        often = Slice(Limit(1000, Rate(1000, 1.0)), 0.0)
+        granted(often, 2, 1, now=5.0, wait=0.001)
+        assert often.refusal(5.0) == pytest.approx(MOST_CLOSED_SECONDS)  # nobody is heard before
 
     def test_a_full_grant_opens(self):
         lease = Slice(TEN, 0.0)
