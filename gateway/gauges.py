@@ -64,6 +64,12 @@ def register_gauges(
         (),
         _one(lambda: watch.seconds_since_contact),
     )
+    metrics.gauge(
+        "weir_discovery_held",
+        "Backends that vanished together with most others and stay in service while their health check passes.",
+        (),
+        _one(lambda: discovery.store.statistics().held),
+    )
     metrics.gauge("weir_policy_info", "The policy in force.", ("version",), lambda: [((policy.policy.version,), 1.0)])
     if store is not None:
         metrics.gauge("weir_store_up", "Whether Redis answers: 1 or 0.", (), _one(lambda: float(store.up)))
