@@ -19,6 +19,7 @@ from discovery.watch import Timing, Watch
 from tests.support.certificates import Authority
 from tests.support.cut_line import CutLine
 from tests.support.etcd_server import EtcdServer, etcd_cluster
+from tests.support.etcd_users import enable_users
 
 pytestmark = pytest.mark.integration
 
@@ -390,19 +391,3 @@ async def test_user_and_password_and_a_token_that_is_forgotten(own_server, tmp_p
         with pytest.raises(Unavailable, match="invalid user ID or password") as refused:
             await client.put("/weir/a", b"2")
         assert "guess" not in str(refused.value)
-
-
-async def enable_users(client, name, password, prefix):
-    def auth(method):
-        return lambda channel: getattr(rpc.AuthStub(channel), method)
-
-    end = prefix[:-1].encode() + b"0"
-    permission = rpc.Permission(permType=rpc.Permission.READWRITE, key=prefix.encode(), range_end=end)
-    await client.call(auth("UserAdd"), rpc.AuthUserAddRequest(name="root", password="root"))
-    await client.call(auth("RoleAdd"), rpc.AuthRoleAddRequest(name="root"))
-    await client.call(auth("UserGrantRole"), rpc.AuthUserGrantRoleRequest(user="root", role="root"))
-    await client.call(auth("UserAdd"), rpc.AuthUserAddRequest(name=name, password=password))
-    await client.call(auth("RoleAdd"), rpc.AuthRoleAddRequest(name=name))
-    await client.call(auth("RoleGrantPermission"), rpc.AuthRoleGrantPermissionRequest(name=name, perm=permission))
-    await client.call(auth("UserGrantRole"), rpc.AuthUserGrantRoleRequest(user=name, role=name))
-    await client.call(auth("AuthEnable"), rpc.AuthEnableRequest())

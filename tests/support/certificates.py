@@ -34,12 +34,15 @@ class Authority:
         self.cert = directory / "ca.pem"
         self.cert.write_bytes(own.public_bytes(serialization.Encoding.PEM))
 
-    def issue(self, name: str, names: list[str]) -> Issued:
-        """A certificate for a server and a client alike, valid for a day for these DNS names and addresses."""
+    def issue(self, name: str, names: list[str], *, days: int = 1) -> Issued:
+        """A certificate for a server and a client alike, for these DNS names and addresses, valid for so many days.
+
+        -1: until yesterday. Issued again it takes the place of the one before.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
         usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
         certificate = (
-            _builder(_name(name), self._name, key)
+            _builder(_name(name), self._name, key, days)
             .add_extension(x509.SubjectAlternativeName([_general(each) for each in names]), critical=False)
             .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
             .sign(self._key, hashes.SHA256())
@@ -54,7 +57,9 @@ class Authority:
         return issued
 
 
-def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int = 1
+) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
     return (
         x509.CertificateBuilder()
@@ -62,8 +67,8 @@ def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivate
         .issuer_name(issuer)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(days=1))
+        .not_valid_before(now - timedelta(days=2))
+        .not_valid_after(now + timedelta(days=days))
     )
 
 

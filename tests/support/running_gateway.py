@@ -3,7 +3,8 @@ start (`running_gateway`) or found in a real etcd (`etcd_gateway`, `announced`).
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from types import MappingProxyType
@@ -61,18 +62,24 @@ async def running_gateway(
 @contextlib.asynccontextmanager
 async def etcd_gateway(
     home: Path,
-    etcd: str,
+    etcd: str | Sequence[str],
     prefix: str = DEFAULT_PREFIX,
     *,
     policy: str | None = OPEN_POLICY,
     place: str = "policy.yaml",
     config: str = "",
+    etcd_keys: dict[str, str] | None = None,
+    networks: Sequence[str] = (),
 ) -> AsyncIterator[Gateway]:
-    """A gateway that finds its backends in the etcd of this URL. `policy` None: `place` has one already."""
+    """A gateway that finds its backends in the etcd of this URL, or of these. `policy` None: `place` has one already.
+
+    `etcd_keys` are more keys of `discovery.etcd`, `networks` are `discovery.allow_networks` (none: the default).
+    """
     if policy is not None:
         (home / place).write_text(policy)
-    discovery = f'discovery: {{etcd: {{endpoints: ["{etcd}"], prefix: {prefix}}}}}\n'
-    async with _gateway(home, discovery + config, place).running() as gateway:
+    there = {"endpoints": [etcd] if isinstance(etcd, str) else list(etcd), "prefix": prefix, **(etcd_keys or {})}
+    discovery = {"etcd": there, **({"allow_networks": list(networks)} if networks else {})}
+    async with _gateway(home, f"discovery: {json.dumps(discovery)}\n{config}", place).running() as gateway:
         yield gateway
 
 
