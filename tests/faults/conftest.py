@@ -256,7 +256,7 @@ class Row:
         addresses = [f"127.0.0.1:{port}" for port in (each.port for each in (*self._backends, *self._proxies))]
         for secret in (self._token, *self.secrets, *addresses):
             assert not secret or secret not in text, f"{secret} is told in {where}"
-        assert not re.search(r"(?i)bearer\s+(?!error=)\S{20}|BEGIN [A-Z ]*PRIVATE KEY", text), (
+        assert not re.search(r"(?i)bearer\s+(?!error=|TOKEN`)\S{20}|BEGIN [A-Z ]*PRIVATE KEY", text), (
             f"a credential is told in {where}"
         )
 
