@@ -1,8 +1,8 @@
 """One reference backend as a process: options, model, listener, registration, end.
 
 LOADING (nothing listens) => SERVING => DRAINING (told to end: the registration says so, new requests are still taken
-while that gets around) => FINISHING (new requests are refused, old ones end) => exit 0. A model that fails while
-serving ends the process with 1, so that whoever started it starts it anew.
+while that gets around) => FINISHING (new requests are refused, old ones end) => exit 0. The model runs in a process of
+its own; when that is gone, the registration is withdrawn, another one is started, and registered when it is ready.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import contextlib
 import logging
-import os
 import random
 import secrets
 import signal
@@ -21,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import torch
 import uvloop
 from aiohttp import web
 from aiohttp.typedefs import Middleware
@@ -30,21 +28,18 @@ from discovery.announce import Announcement, backend_announcement
 from discovery.endpoint import InvalidRegistration, ModelEntry, Registration
 from discovery.etcd import EtcdClient, EtcdSettings
 from observability.tracing import SpanExporter, otlp_export
-from reference_backend.engine.config import ModelConfig, ModelError
-from reference_backend.engine.engine import Engine, Settings
-from reference_backend.engine.model import Llama, load_model
-from reference_backend.engine.request import Published, Sampling
-from reference_backend.engine.request import Sequence as EngineSequence
-from reference_backend.server import Api, Phase, deliver
+from reference_backend.engine.config import ModelError
+from reference_backend.engine.frames import Start
+from reference_backend.server import Api, Phase
 from reference_backend.spans import span_middleware
 from reference_backend.tokenizer import Tokenizer
+from reference_backend.worker import Worker
 
 ACCEPT_WHILE_DRAINING = 0.5  # seconds: about twice what a watcher needs to hear of it
 FINISH_WITHIN = 60.0  # seconds for what is in flight
-SMALL_PARAMETERS = 50_000_000  # below, a second thread costs more in waiting than it gives in arithmetic
+FIRST_RESTART, LAST_RESTART = 0.1, 10.0  # seconds before a lost worker is replaced; doubled each time in between
+log = logging.getLogger(__name__)
 WILDCARDS = ("", "0.0.0.0", "::")  # noqa: S104  they are what is looked for
-LONGEST_CONTEXT = 8192  # tokens, unless asked for: at least one such request must fit the cache
-CACHE_SHARE = 0.25  # of the memory that is free: enough for many, and others live here too
 MODELS = Path(__file__).parent / "models"
 EPILOG = """\
 example:
@@ -153,91 +148,71 @@ def _url(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r} is not a URL like http://127.0.0.1:2379")
 
 
-def load(options: Options, clock: Callable[[], float]) -> tuple[Engine, Tokenizer]:
-    """Read the model and have it produce one token. Raises ModelError, CannotStartError."""
+def load(options: Options) -> Tokenizer:
+    """What of the model this process needs itself. Raises ModelError, CannotStartError."""
     if not options.model.is_dir():
         known = ", ".join(sorted(path.name for path in MODELS.iterdir()))
         raise CannotStartError(
             f"no model at {options.model}; --model takes a Hugging Face directory, or one of: {known}"
         )
-    tokenizer = Tokenizer(options.model)
-    try:
-        if torch.cuda.is_available():
-            model = load_model(options.model, torch.device("cuda"), torch.bfloat16)
-        else:
-            model = load_model(options.model, torch.device("cpu"))
-        engine = Engine(
-            model,
-            settings_for(options, model),
-            end_tokens=tokenizer.end_tokens,
-            clock=clock,
-            rng=random.SystemRandom(),
-            overlap=model.device.type != "cpu",
-        )
-    except RuntimeError as error:  # so torch says that memory is not enough
-        reason = str(error).partition("\n")[0]
-        raise CannotStartError(f"the model does not fit: {reason}; try a smaller --context or --max-running") from error
-    if model.parameters < SMALL_PARAMETERS:
-        torch.set_num_threads(1)
-    return warm(engine), tokenizer
+    return Tokenizer(options.model)
 
 
-def settings_for(options: Options, model: Llama) -> Settings:
-    """The engine's sizes: what was asked for, within the model's context and the memory that is there."""
-    context = min(options.context or LONGEST_CONTEXT, model.config.context)
-    fitting = int(CACHE_SHARE * free_memory(model.device)) // bytes_per_token(model.config, model.dtype)
-    return Settings(
-        slots=options.max_running,
-        max_waiting=options.max_waiting,
-        context=context,
-        cache_tokens=options.cache_tokens or min(options.max_running * context, fitting),
-    )
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free where the cache will be."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    """What the keys and values of one token take in all layers."""
-    return 2 * config.layers * config.kv_heads * config.head_dim * dtype.itemsize
-
-
-def warm(engine: Engine) -> Engine:
-    """Have one token produced. Raises ModelError when the model does not compute with numbers."""
-    engine.submit(EngineSequence([0], Sampling(max_tokens=1), None))
-    while engine.load().running or engine.load().waiting:
-        published = engine.turn(engine.clock())
-        if any(delta.finish == "failed" for _, delta in published):
-            raise ModelError("the model's scores are not finite: its weights are broken")
-    return engine
-
-
-async def serve(options: Options, engine: Engine, tokenizer: Tokenizer, wall: Callable[[], float]) -> int:
-    """Serve until a signal; returns the exit code. Raises CannotStartError."""
-    loop = asyncio.get_running_loop()
+async def serve(options: Options, tokenizer: Tokenizer, clock: Callable[[], float], wall: Callable[[], float]) -> int:
+    """Serve until a signal; returns the exit code. Raises CannotStartError, ModelError, InvalidRegistration."""
     ending = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ending.set)
+        asyncio.get_running_loop().add_signal_handler(number, ending.set)
+    worker = Worker(options.max_running + options.max_waiting, clock)
+    api = Api(worker, tokenizer, model=options.name, wall=wall)
+    start = Start(
+        str(options.model), sorted(tokenizer.end_tokens), options.max_running, options.context, options.cache_tokens
+    )
+    key = f"{options.service}/{secrets.token_hex(6)}"
+    async with contextlib.AsyncExitStack() as stack:
+        async with worker.running(start):
+            url = await stack.enter_async_context(listening(api, options, wall))
+            said = f"serving {options.name} at {url}"
+            if await serve_until(ending, api, worker, options, url, key, said):
+                return 0
+        delay = FIRST_RESTART
+        while True:
+            log.error("the worker is gone; another one is started in %.1f s", delay)
+            if await is_set_within(ending, delay):
+                return 0
+            delay = min(2 * delay, LAST_RESTART)
+            try:
+                async with worker.running(start):
+                    delay = FIRST_RESTART
+                    if await serve_until(ending, api, worker, options, url, key, f"{said} again"):
+                        return 0
+            except ModelError as error:
+                log.error("it cannot be started: %s", error)  # noqa: TRY400  what to do is in the message
 
-    def hand_over(published: Published) -> None:
-        deliver(published)
-        if engine.has_failed:
-            ending.set()
 
-    api = Api(engine, tokenizer, model=options.name, wall=wall)
-    engine.start(lambda published: loop.call_soon_threadsafe(hand_over, published))
-    try:
-        async with listening(api, options, wall) as url, announced(options, url) as announcement:
-            print(f"serving {options.name} at {url}", flush=True)  # noqa: T201  the one line that a caller waits for
-            await ending.wait()
+async def serve_until(
+    ending: asyncio.Event, api: Api, worker: Worker, options: Options, url: str, key: str, said: str
+) -> bool:
+    """Serve with this worker. Returns True after draining, False when the worker is lost."""
+    async with announced(options, url, key) as announcement:
+        print(said, flush=True)  # noqa: T201  the one line that a caller waits for
+        waits = [asyncio.ensure_future(ending.wait()), asyncio.ensure_future(worker.wait_lost())]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for each in waits:
+                each.cancel()
+        if ending.is_set():
             await drain(api, announcement)
-    finally:
-        engine.close()
-    return 1 if engine.has_failed else 0
+        return ending.is_set()
+
+
+async def is_set_within(event: asyncio.Event, seconds: float) -> bool:
+    """Wait for an event, but not for ever."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    return event.is_set()
 
 
 @contextlib.asynccontextmanager
@@ -270,7 +245,7 @@ async def listening(api: Api, options: Options, wall: Callable[[], float]) -> As
 
 
 @contextlib.asynccontextmanager
-async def announced(options: Options, url: str) -> AsyncIterator[Announcement | None]:
+async def announced(options: Options, url: str, key: str) -> AsyncIterator[Announcement | None]:
     """The registration in etcd, if one is wanted. Raises InvalidRegistration."""
     if options.etcd is None:
         yield None
@@ -280,7 +255,6 @@ async def announced(options: Options, url: str) -> AsyncIterator[Announcement | 
         models=(ModelEntry(options.name, options.version),),
         max_concurrency=options.max_running + options.max_waiting,
     )
-    key = f"{options.service}/{secrets.token_hex(6)}"
     async with (
         EtcdClient(EtcdSettings(endpoints=(options.etcd,))) as client,
         backend_announcement(client, key, registration, rng=random.SystemRandom()) as announcement,
@@ -305,8 +279,7 @@ def main(arguments: Sequence[str], *, clock: Callable[[], float], wall: Callable
     options = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
-        engine, tokenizer = load(options, clock)
-        return uvloop.run(serve(options, engine, tokenizer, wall))
+        return uvloop.run(serve(options, load(options), clock, wall))
     except InvalidRegistration as error:
         print(f"reference_backend: cannot be registered: {error}", file=sys.stderr)  # noqa: T201
         return 2

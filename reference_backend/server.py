@@ -1,4 +1,4 @@
-"""The HTTP side: from a request to an answer, whole or streamed, and from the engine's thread to the event loop.
+"""The HTTP side: from a request to an answer, whole or streamed.
 
 Invariants:
 - A generation is held by a `with` from admission to the last byte. Whatever ends the request, the client going away
@@ -28,8 +28,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from reference_backend import protocol
-from reference_backend.engine.engine import Engine
-from reference_backend.engine.request import Delta, EngineBusy, Finish, Logprobs, Priority, Published, Sequence
+from reference_backend.engine.request import Delta, Finish, Logprobs, Priority, Sampling
 from reference_backend.protocol import (
     Answer,
     ApiError,
@@ -43,6 +42,7 @@ from reference_backend.protocol import (
     Usage,
 )
 from reference_backend.tokenizer import TemplateRefused, TextStream, Tokenizer
+from reference_backend.worker import Worker, WorkerAway, WorkerBusy
 
 LARGEST_BODY = 4 * 1024 * 1024
 BODY_SECONDS = 30.0
@@ -60,38 +60,64 @@ class Phase(Enum):
     CLOSED = "closed"
 
 
-class EngineError(Exception):
-    """The engine broke while this sequence ran."""
+class GenerationError(Exception):
+    """There will be no more tokens, and no proper end. Carries what to tell a client who has seen none yet."""
+
+    def __init__(self, refusal: ApiError) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal
 
 
 class Generation:
-    """One sequence as the event loop sees it: a `with` around `next`, which gives its tokens in order."""
+    """One request at the worker: a `with` around `next`, which gives its tokens in order."""
 
-    def __init__(self, engine: Engine, sequence: Sequence) -> None:
-        self._engine = engine
+    def __init__(self, worker: Worker, prompt: list[int], sampling: Sampling, asked: Asked) -> None:
+        self._worker = worker
         self._arrived: asyncio.Queue[Delta] = asyncio.Queue()
-        self._sequence = sequence
-        sequence.deliver = self._arrived.put_nowait
+        self._prompt, self._sampling, self._asked = prompt, sampling, asked
+        self._ticket = 0
 
     def __enter__(self) -> Self:
-        """Raises ApiError 429 when the engine is full."""
+        """Raises ApiError 429 when the worker is full, 503 when there is none."""
         try:
-            self._engine.submit(self._sequence)
-        except EngineBusy as error:
+            self._ticket = self._worker.submit(
+                self._prompt,
+                self._sampling,
+                self._arrived.put_nowait,
+                deadline=self._asked.deadline,
+                priority=self._asked.priority,
+                tenant=self._asked.tenant,
+                salt=self._asked.salt,
+            )
+        except WorkerBusy as error:
             raise protocol.not_started(429, "queue_full", "this backend has no room for another request now") from error
+        except WorkerAway as error:
+            raise protocol.not_started(503, "loading", "this backend's model is being loaded") from error
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._engine.abort(self._sequence)
+        self._worker.abort(self._ticket)
 
     async def next(self) -> Delta:
-        """Wait for the next token or the end. Raises EngineError."""
+        """Wait for the next token or the end. Raises GenerationError."""
         delta = await self._arrived.get()
         if delta.finish == "failed":
-            raise EngineError
+            raise GenerationError(protocol.engine_failed())
+        if delta.finish == "lost":
+            raise GenerationError(protocol.worker_lost())
         return delta
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What stands beside a request: until when it is wanted, how urgently, by whom, and with whom it may share."""
+
+    deadline: float | None
+    priority: Priority
+    tenant: str
+    salt: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,20 +190,14 @@ class InFlight:
         await self._idle.wait()
 
 
-def deliver(published: Published) -> None:
-    """Hand on what a turn of the engine made known. Runs on the event loop."""
-    for sequence, delta in published:
-        sequence.deliver(delta)
-
-
 class Api:
     """The handlers of one served model."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, *, model: str, wall: Callable[[], float]) -> None:
+    def __init__(self, worker: Worker, tokenizer: Tokenizer, *, model: str, wall: Callable[[], float]) -> None:
         self.model = model
         self.phase = Phase.READY
         self.in_flight = InFlight()
-        self._engine = engine
+        self._worker = worker
         self._tokenizer = tokenizer
         self._wall = wall
         self._started_at = int(wall())
@@ -202,8 +222,8 @@ class Api:
             return await handler(request)
         except ApiError as error:
             return _refusal(error)
-        except EngineError:
-            return _refusal(protocol.engine_failed())
+        except GenerationError as error:
+            return _refusal(error.refusal)
         except web.HTTPException as error:
             return _refusal(_refused_by_router(error.status))
         except Exception:  # a bug of ours: the client learns that, the log learns which
@@ -213,7 +233,7 @@ class Api:
     async def _report_load(self, request: web.Request, response: web.StreamResponse) -> None:
         form = request.headers.get(LOAD_FORMAT_HEADER, "").strip().lower()
         if form in ("json", "text"):
-            response.headers["endpoint-load-metrics"] = protocol.load_report(self._engine.load(), form)
+            response.headers["endpoint-load-metrics"] = protocol.load_report(self._worker.load(), form)
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         with self.in_flight:
@@ -235,7 +255,7 @@ class Api:
 
     async def _read(self, request: web.Request, form: type[Request]) -> Request:
         """The request's body, decoded, for the model that is served here."""
-        if self.phase is Phase.CLOSED or self._engine.has_failed:
+        if self.phase is Phase.CLOSED:
             raise protocol.not_started(503, "draining", "this backend is ending and takes no new requests")
         if request.headers.get("content-encoding", "identity") != "identity":
             raise ApiError(415, "unsupported_encoding", "compressed request bodies are not supported")
@@ -256,20 +276,18 @@ class Api:
     async def _answer(
         self, request: web.Request, body: GenerationRequest, prompt: list[int], kind: type[Answer]
     ) -> web.StreamResponse:
-        room = self._engine.context - len(prompt)
+        room = self._worker.context - len(prompt)
         if room < 1:
-            message = f"the prompt has {len(prompt)} tokens, the context has room for {self._engine.context - 1}"
+            message = f"the prompt has {len(prompt)} tokens, the context has room for {self._worker.context - 1}"
             raise ApiError(400, "context_length_exceeded", message, param=kind.prompt_field)
         answer = kind(f"{kind.id_prefix}-{uuid4().hex}", int(self._wall()), self.model, body.wants_usage())
-        sequence = Sequence(
-            prompt,
-            body.sampling(room),
+        asked = Asked(
             self._deadline(request),
-            priority=_priority(request),
-            tenant=request.headers.get(CONSUMER_HEADER, ""),
-            salt=(body.cache_salt or "").encode(),
+            _priority(request),
+            request.headers.get(CONSUMER_HEADER, ""),
+            (body.cache_salt or "").encode(),
         )
-        with Generation(self._engine, sequence) as generation:
+        with Generation(self._worker, prompt, body.sampling(room), asked) as generation:
             reader = Reader(generation, self._tokenizer, body.stops(), len(prompt))
             try:
                 return await (self._stream if body.stream else self._whole)(request, answer, reader)
@@ -277,13 +295,13 @@ class Api:
                 request[USAGE] = reader.usage
 
     def _deadline(self, request: web.Request) -> float | None:
-        """When the answer will be of no use any more, on the engine's clock."""
+        """When the answer will be of no use any more, on the worker's clock."""
         left = request.headers.get(DEADLINE_HEADER)
         if left is None:
             return None
         if not (left.isascii() and left.isdigit() and len(left) < 12):
             raise ApiError(400, "bad_request", f"{DEADLINE_HEADER} is not a number of milliseconds")
-        return self._engine.clock() + int(left) / 1000
+        return self._worker.clock() + int(left) / 1000
 
     async def _whole(self, _request: web.Request, answer: Answer, reader: Reader) -> web.StreamResponse:
         piece = await _first(reader)
@@ -305,9 +323,9 @@ class Api:
             is_complete = True
         except ConnectionResetError:
             log.debug("the client left")
-        except EngineError:
+        except GenerationError as error:
             with contextlib.suppress(ConnectionResetError):
-                await response.write(protocol.event(protocol.engine_failed().body()))
+                await response.write(protocol.event(error.refusal.body()))
         finally:
             if not is_complete and request.transport is not None:
                 request.transport.close()  # without the last chunk: nobody must take this for a complete answer
@@ -325,10 +343,10 @@ class Api:
 
     @property
     def is_ready(self) -> bool:
-        return self.phase is Phase.READY and not self._engine.has_failed
+        return self.phase is Phase.READY and self._worker.is_ready
 
     async def _health(self, _request: web.Request) -> web.Response:
-        status = "failed" if self._engine.has_failed else self.phase.value
+        status = self.phase.value if self.phase is not Phase.READY or self._worker.is_ready else "loading"
         return _json({"status": status}, status=200 if self.is_ready else 503)
 
     async def _live(self, _request: web.Request) -> web.Response:

@@ -1,30 +1,24 @@
-"""Many sequences, one model: a thread that takes step after step, and a door for those who hand sequences in.
+"""Many sequences, one model: turn after turn, each of which gives every sequence that generates its next token.
 
-A turn is: take in what has arrived, drop what was aborted or is late, plan a step, launch it, and tell what came of
-it. With `overlap` a step is launched before the one before it is read, so that a device that computes on its own
-never waits for the host; a sequence that turns out to have ended has then computed one token for nothing, which is
-thrown away.
+A turn is: drop what was aborted or is late, plan a step, launch it, and tell what came of it. With `overlap` a step
+is launched before the one before it is read, so that a device that computes on its own never waits for the host; a
+sequence that turns out to have ended has then computed one token for nothing, which is thrown away.
 
 Invariants:
-- At most `slots` sequences run and `max_waiting` wait; whoever comes on top of that is refused at once.
-- Only the thread touches the model, the scheduler and its sequences; the other side hands sequences in, marks them
-  aborted and reads counts. Everything that becomes known in a turn goes out in one call of `publish`.
 - What a sequence holds (slot, blocks) is free no later than one turn after it finished or was aborted.
+- Every sequence that was submitted is published with a finish exactly once, unless it was aborted.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
-from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
 from reference_backend.admission import FairQueue
 from reference_backend.engine.kv_cache import BlockPool
 from reference_backend.engine.model import Llama
-from reference_backend.engine.request import Delta, EngineBusy, Load, Published, Sequence
+from reference_backend.engine.request import Delta, Load, Published, Sequence
 from reference_backend.engine.runner import Launched, Result, Runner
 from reference_backend.engine.scheduler import Scheduler
 
@@ -41,7 +35,6 @@ class Settings:
     """
 
     slots: int
-    max_waiting: int
     context: int
     cache_tokens: int
     block_size: int = 16
@@ -55,22 +48,16 @@ class Settings:
 
 
 class Engine:
-    """Start it once with `start`, hand in with `submit`, take back with `abort`."""
+    """Hand in with `submit`, take back with `abort`, and take a `turn` while it is busy.
+
+    How many may wait is the business of whoever hands in.
+    """
 
     def __init__(
-        self,
-        model: Llama,
-        settings: Settings,
-        *,
-        end_tokens: frozenset[int],
-        clock: Callable[[], float],
-        rng: Random,
-        overlap: bool = False,
+        self, model: Llama, settings: Settings, *, end_tokens: frozenset[int], rng: Random, overlap: bool = False
     ) -> None:
         self.settings = settings
         self.end_tokens = end_tokens
-        self.clock = clock
-        self.has_failed = False
         self._rng = rng
         self._overlap = overlap
         self.runner = Runner(
@@ -87,79 +74,39 @@ class Engine:
             step_tokens=settings.step_tokens,
         )
         self._unread: Launched | None = None
-        self._arrived: deque[Sequence] = deque()
-        self._open = 0  # sequences handed in and not over
+        self._arrived: list[Sequence] = []
         self._arrivals = 0
-        self._changed = threading.Condition()
-        self._is_closing = False
-        self._thread: threading.Thread | None = None
 
     def __repr__(self) -> str:
-        load, settings = self.load(), self.settings
-        return f"<Engine {load.running} running of {settings.slots}, {load.waiting} waiting of {settings.max_waiting}>"
+        load = self.load()
+        return f"<Engine {load.running} running of {self.settings.slots}, {load.waiting} waiting>"
 
     @property
     def context(self) -> int:
         return self.settings.context
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is a turn to take."""
+        return bool(self._arrived) or not self.scheduler.is_idle
+
     def load(self) -> Load:
-        """The current counts. Safe to call from any thread."""
-        pool = self.scheduler.pool
-        running = len(self.scheduler.running)
-        return Load(running, max(0, self._open - running), pool.held / (pool.blocks - 1))
+        """The current counts."""
+        scheduler = self.scheduler
+        waiting = len(self._arrived) + len(scheduler.preempted) + len(scheduler.queue)
+        return Load(len(scheduler.running), waiting, scheduler.pool.held / (scheduler.pool.blocks - 1))
 
     def submit(self, sequence: Sequence) -> None:
-        """Hand in a sequence whose prompt and `max_tokens` fit the context.
-
-        Raises EngineBusy at the bound, or after a failure.
-        """
-        settings = self.settings
-        with self._changed:
-            if self._open >= settings.slots + settings.max_waiting or self.has_failed:
-                raise EngineBusy
-            self._open += 1
-            self._arrivals += 1
-            sequence.arrival = self._arrivals
-            seed = sequence.sampling.seed
-            sequence.seed = self._rng.randrange(SEEDS) if seed is None else seed
-            self._arrived.append(sequence)
-            self._changed.notify()
+        """Hand in a sequence whose prompt and `max_tokens` fit the context."""
+        self._arrivals += 1
+        sequence.arrival = self._arrivals
+        seed = sequence.sampling.seed
+        sequence.seed = self._rng.randrange(SEEDS) if seed is None else seed
+        self._arrived.append(sequence)
 
     def abort(self, sequence: Sequence) -> None:
         """Stop a sequence before the next token. Harmless for one that has finished."""
         sequence.aborted = True
-
-    def start(self, publish: Callable[[Published], object]) -> None:
-        """Take turns in a thread of its own. `publish` is called from that thread."""
-        self._thread = threading.Thread(target=self._run, args=(publish,), name="engine", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop after the current turn, whatever is still running."""
-        with self._changed:
-            self._is_closing = True
-            self._changed.notify()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _run(self, publish: Callable[[Published], object]) -> None:
-        while self._wait_for_work():
-            try:
-                published = self.turn(self.clock())
-            except Exception:  # a broken model must not leave its clients waiting for ever
-                log.exception("the engine failed and takes no more work")
-                with self._changed:
-                    self.has_failed = True  # nobody comes in behind those who are told now
-                    everyone = (*self.scheduler.everyone(), *self._arrived)
-                publish([(sequence, Delta(None, "failed")) for sequence in everyone])
-                return
-            if published:
-                publish(published)
-
-    def _wait_for_work(self) -> bool:
-        with self._changed:
-            self._changed.wait_for(lambda: self._is_closing or self._open)
-            return not self._is_closing
 
     def turn(self, now: float) -> Published:
         """Take one step: every sequence that generates gets one token, and a piece of a prompt is read."""
@@ -175,10 +122,10 @@ class Engine:
         return published
 
     def _take_in(self, now: float) -> None:
-        while self._arrived:
-            sequence = self._arrived.popleft()
+        for sequence in self._arrived:
             sequence.arrived_at = now
             self.scheduler.queue.push(sequence)
+        self._arrived.clear()
 
     def _drop(self, now: float) -> Published:
         """Take out what was aborted or is late, running or waiting. Only the late ones are told."""
@@ -216,5 +163,3 @@ class Engine:
     def _end(self, sequence: Sequence) -> None:
         self.scheduler.drop(sequence)
         sequence.is_over = True
-        with self._changed:
-            self._open -= 1

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Literal
 
+import msgspec
+
 GREEDY_BELOW = 1e-5  # a smaller temperature divides by what float32 cannot hold
 
-Finish = Literal["stop", "length", "deadline", "failed"]
-
-
-class EngineBusy(Exception):  # noqa: N818  an answer, not a fault
-    """As many sequences run and wait as may; nothing was started."""
+# `failed`: this request met scores that are no numbers. `lost`: the worker that had it is gone.
+Finish = Literal["stop", "length", "deadline", "failed", "lost"]
 
 
 class Priority(IntEnum):
@@ -60,26 +58,20 @@ class Sampling:
         return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Logprobs:
+class Logprobs(msgspec.Struct, array_like=True, frozen=True):
     """Natural logarithms of probabilities, before temperature and penalties: the token's, and the likeliest ones."""
 
     chosen: float
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(msgspec.Struct, array_like=True, frozen=True):
     """One token, or the end, or both. No token with finish `stop` means that the model ended its answer itself."""
 
     token: int | None
     finish: Finish | None
     logprobs: Logprobs | None = None
     cached_tokens: int = 0  # of the prompt, that were found in the cache
-
-
-def _nobody(_delta: Delta) -> None:
-    """Who reads `generated` at the end needs no deltas."""
 
 
 @dataclass(slots=True, eq=False)
@@ -93,8 +85,7 @@ class Sequence:
 
     prompt: list[int]
     sampling: Sampling
-    deadline: float | None
-    deliver: Callable[[Delta], None] = _nobody
+    deadline: float | None = None
     priority: int = Priority.NORMAL
     tenant: str = ""  # who shares fairly with others
     salt: bytes = b""  # requests with different salts never share cached blocks

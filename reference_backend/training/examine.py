@@ -65,13 +65,13 @@ def _question(generator: Generator, task: str) -> Question:
 def answers(model: Llama, tokenizer: Tokenizer, asked: list[Question]) -> list[str]:
     """What the model says to each question, without chance."""
     slots, context = min(32, len(asked)), model.config.context
-    settings = Settings(slots=slots, max_waiting=len(asked), context=context, cache_tokens=slots * context)
-    engine = Engine(model, settings, end_tokens=tokenizer.end_tokens, clock=lambda: 0.0, rng=Random(SEED))  # noqa: S311
+    settings = Settings(slots=slots, context=context, cache_tokens=slots * context)
+    engine = Engine(model, settings, end_tokens=tokenizer.end_tokens, rng=Random(SEED))  # noqa: S311
     sampling = Sampling(max_tokens=LONGEST_ANSWER_TOKENS, temperature=0.0)
-    sequences = [Sequence(tokenizer.encode_chat(q.messages), sampling, None) for q in asked]
+    sequences = [Sequence(tokenizer.encode_chat(q.messages), sampling) for q in asked]
     for sequence in sequences:
         engine.submit(sequence)
-    while engine.load().running or engine.load().waiting:
+    while engine.is_busy:
         engine.turn(0.0)
     return [tokenizer.decode(sequence.generated) for sequence in sequences]
 

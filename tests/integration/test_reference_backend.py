@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import sys
 
@@ -115,6 +116,46 @@ async def test_clients_that_leave_and_clients_that_are_too_many():
 
         async with asyncio.timeout(1.5):  # 1900 tokens would take longer
             await until(is_idle)
+
+
+async def test_a_worker_that_is_killed_costs_its_requests_and_comes_back(tmp_path):
+    with EtcdServer(tmp_path) as etcd:
+        async with (
+            EtcdClient(EtcdSettings(endpoints=(etcd.url,))) as client,
+            aiohttp.ClientSession() as session,
+            backend("--etcd", etcd.url) as (process, url),
+        ):
+            source = EtcdSource(client, "/weir/v1/backends/", 1 << 20)
+
+            async def registered():
+                return [item.key for item in (await source.list()).items]
+
+            async def workers():
+                with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+                    return [int(pid) for pid in file.read().split()]
+
+            [key] = await until(registered)
+            [worker] = await workers()
+            async with session.post(f"{url}/v1/chat/completions", json=ENDLESS) as stream:
+                await stream.content.readline()
+                os.kill(worker, signal.SIGKILL)
+                with pytest.raises(aiohttp.ClientPayloadError):
+                    await stream.read()
+
+            async def is_withdrawn():
+                return await registered() == []
+
+            async def is_back():
+                return await registered() == [key]
+
+            await until(is_withdrawn)
+            async with session.post(f"{url}/v1/chat/completions", json=ENDLESS) as refused:
+                assert (refused.status, refused.headers["x-backend-not-started"]) == (503, "true")
+                assert (await refused.json())["error"]["code"] == "loading"
+            await until(is_back)
+            assert await workers() != [worker]
+            async with session.post(f"{url}/v1/chat/completions", json=ENDLESS | {"max_tokens": 5}) as answer:
+                assert (await answer.read()).endswith(b"data: [DONE]\n\n")
 
 
 async def test_its_life_in_etcd_from_ready_to_drained(tmp_path):

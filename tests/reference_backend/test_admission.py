@@ -12,7 +12,7 @@ ARRIVALS = iter(range(1 << 30))
 
 
 def request(tenant="", priority=Priority.NORMAL, *, at=0.0, tokens=10):
-    made = Sequence([0] * tokens, Sampling(max_tokens=1), None, print, priority, tenant)
+    made = Sequence([0] * tokens, Sampling(max_tokens=1), None, priority, tenant)
     made.arrival, made.arrived_at = next(ARRIVALS), at
     return made
 

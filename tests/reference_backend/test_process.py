@@ -83,9 +83,3 @@ def test_a_name_that_cannot_be_registered_is_exit_code_2(capsys):
     arguments = ["--model", "tiny", "--service", "no/such", "--etcd", "http://127.0.0.1:1"]
     assert run(arguments) == 2
     assert "cannot be registered: " in capsys.readouterr().err
-
-
-def test_the_context_is_no_longer_than_the_models():
-    engine, _ = command.load(command.parse(["--model", "tiny", "--context", "100000"]), time.monotonic)
-    assert engine.context == engine.runner.model.config.context
-    assert engine.load().running == 0

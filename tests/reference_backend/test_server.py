@@ -7,7 +7,7 @@ import json
 import aiohttp
 import pytest
 
-pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
+torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
 
 from reference_backend import server  # noqa: E402
 from reference_backend.engine.request import Priority  # noqa: E402
@@ -149,18 +149,27 @@ async def test_a_prompt_that_is_known_is_told_as_cached_and_a_salt_hides_it():
     assert cached[1] == cached[3] > 0
 
 
-async def test_priority_and_consumer_reach_the_engine():
+async def test_priority_and_consumer_reach_the_worker(monkeypatch):
+    handed = []
     async with running_api(start=False) as backend, aiohttp.ClientSession() as session:
+        submit = backend.worker.submit
+        monkeypatch.setattr(
+            backend.worker,
+            "submit",
+            lambda prompt, sampling, deliver, **beside: (
+                handed.append((prompt, sampling, beside)) or submit(prompt, sampling, deliver, **beside)
+            ),
+        )
         headers = {"x-weir-priority": "high", "x-weir-consumer": "team-a"}
         asking = asyncio.ensure_future(
             session.post(f"{backend.url}/v1/chat/completions", json=QUESTION, headers=headers)
         )
         async with asyncio.timeout(5):
-            while not backend.engine.load().waiting:
+            while not backend.worker.load().waiting:
                 await asyncio.sleep(0.002)
-        [sequence] = backend.engine._arrived
-        assert (sequence.priority, sequence.tenant) == (Priority.HIGH, "team-a")
         asking.cancel()
+    [(_, _, asked)] = handed
+    assert (asked["priority"], asked["tenant"]) == (Priority.HIGH, "team-a")
 
 
 @pytest.mark.parametrize(
@@ -188,7 +197,7 @@ async def test_priority_and_consumer_reach_the_engine():
 async def test_what_cannot_be_done_is_refused_in_json(path, body, expected):
     async with running_api() as backend:
         assert await error_of(backend.url, body, path) == expected
-        assert backend.engine.load().running == 0
+        assert backend.worker.load().running == 0
 
 
 @pytest.mark.parametrize(
@@ -259,7 +268,7 @@ async def test_a_full_backend_refuses_at_once_and_reports_its_load():
     async with running_api(start=False, slots=1, max_waiting=0) as backend, aiohttp.ClientSession() as session:
         first = asyncio.ensure_future(session.post(f"{backend.url}/v1/chat/completions", json=QUESTION))
         async with asyncio.timeout(5):
-            while not backend.engine.load().waiting:
+            while not backend.worker.load().waiting:
                 await asyncio.sleep(0.002)
         status, headers, content = await post(backend.url, QUESTION, **{"endpoint-load-metrics-format": "JSON"})
         first.cancel()
@@ -275,7 +284,7 @@ async def test_a_client_that_leaves_frees_its_slot(stream):
         request = session.post(f"{backend.url}/v1/chat/completions", json=ENDLESS | {"stream": stream})
         leaving = asyncio.ensure_future(request)
         async with asyncio.timeout(5):
-            while not backend.engine.load().running:
+            while not backend.worker.load().running:
                 await asyncio.sleep(0.002)
             if stream:
                 response = await leaving
@@ -293,17 +302,17 @@ async def test_a_client_that_leaves_while_it_waits_leaves_the_queue():
         async with session.post(url, json=ENDLESS | {"max_tokens": 500}) as running:
             waiting = asyncio.ensure_future(session.post(url, json=QUESTION))
             async with asyncio.timeout(5):
-                while not backend.engine.load().waiting:
+                while not backend.worker.load().waiting:
                     await asyncio.sleep(0.002)
                 waiting.cancel()
-                while backend.engine.load().waiting:
+                while backend.worker.load().waiting:
                     await asyncio.sleep(0.002)
-            assert backend.engine.load().running == 1
+            assert backend.worker.load().running == 1
             running.close()
         await backend.wait_idle()
 
 
-async def test_a_model_that_breaks_in_a_stream_never_looks_complete(monkeypatch):
+async def test_a_worker_that_ends_in_a_stream_never_looks_complete(monkeypatch):
     async with running_api() as backend, aiohttp.ClientSession() as session:
         async with session.post(f"{backend.url}/v1/chat/completions", json=ENDLESS) as response:
             lines = [await response.content.readline()]
@@ -312,11 +321,27 @@ async def test_a_model_that_breaks_in_a_stream_never_looks_complete(monkeypatch)
                 await collect(lines, response.content)
         *_, last, blank = lines
         assert blank == b"\n"
-        assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "engine_failed"
+        assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "engine_restarted"
         assert DONE.strip() not in b"".join(lines)
-        assert await error_of(backend.url, QUESTION) == (503, "draining")
-        async with session.get(f"{backend.url}/health") as health:
-            assert (health.status, await health.json()) == (503, {"status": "failed"})
+        assert await error_of(backend.url, QUESTION) == (503, "loading")
+        for path, body in (("/health", {"status": "loading"}), ("/v2/health/ready", {"ready": False})):
+            async with session.get(backend.url + path) as health:
+                assert (health.status, await health.json()) == (503, body)
+
+
+async def test_scores_that_are_no_numbers_end_a_stream_and_not_the_backend(monkeypatch):
+    async with running_api() as backend, aiohttp.ClientSession() as session:
+        async with session.post(f"{backend.url}/v1/chat/completions", json=ENDLESS) as response:
+            lines = [await response.content.readline()]
+            embedding = backend.engine.runner.model._embedding
+            monkeypatch.setattr(backend.engine.runner.model, "_embedding", torch.full_like(embedding, torch.nan))
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await collect(lines, response.content)
+        assert json.loads(lines[-2].removeprefix(b"data: "))["error"]["code"] == "engine_failed"
+        assert await error_of(backend.url, QUESTION) == (500, "engine_failed")
+        monkeypatch.undo()
+        await backend.wait_idle()
+        assert json.loads((await post(backend.url, QUESTION))[2])["choices"][0]["message"]["content"] == ANSWER
 
 
 async def test_a_bug_of_ours_in_a_stream_cuts_it(monkeypatch):
@@ -331,10 +356,12 @@ async def test_a_bug_of_ours_in_a_stream_cuts_it(monkeypatch):
         assert (await post(backend.url, QUESTION))[0] == 200
 
 
-async def test_a_model_that_breaks_before_the_answer_is_a_500_in_json(monkeypatch):
+async def test_a_worker_that_ends_before_the_answer_is_a_503_that_may_go_elsewhere(monkeypatch):
     async with running_api() as backend:
         monkeypatch.setattr(backend.engine.runner, "model", None)
-        assert await error_of(backend.url, QUESTION) == (500, "engine_failed")
+        status, headers, content = await post(backend.url, QUESTION)
+    assert (status, json.loads(content)["error"]["code"]) == (503, "engine_restarted")
+    assert headers["x-backend-not-started"] == "true"
 
 
 async def test_a_bug_of_ours_is_told_without_a_traceback(monkeypatch):

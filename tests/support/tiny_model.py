@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import threading
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -16,9 +18,12 @@ from aiohttp import web
 
 import reference_backend
 from reference_backend.engine.engine import Engine, Settings
+from reference_backend.engine.frames import Ready, Start, framed
 from reference_backend.engine.model import Llama, load_model
-from reference_backend.server import Api, deliver
+from reference_backend.engine.service import Line, serve
+from reference_backend.server import Api
 from reference_backend.tokenizer import Tokenizer
+from reference_backend.worker import Worker
 
 DIRECTORY = Path(reference_backend.__file__).parent / "models" / "tiny"
 CREATED = 1_800_000_000
@@ -30,38 +35,65 @@ def tiny() -> tuple[Llama, Tokenizer]:
     return load_model(DIRECTORY, torch.device("cpu")), Tokenizer(DIRECTORY)
 
 
-def tiny_engine(*, slots: int = 4, max_waiting: int = 4, context: int = 512, clock=time.monotonic) -> Engine:
+def tiny_engine(*, slots: int = 4, context: int = 512) -> Engine:
     model, tokenizer = tiny()
-    settings = Settings(slots=slots, max_waiting=max_waiting, context=context, cache_tokens=slots * context)
-    return Engine(model, settings, end_tokens=tokenizer.end_tokens, clock=clock, rng=Random(1))
+    settings = Settings(slots=slots, context=context, cache_tokens=slots * context)
+    return Engine(model, settings, end_tokens=tokenizer.end_tokens, rng=Random(1))
 
 
 @dataclass(frozen=True, slots=True)
 class Running:
     url: str
     api: Api
+    worker: Worker
     engine: Engine
 
-    async def wait_idle(self) -> None:
-        """Until no sequence runs or waits; fails after 5 s."""
-        async with asyncio.timeout(5):
-            while self.engine.load().running or self.engine.load().waiting:
+    async def wait_load(self, condition) -> None:
+        """Until the condition holds for the load; fails after 10 s."""
+        async with asyncio.timeout(10):
+            while not condition(self.worker.load()):
                 await asyncio.sleep(0.002)
+
+    async def wait_idle(self) -> None:
+        """Until no sequence runs or waits, here and in the engine; fails after 10 s."""
+        await self.wait_load(lambda load: not load.running and not load.waiting)
+        async with asyncio.timeout(10):
+            while self.engine.is_busy:
+                await asyncio.sleep(0.002)
+        assert self.engine.scheduler.faults() == []
 
 
 @contextlib.asynccontextmanager
-async def running_api(*middlewares, start: bool = True, **sizes) -> AsyncIterator[Running]:
-    """The API as the process serves it. With `start=False` the engine takes requests and does nothing."""
+async def running_api(
+    *middlewares, start: bool = True, max_waiting: int = 4, clock=time.monotonic, **sizes
+) -> AsyncIterator[Running]:
+    """The API as the process serves it, with the worker in a thread of this process instead of one of its own.
+
+    With `start=False` the worker takes requests and does nothing.
+    """
     engine = tiny_engine(**sizes)
-    api = Api(engine, tiny()[1], model="tiny", wall=lambda: CREATED)
-    loop = asyncio.get_running_loop()
+    ours, theirs = socket.socketpair()
+    theirs.send(framed(Ready(engine.context)))
+    thread = threading.Thread(target=_serve, args=(engine, theirs, clock))
     if start:
-        engine.start(lambda published: loop.call_soon_threadsafe(deliver, published))
+        thread.start()
+    worker = Worker(engine.settings.slots + max_waiting, clock)
+    api = Api(worker, tiny()[1], model="tiny", wall=lambda: CREATED)
     runner = web.AppRunner(api.application(*middlewares), handler_cancellation=True, shutdown_timeout=0.0)
-    await runner.setup()
     try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        yield Running(f"http://127.0.0.1:{runner.addresses[0][1]}", api, engine)
+        async with worker.linked(ours, Start("tiny", [], 0, None, None)):
+            await runner.setup()
+            try:
+                await web.TCPSite(runner, "127.0.0.1", 0).start()
+                yield Running(f"http://127.0.0.1:{runner.addresses[0][1]}", api, worker, engine)
+            finally:
+                await runner.cleanup()
     finally:
-        await runner.cleanup()
-        engine.close()
+        if start:
+            await asyncio.to_thread(thread.join)
+        theirs.close()
+
+
+def _serve(engine: Engine, connection: socket.socket, clock) -> None:
+    with connection:
+        serve(engine, Line(connection), clock)

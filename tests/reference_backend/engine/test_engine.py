@@ -3,8 +3,6 @@
 Every test ends with the integrity check of slots and block tables.
 """
 
-import asyncio
-import threading
 from pathlib import Path
 from random import Random
 
@@ -14,7 +12,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed (pip install
 
 from reference_backend.engine.engine import Engine, Settings  # noqa: E402
 from reference_backend.engine.model import load_model  # noqa: E402
-from reference_backend.engine.request import Delta, EngineBusy, Load, Priority, Sampling, Sequence  # noqa: E402
+from reference_backend.engine.request import Delta, Load, Priority, Sampling, Sequence  # noqa: E402
 from tests.support.plain_model import greedy_reference, plain_logits  # noqa: E402
 
 torch.set_num_threads(1)
@@ -29,14 +27,13 @@ def engine():
     made = []
 
     def make(*, model=MODEL, end_tokens=(), overlap=False, cache_tokens=None, **sizes):
-        sizes = {"slots": 2, "max_waiting": 2, "context": 64, "block_size": 4} | sizes
+        sizes = {"slots": 2, "context": 64, "block_size": 4} | sizes
         settings = Settings(cache_tokens=cache_tokens or sizes["slots"] * sizes["context"], **sizes)
         made.append(
             Engine(
                 model,
                 settings,
                 end_tokens=frozenset(end_tokens),
-                clock=lambda: 0.0,
                 rng=Random(1),
                 overlap=overlap,
             )
@@ -50,7 +47,7 @@ def engine():
 
 def sequence(prompt=(5, 9, 2), *, max_tokens=8, deadline=None, salt=b"", tenant="", **sampling):
     settings = Sampling(max_tokens=max_tokens, **({"temperature": 0.0} | sampling))
-    return Sequence(list(prompt), settings, deadline, lambda _delta: None, Priority.NORMAL, tenant, salt)
+    return Sequence(list(prompt), settings, deadline, Priority.NORMAL, tenant, salt)
 
 
 def run(subject, *sequences):
@@ -58,7 +55,7 @@ def run(subject, *sequences):
     for each in sequences:
         subject.submit(each)
     published = []
-    while subject.load().running or subject.load().waiting:
+    while subject.is_busy:
         published += subject.turn(0.0)
         assert subject.scheduler.faults() == []
     assert subject.scheduler.pool.held == 0
@@ -114,7 +111,7 @@ def test_greedy_text_is_that_of_the_plain_model(engine, name):
 def test_neighbours_change_nothing(engine, name):
     """Sequences of different lengths and kinds that come and go in the same batch."""
     together = crowd(4)
-    run(engine(model=MODELS[name], slots=4, max_waiting=12), *together)
+    run(engine(model=MODELS[name], slots=4), *together)
     assert texts(together) == alone(engine, crowd(4), MODELS[name])
 
 
@@ -122,7 +119,7 @@ def test_neighbours_change_nothing(engine, name):
 def test_preemption_changes_nothing(engine, overlap):
     """A cache with room for one long sequence, shared by six shorter ones."""
     together = crowd(6, count=20)
-    subject = engine(slots=6, max_waiting=14, cache_tokens=80, overlap=overlap)
+    subject = engine(slots=6, cache_tokens=80, overlap=overlap)
     run(subject, *together)
     assert subject.scheduler.preemptions >= 5
     assert texts(together) == alone(engine, crowd(6, count=20))
@@ -132,7 +129,7 @@ def test_overlap_changes_nothing(engine):
     """Steps launched before the one before them is read, with answers that end where nobody could know."""
     ends = (3, 11, 40)
     together = crowd(7)
-    run(engine(slots=4, max_waiting=12, overlap=True, end_tokens=ends), *together)
+    run(engine(slots=4, overlap=True, end_tokens=ends), *together)
     expected = crowd(7)
     for each in expected:
         run(engine(end_tokens=ends), each)
@@ -142,7 +139,7 @@ def test_overlap_changes_nothing(engine):
 @pytest.mark.parametrize("step_tokens", [2, 3, 7, 64])
 def test_a_prompt_in_pieces_is_the_whole_prompt(engine, step_tokens):
     together = crowd(8, count=4)
-    run(engine(max_waiting=4, step_tokens=step_tokens), *together)
+    run(engine(step_tokens=step_tokens), *together)
     assert texts(together) == alone(engine, crowd(8, count=4))
 
 
@@ -224,22 +221,9 @@ def test_the_end_token_is_a_token_like_others_when_it_is_to_be_ignored(engine):
     assert len(asked.generated) == 8
 
 
-def test_the_bound_refuses_at_once_and_a_finished_sequence_makes_room(engine):
-    subject = engine(slots=1, max_waiting=1)
-    first, second, third = sequence(max_tokens=1), sequence(max_tokens=1), sequence(max_tokens=1)
-    subject.submit(first)
-    subject.submit(second)
-    with pytest.raises(EngineBusy):
-        subject.submit(third)
-    subject.turn(0.0)
-    subject.submit(third)
-    run(subject)
-    assert all(len(each.generated) == 1 for each in (first, second, third))
-
-
 def test_tenants_take_turns(engine):
     """One floods the queue, another sends one request: it is served next, not last."""
-    subject = engine(slots=1, max_waiting=9)
+    subject = engine(slots=1)
     flood, light = [sequence([n], max_tokens=2, tenant="flood") for n in range(6)], sequence(tenant="light")
     published = run(subject, *flood, light)
     order = list(dict.fromkeys(each for each, _ in published))
@@ -253,7 +237,7 @@ def test_load_is_what_runs_waits_and_is_held(engine):
     assert subject.load() == Load(0, 3, 0.0)
     subject.turn(0.0)
     assert subject.load() == Load(2, 1, 2 / 33)
-    assert repr(subject) == "<Engine 2 running of 2, 1 waiting of 2>"
+    assert repr(subject) == "<Engine 2 running of 2, 1 waiting>"
     run(subject)
     assert subject.load() == Load(0, 0, 0.0)
 
@@ -301,18 +285,15 @@ def test_a_deadline_that_passes_in_the_queue_costs_no_work(engine):
 def test_everything_is_given_back_whatever_happens(engine, overlap):
     """Many sequences with every kind of end, in a drawn order, in a cache that is too small for them."""
     rng = Random(8)
-    subject = engine(slots=3, max_waiting=5, cache_tokens=70, end_tokens=[3, 4], overlap=overlap)
+    subject = engine(slots=3, cache_tokens=70, end_tokens=[3, 4], overlap=overlap)
     alive = []
     for turn in range(300):
         if rng.random() < 0.5:
             deadline = turn + rng.randrange(9) if rng.random() < 0.3 else None
             prompt = [rng.randrange(64) for _ in range(rng.randrange(1, 40))]
             each = sequence(prompt, max_tokens=rng.randrange(1, 20), temperature=1.0, deadline=deadline)
-            try:
-                subject.submit(each)
-                alive.append(each)
-            except EngineBusy:
-                assert subject.load().running + subject.load().waiting == 8
+            subject.submit(each)
+            alive.append(each)
         if alive and rng.random() < 0.2:
             subject.abort(rng.choice(alive))
         subject.turn(float(turn))
@@ -339,35 +320,3 @@ def test_scores_that_are_no_numbers_end_one_sequence_and_leave_nothing_behind(en
     for each in later:  # through all blocks
         run(subject, each)
     assert texts([fine, *later]) == expected
-    assert not subject.has_failed
-
-
-async def test_the_thread_publishes_on_its_own_and_ends_when_told(engine):
-    subject = engine()
-    arrived = asyncio.Queue()
-    loop = asyncio.get_running_loop()
-    subject.start(lambda published: loop.call_soon_threadsafe(arrived.put_nowait, published))
-    subject.submit(sequence(max_tokens=3))
-    async with asyncio.timeout(20):
-        finishes = [(await arrived.get())[0][1].finish for _ in range(3)]
-    subject.close()
-    assert finishes == [None, None, "length"]
-    assert "engine" not in {thread.name for thread in threading.enumerate() if thread.is_alive()}
-
-
-async def test_a_model_that_breaks_fails_everybody_and_takes_no_more(engine, monkeypatch):
-    subject = engine(slots=1)
-    waiting = [sequence(), sequence()]
-    for each in waiting:
-        subject.submit(each)
-    monkeypatch.setattr(subject.runner, "model", None)
-    arrived = asyncio.Queue()
-    loop = asyncio.get_running_loop()
-    subject.start(lambda published: loop.call_soon_threadsafe(arrived.put_nowait, published))
-    async with asyncio.timeout(20):
-        published = await arrived.get()
-    subject.close()
-    assert {each: delta.finish for each, delta in published} == dict.fromkeys(waiting, "failed")
-    assert subject.has_failed
-    with pytest.raises(EngineBusy):
-        subject.submit(sequence())

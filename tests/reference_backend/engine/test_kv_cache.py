@@ -7,7 +7,7 @@ from reference_backend.engine.request import Sampling, Sequence
 
 
 def sequence(tokens, salt=b""):
-    return Sequence(list(tokens), Sampling(max_tokens=1), None, print, salt=salt)
+    return Sequence(list(tokens), Sampling(max_tokens=1), None, salt=salt)
 
 
 def filled(pool, tokens, salt=b""):

@@ -6,7 +6,7 @@ from reference_backend.engine.request import Sampling, Sequence
 
 
 def sequence(**settings):
-    return Sequence([5, 6, 7], Sampling(max_tokens=3, **settings), 10.0, print)
+    return Sequence([5, 6, 7], Sampling(max_tokens=3, **settings), 10.0)
 
 
 def test_tokens_are_known_pending_and_computed():
@@ -48,4 +48,4 @@ def test_settings_say_what_they_need(settings, kinds):
 @pytest.mark.parametrize(("now", "is_late"), [(9.9, False), (10.0, True)])
 def test_a_deadline_is_late_when_it_is_reached(now, is_late):
     assert sequence().is_late(now) is is_late
-    assert not Sequence([1], Sampling(max_tokens=1), None, print).is_late(now)
+    assert not Sequence([1], Sampling(max_tokens=1)).is_late(now)

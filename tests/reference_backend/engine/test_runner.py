@@ -22,7 +22,7 @@ def runner(slots=2):
 
 
 def placed(slot, blocks, tokens=TEXT):
-    made = Sequence(list(tokens), Sampling(max_tokens=9, temperature=0.0), None, print)
+    made = Sequence(list(tokens), Sampling(max_tokens=9, temperature=0.0))
     made.slot, made.blocks = slot, blocks
     return made
 

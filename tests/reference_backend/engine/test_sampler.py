@@ -16,7 +16,7 @@ DRAWS = ROWS * STEPS
 
 
 def sequence(seed=1, prompt=(0,), generated=(), **sampling):
-    made = Sequence(list(prompt), Sampling(max_tokens=10**6, **sampling), None, print)
+    made = Sequence(list(prompt), Sampling(max_tokens=10**6, **sampling))
     made.seed = seed
     made.tokens += generated
     return made

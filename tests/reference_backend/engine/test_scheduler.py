@@ -21,7 +21,7 @@ def scheduler(*, slots=4, blocks=33, block_size=4, step_tokens=16):
 
 def add(subject, prompt, *, max_tokens=8, priority=Priority.NORMAL, tenant=""):
     prompt = list(range(prompt)) if isinstance(prompt, int) else list(prompt)
-    made = Sequence(prompt, Sampling(max_tokens=max_tokens), None, print, priority, tenant)
+    made = Sequence(prompt, Sampling(max_tokens=max_tokens), None, priority, tenant)
     made.arrival = next(ARRIVALS)
     subject.queue.push(made)
     return made

@@ -1,0 +1,206 @@
+"""The server's side of its worker process: start it, hand requests over, notice when it is gone.
+
+A worker is STARTING (the model is being read) => READY => LOST (it crashed, or has not finished a step for so long
+that it never will). What is in flight then is told so at once; whoever comes meanwhile is refused. `running` is one
+life of it; whoever wants another enters again.
+
+Invariants:
+- At most `bound` requests are in flight. The count is here, so that one too many is refused without asking.
+- Every request that was taken hears of its end exactly once, unless it was aborted: a finish, or `lost`.
+- No process is left behind: it ends when its socket does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from typing import cast
+
+from reference_backend.engine.config import ModelError
+from reference_backend.engine.frames import Abort, Ask, Ready, Refused, Start, Turn, Unframed, decode_for_server, framed
+from reference_backend.engine.request import Delta, Load, Sampling
+
+WEDGED_AFTER = 60.0  # seconds without a finished step while there is something to do
+END_WITHIN = 5.0  # seconds for the process to see that its socket is closed
+
+
+class WorkerBusy(Exception):  # noqa: N818  an answer, not a fault
+    """As many requests are in flight as may be; nothing was started."""
+
+
+class WorkerAway(Exception):  # noqa: N818  an answer, not a fault
+    """There is no worker at this moment; nothing was started."""
+
+
+class _Link(asyncio.Protocol):
+    """The socket to one worker process."""
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.ready: asyncio.Future[Ready] = loop.create_future()
+        self.lost = asyncio.Event()
+        self.load = Load(0, 0, 0.0)
+        self.waiting_for: dict[int, Callable[[Delta], None]] = {}
+        self._unframed = Unframed()
+        self._loop = loop
+        self._transport: asyncio.Transport | None = None
+        self._watch: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+
+    def send(self, message: Start | Ask | Abort) -> None:
+        if self._transport is not None:
+            self._transport.write(framed(message))
+        if self._watch is None and self.waiting_for:
+            self._watch = self._loop.call_later(WEDGED_AFTER, self.cut)
+
+    def data_received(self, data: bytes) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+        for body in self._unframed.feed(data):
+            message = decode_for_server(body)
+            if isinstance(message, Turn):
+                self._take(message)
+            elif not self.ready.done():
+                self._begin(message)
+        self._watch = self._loop.call_later(WEDGED_AFTER, self.cut) if self.waiting_for else None
+
+    def _begin(self, message: Ready | Refused) -> None:
+        if isinstance(message, Ready):
+            self.ready.set_result(message)
+        else:
+            self.ready.set_exception(ModelError(message.reason))
+
+    def _take(self, turn: Turn) -> None:
+        self.load = turn.load
+        for ticket, delta in turn.deltas:
+            deliver = self.waiting_for.get(ticket)
+            if deliver is None:
+                continue  # aborted while this was on its way
+            if delta.finish is not None:
+                del self.waiting_for[ticket]
+            deliver(delta)
+
+    def cut(self) -> None:
+        """End it from this side."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc
+        self._transport = None
+        if self._watch is not None:
+            self._watch.cancel()
+        if not self.ready.done():
+            self.ready.set_exception(ModelError("the worker ended while it loaded the model"))
+            self.ready.exception()  # it may be that nobody asks
+        waiting, self.waiting_for = self.waiting_for, {}
+        for deliver in waiting.values():
+            deliver(Delta(None, "lost"))
+        self.lost.set()
+
+
+class Worker:
+    """What the API asks for tokens. It stays the same while processes come and go."""
+
+    def __init__(self, bound: int, clock: Callable[[], float]) -> None:
+        self.bound = bound
+        self.clock = clock
+        self.context = 0
+        self._link: _Link | None = None
+        self._tickets = 0
+
+    def __repr__(self) -> str:
+        state = "ready" if self.is_ready else "away"
+        return f"<Worker {state}, {self._in_flight} of {self.bound} in flight>"
+
+    @property
+    def is_ready(self) -> bool:
+        return self._link is not None and not self._link.lost.is_set()
+
+    @property
+    def _in_flight(self) -> int:
+        return 0 if self._link is None else len(self._link.waiting_for)
+
+    def load(self) -> Load:
+        """What the worker said last, with the requests that it has not seen yet among those that wait."""
+        if self._link is None:
+            return Load(0, 0, 0.0)
+        last = self._link.load
+        running = min(last.running, self._in_flight)
+        return Load(running, self._in_flight - running, last.kv_usage)
+
+    def submit(
+        self,
+        prompt: list[int],
+        sampling: Sampling,
+        deliver: Callable[[Delta], None],
+        *,
+        deadline: float | None,
+        priority: int,
+        tenant: str,
+        salt: bytes,
+    ) -> int:
+        """Hand over a request whose prompt and `max_tokens` fit the context. Returns its ticket.
+
+        Raises WorkerAway, WorkerBusy.
+        """
+        if self._link is None or self._link.lost.is_set():
+            raise WorkerAway
+        if self._in_flight >= self.bound:
+            raise WorkerBusy
+        self._tickets += 1
+        self._link.waiting_for[self._tickets] = deliver
+        self._link.send(Ask(self._tickets, prompt, sampling, deadline, priority, tenant, salt))
+        return self._tickets
+
+    def abort(self, ticket: int) -> None:
+        """Give a request up. Harmless for one that is over."""
+        if self._link is not None and self._link.waiting_for.pop(ticket, None) is not None:
+            self._link.send(Abort(ticket))
+
+    async def wait_lost(self) -> None:
+        if self._link is not None:
+            await self._link.lost.wait()
+
+    @contextlib.asynccontextmanager
+    async def running(self, start: Start) -> AsyncIterator[None]:
+        """One life of a worker process, from when it is ready. Raises ModelError when it cannot be."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "reference_backend.engine.service",
+                str(theirs.fileno()),
+                pass_fds=[theirs.fileno()],
+                stdin=asyncio.subprocess.DEVNULL,
+            )
+        try:
+            async with self.linked(ours, start):
+                yield
+        finally:
+            try:
+                async with asyncio.timeout(END_WITHIN):
+                    await process.wait()
+            except TimeoutError:
+                process.kill()
+                await process.wait()
+
+    @contextlib.asynccontextmanager
+    async def linked(self, connection: socket.socket, start: Start) -> AsyncIterator[None]:
+        """The worker at the other end of a socket is in service. Raises ModelError."""
+        _, link = await asyncio.get_running_loop().create_connection(_Link, sock=connection)
+        try:
+            link.send(start)
+            self.context = (await link.ready).context
+            self._link = link
+            yield
+        finally:
+            self._link = None
+            link.cut()
+            await link.lost.wait()

@@ -1,0 +1,208 @@
+"""The server's end: with a socket and no process, then with real processes that are killed and stopped."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import time
+
+import pytest
+
+pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
+
+from reference_backend import worker as subject  # noqa: E402
+from reference_backend.engine.config import ModelError  # noqa: E402
+from reference_backend.engine.frames import (  # noqa: E402
+    Abort,
+    Ask,
+    Ready,
+    Refused,
+    Start,
+    Turn,
+    Unframed,
+    decode_for_worker,
+    framed,
+)
+from reference_backend.engine.request import Delta, Load, Sampling  # noqa: E402
+from reference_backend.worker import Worker, WorkerAway, WorkerBusy  # noqa: E402
+from tests.support.tiny_model import DIRECTORY  # noqa: E402
+
+START = Start(str(DIRECTORY), [], 2, 64, None)
+
+
+class Process:
+    """What stands at the other end, played by the test."""
+
+    def __init__(self, connection):
+        self.connection = connection
+        self.unframed = Unframed()
+
+    def say(self, *messages):
+        self.connection.sendall(b"".join(map(framed, messages)))
+
+    def heard(self):
+        return [decode_for_worker(body) for body in self.unframed.feed(self.connection.recv(1 << 16))]
+
+
+@contextlib.asynccontextmanager
+async def linked(bound=2):
+    ours, theirs = socket.socketpair()
+    process, worker = Process(theirs), Worker(bound, time.monotonic)
+    with theirs:
+        process.say(Ready(64))
+        async with worker.linked(ours, START):
+            yield worker, process
+    assert not worker.is_ready
+
+
+def submit(worker, deliver=None, max_tokens=5):
+    return worker.submit(
+        [1, 2], Sampling(max_tokens=max_tokens), deliver or print, deadline=None, priority=1, tenant="", salt=b""
+    )
+
+
+async def until(condition):
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+async def test_tokens_come_to_whoever_asked():
+    first, second = [], []
+    async with linked() as (worker, process):
+        assert worker.context == 64
+        tickets = submit(worker, first.append), submit(worker, second.append)
+        assert [message.ticket for message in process.heard() if isinstance(message, Ask)] == list(tickets)
+        assert worker.load() == Load(0, 2, 0.0)
+        process.say(
+            Turn([(tickets[1], Delta(5, None))], Load(1, 1, 0.25)),
+            Turn([(tickets[0], Delta(6, "stop"))], Load(1, 0, 0.5)),
+        )
+        await until(lambda: first)
+        assert (first, second) == ([Delta(6, "stop")], [Delta(5, None)])
+        assert worker.load() == Load(1, 0, 0.5)
+        assert repr(worker) == "<Worker ready, 1 of 2 in flight>"
+
+
+async def test_one_too_many_is_refused_without_asking():
+    async with linked(bound=2) as (worker, process):
+        tickets = submit(worker), submit(worker)
+        with pytest.raises(WorkerBusy):
+            submit(worker)
+        worker.abort(tickets[0])
+        submit(worker)
+        assert [type(message) for message in process.heard()] == [Start, Ask, Ask, Abort, Ask]
+
+
+async def test_what_was_given_up_is_not_delivered_any_more():
+    arrived, after = [], []
+    async with linked() as (worker, process):
+        ticket = submit(worker, arrived.append)
+        worker.abort(ticket)
+        worker.abort(ticket)
+        other = submit(worker, after.append)
+        process.say(Turn([(ticket, Delta(5, None)), (other, Delta(6, None))], Load(1, 0, 0.0)))
+        await until(lambda: after)
+    assert arrived == []
+
+
+async def test_who_is_in_flight_when_it_goes_is_told_and_nobody_comes_in():
+    arrived = []
+    async with linked() as (worker, process):
+        submit(worker, arrived.append)
+        process.connection.close()
+        await worker.wait_lost()
+        assert arrived == [Delta(None, "lost")]
+        assert not worker.is_ready
+        with pytest.raises(WorkerAway):
+            submit(worker)
+        assert worker.load() == Load(0, 0, 0.0)
+
+
+async def test_before_and_after_its_life_nobody_is_taken():
+    worker = Worker(2, time.monotonic)
+    with pytest.raises(WorkerAway):
+        submit(worker)
+    assert repr(worker) == "<Worker away, 0 of 2 in flight>"
+    worker.abort(7)
+
+
+async def test_one_that_does_nothing_is_cut(monkeypatch):
+    monkeypatch.setattr(subject, "WEDGED_AFTER", 0.05)
+    arrived = []
+    async with linked() as (worker, _):
+        submit(worker, arrived.append)
+        async with asyncio.timeout(20):
+            await worker.wait_lost()
+    assert arrived == [Delta(None, "lost")]
+
+
+async def test_one_that_has_nothing_to_do_is_left_alone(monkeypatch):
+    monkeypatch.setattr(subject, "WEDGED_AFTER", 0.05)
+    done = []
+    async with linked() as (worker, process):
+        ticket = submit(worker, done.append)
+        process.say(Turn([(ticket, Delta(1, "stop"))], Load(0, 0, 0.0)))
+        await until(lambda: done)
+        assert worker._link._watch is None
+        assert worker.is_ready
+
+
+async def test_a_model_that_is_refused_says_why():
+    ours, theirs = socket.socketpair()
+    with theirs:
+        Process(theirs).say(Refused("too large"))
+        worker = Worker(2, time.monotonic)
+        with pytest.raises(ModelError, match="too large"):
+            async with worker.linked(ours, START):
+                raise AssertionError("it was refused")
+
+
+async def test_a_process_that_ends_while_it_loads_is_told():
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    worker = Worker(2, time.monotonic)
+    with pytest.raises(ModelError, match="ended while it loaded"):
+        async with worker.linked(ours, START):
+            raise AssertionError("it is gone")
+
+
+@pytest.mark.integration
+async def test_a_real_process_answers_and_its_death_is_noticed(tmp_path):
+    arrived = asyncio.Queue()
+    worker = Worker(2, time.monotonic)
+    async with asyncio.timeout(60):
+        async with worker.running(START):
+            children = _children()
+            submit(worker, arrived.put_nowait, max_tokens=2)
+            assert [(await arrived.get()).finish for _ in range(2)] == [None, "length"]
+            submit(worker, arrived.put_nowait, max_tokens=60)
+            [child] = children
+            os.kill(child, signal.SIGTERM)  # not its to obey: the server decides
+            assert (await arrived.get()).finish is None
+            os.kill(child, signal.SIGKILL)
+            await worker.wait_lost()
+            last = await arrived.get()
+            while last.finish is None:
+                last = await arrived.get()
+            assert last.finish in ("lost", "length")
+        with pytest.raises(ModelError, match="no such file"):
+            async with worker.running(Start(str(tmp_path), [], 2, None, None)):
+                raise AssertionError("there is no model")
+    assert _children() == []
+
+
+@pytest.mark.integration
+async def test_a_process_that_hangs_is_ended(monkeypatch):
+    monkeypatch.setattr(subject, "END_WITHIN", 0.1)
+    worker = Worker(2, time.monotonic)
+    async with asyncio.timeout(60), worker.running(START):
+        [child] = _children()
+        os.kill(child, signal.SIGSTOP)
+    assert _children() == []
+
+
+def _children():
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        return [int(pid) for pid in file.read().split()]
