@@ -291,8 +291,9 @@ class ClientConnection:
             self._unreadable()
 
     def _is_head_too_large(self) -> bool:
+        """Of a head that is complete. Most came in one read that is small enough."""
         most = self._server.header_bytes
-        return self._head_bytes + self._received > most and self._parsed_head_bytes() > most
+        return not (self._is_first_read and self._received <= most) and self._parsed_head_bytes() > most
 
     def _parsed_head_bytes(self) -> int:
         return len(self._target) + sum([len(name) + len(value) + 4 for name, value in self._lines])
@@ -392,6 +393,7 @@ class ClientConnection:
                 call = ahead.popleft()
                 if isinstance(call, Refusal):
                     self._server.reject(self, call)
+                    await self._linger()
                     break
                 self._call = call
                 keeps = await handle(call)
@@ -469,11 +471,23 @@ class ClientConnection:
         try:
             async with asyncio.timeout(LINGER_SECONDS):
                 await self.receive_body(call, LINGER_BYTES)
-                if not (call.is_whole or call.is_broken):
+                if call.is_broken:
+                    await self._linger()
+                elif not call.is_whole:
                     await asyncio.sleep(LINGER_SECONDS)
         except TimeoutError:
             return False
         return call.is_whole
+
+    async def _linger(self) -> None:
+        """What comes can no longer be read as HTTP. Say that this was all, and wait for the client to close.
+
+        Who is still sending when the connection closes is told so by a reset, which takes the answer with it.
+        """
+        self._takes_more = False
+        if self.transport is not None and self.transport.can_write_eof():
+            self.transport.write_eof()
+            await asyncio.sleep(LINGER_SECONDS)  # unless the client leaves before, which cancels this
 
 
 def _framing_of(call: Call) -> bytes:

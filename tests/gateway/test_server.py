@@ -78,6 +78,46 @@ async def test_a_head_that_cannot_be_parsed_is_refused_once_and_closed(sent, sta
     assert "aaaa" not in listener.refusals[0].message
 
 
+@pytest.mark.parametrize(
+    "sent", [b"junk\r\n\r\n", b"POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\njunk\r\n"]
+)
+@virtual_time
+async def test_who_is_still_sending_gets_to_read_the_refusal(sent) -> None:
+    client, transport = Listener().connect()
+    transport.half_closes = True
+    client.data_received(sent)
+    await settle()
+    assert (transport.is_half_closed, transport.closed) == (True, "")
+    client.data_received(b"more" * 100_000)
+    await asyncio.sleep(LINGER_SECONDS - 0.1)
+    assert transport.closed == ""
+    await asyncio.sleep(0.2)
+    assert transport.closed == "close"
+
+
+@virtual_time
+async def test_who_closes_after_a_refusal_is_not_waited_for() -> None:
+    client, transport = Listener().connect()
+    transport.half_closes = True
+    client.data_received(b"junk\r\n\r\n")
+    await settle()
+    transport.lose()
+    await settle()
+    assert client._task is None
+
+
+@pytest.mark.parametrize("cut", [100, 1000, 8000, 8900])
+@virtual_time
+async def test_a_head_too_large_is_refused_however_it_is_cut(cut) -> None:
+    listener = Listener()
+    client, _ = listener.connect()
+    head = b"GET / HTTP/1.1\r\nhost: a\r\nx: " + b"a" * 8900 + b"\r\n\r\n"
+    for data in (head[:cut], head[cut:]):
+        client.data_received(data)
+        await settle()
+    assert [refusal.status for refusal in listener.refusals] == [431]
+
+
 @pytest.mark.parametrize("cut", [1, 100])
 @virtual_time
 async def test_a_head_too_large_is_refused_before_it_is_whole(cut) -> None:

@@ -17,6 +17,8 @@ class MemoryTransport(asyncio.Transport):
         self.unsent = 0
         self.is_reading_paused = False
         self.closed = ""  # how: close | abort
+        self.half_closes = False  # whether it can be told that nothing more comes; TLS cannot
+        self.is_half_closed = False
         protocol.connection_made(self)
 
     def write(self, data) -> None:
@@ -31,6 +33,12 @@ class MemoryTransport(asyncio.Transport):
 
     def is_closing(self) -> bool:
         return bool(self.closed)
+
+    def can_write_eof(self) -> bool:
+        return self.half_closes
+
+    def write_eof(self) -> None:
+        self.is_half_closed = True
 
     def pause_reading(self) -> None:
         self.is_reading_paused = True
