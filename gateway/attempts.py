@@ -59,15 +59,15 @@ class Forwarder:
 
     async def forward(self, call: Call, trail: Trail, route: Route, consumer: str) -> None:
         """Answer the call from a backend. Raises a Refusal while nothing has gone out to the client."""
-        group = self._group(call, trail, route, consumer)
+        target = self._target(call, route, consumer)
         budget = self._budget(route)
         budget.deposit(trail.mark)
         hash_key = _hash_key(call, route, consumer) if route.balance.kind is _HASH else ""
         tried: tuple[Backend, ...] = ()
         last: Relay | None = None
         while True:
-            try:
-                lease = self._fleet.lease(group, route, tried, hash_key)
+            try:  # each time with the fleet as it is now: who has left during an attempt gets no retry
+                lease = self._fleet.lease(self._group(call, trail, route, target), route, tried, hash_key)
             except errors.Refusal:
                 if last is None:
                     raise
@@ -159,14 +159,20 @@ class Forwarder:
             if not relay.committed:
                 relay.trail.upstream += relay.trail.lap()
 
-    def _group(self, call: Call, trail: Trail, route: Route, consumer: str) -> Group:
+    def _target(self, call: Call, route: Route, consumer: str) -> Target:
+        if len(route.to) == 1:
+            return route.to[0]
         fleet, model, version = self._fleet, call.model, call.resource.version
-        target: Target | None = route.to[0]
-        if len(route.to) > 1:
-            target = pick_target(route, self._rng, consumer, lambda one: fleet.group(one, model, version) is not None)
-        group = fleet.group(target, model, version) if target is not None else None
-        if target is None or group is None:
+        target = pick_target(route, self._rng, consumer, lambda one: fleet.group(one, model, version) is not None)
+        if target is None:
             raise fleet.missing(route, model, version)
+        return target
+
+    def _group(self, call: Call, trail: Trail, route: Route, target: Target) -> Group:
+        model, version = call.model, call.resource.version
+        group = self._fleet.group(target, model, version)
+        if group is None:
+            raise self._fleet.missing(route, model, version)
         trail.service = target.service
         return group
 

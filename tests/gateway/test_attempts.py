@@ -125,6 +125,34 @@ async def test_another_backend_is_tried_where_nothing_was_started(does, retry, t
     story.assert_given_back()
 
 
+@virtual_time
+async def test_a_retry_goes_to_nobody_who_has_left_meanwhile() -> None:
+    story = Story(OK, OK, OK)
+    chooser, order = story.fleet.group(Target("tiny"), "tiny").chooser, []
+    for _ in range(3):
+        order.append(chooser.choose(story.route.balance, Random(1), 0.0, "alice", order))
+    first, second, third = order
+    story.connects_to(first, [HANGS])
+    asking = asyncio.create_task(story.ask())
+    await asyncio.sleep(0.5)
+    story.fleet.replace({backend.key: backend.endpoint for backend in (first, third)})
+    trail = await asking
+    assert [attempt.backend for attempt in trail.attempts] == [first.endpoint.id, third.endpoint.id]
+    assert second.inflight == 0
+    story.assert_given_back()
+
+
+@virtual_time
+async def test_when_all_others_have_left_meanwhile_the_first_failure_stands() -> None:
+    story = Story(HANGS, HANGS)
+    asking = asyncio.create_task(story.ask())
+    await asyncio.sleep(0.5)
+    story.fleet.replace({})
+    with pytest.raises(errors.NoBackend):
+        await asking
+    assert [attempt.outcome for attempt in story.trail.attempts] == ["connect_fail"]
+
+
 @pytest.mark.parametrize(
     ("does", "refusal", "rule", "state"),
     [
