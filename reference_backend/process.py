@@ -28,7 +28,7 @@ from discovery.announce import Announcement, backend_announcement
 from discovery.endpoint import InvalidRegistration, ModelEntry, Registration
 from discovery.etcd import EtcdClient, EtcdSettings
 from observability.tracing import SpanExporter, otlp_export
-from reference_backend.engine.config import ModelError
+from reference_backend.engine.config import ModelError, read_config
 from reference_backend.engine.frames import Start
 from reference_backend.server import Api, Phase
 from reference_backend.spans import span_middleware
@@ -155,7 +155,13 @@ def load(options: Options) -> Tokenizer:
         raise CannotStartError(
             f"no model at {options.model}; --model takes a Hugging Face directory, or one of: {known}"
         )
-    return Tokenizer(options.model)
+    config, tokenizer = read_config(options.model), Tokenizer(options.model)
+    if tokenizer.largest_token >= config.vocab_size:
+        raise ModelError(
+            f"{options.model}: the tokenizer knows token {tokenizer.largest_token}, the model only "
+            f"{config.vocab_size} of them; tokenizer.json and config.json do not belong together"
+        )
+    return tokenizer
 
 
 async def serve(options: Options, tokenizer: Tokenizer, clock: Callable[[], float], wall: Callable[[], float]) -> int:

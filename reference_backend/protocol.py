@@ -51,6 +51,10 @@ def not_started(status: int, code: str, message: str) -> ApiError:
     return ApiError(status, code, message, headers={"retry-after": "1", "x-backend-not-started": "true"})
 
 
+def loading() -> ApiError:
+    return not_started(503, "loading", "this backend's model is being loaded")
+
+
 def worker_lost() -> ApiError:
     """No byte has gone out, and whatever was computed is gone: another backend may have the request."""
     return not_started(503, "engine_restarted", "the model's process ended while it worked on this request")

@@ -92,7 +92,7 @@ class Generation:
         except WorkerBusy as error:
             raise protocol.not_started(429, "queue_full", "this backend has no room for another request now") from error
         except WorkerAway as error:
-            raise protocol.not_started(503, "loading", "this backend's model is being loaded") from error
+            raise protocol.loading() from error
         return self
 
     def __exit__(
@@ -239,6 +239,7 @@ class Api:
         with self.in_flight:
             body = await self._read(request, ChatRequest)
             messages = [message.plain() for message in body.messages]
+            self._check_length(sum(len(message.content) for message in messages), "messages")
             try:
                 prompt = await asyncio.to_thread(self._tokenizer.encode_chat, messages)
             except TemplateRefused as error:
@@ -248,6 +249,7 @@ class Api:
     async def _completion(self, request: web.Request) -> web.StreamResponse:
         with self.in_flight:
             body = await self._read(request, CompletionRequest)
+            self._check_length(len(body.text()), "prompt")
             prompt = await asyncio.to_thread(self._tokenizer.encode, body.text())
             if not prompt:
                 raise ApiError(400, "bad_request", "the prompt is empty", param="prompt")
@@ -257,6 +259,8 @@ class Api:
         """The request's body, decoded, for the model that is served here."""
         if self.phase is Phase.CLOSED:
             raise protocol.not_started(503, "draining", "this backend is ending and takes no new requests")
+        if not self._worker.is_ready:
+            raise protocol.loading()
         if request.headers.get("content-encoding", "identity") != "identity":
             raise ApiError(415, "unsupported_encoding", "compressed request bodies are not supported")
         try:
@@ -272,6 +276,12 @@ class Api:
         if name != self.model:
             message = f"model {name[: protocol.LONGEST_SHOWN]!r} is not served here; {self.model!r} is"
             raise ApiError(404, "model_not_found", message, param="model")
+
+    def _check_length(self, characters: int, param: str) -> None:
+        """Refuse what cannot fit whatever its tokens are: to find those out can take seconds."""
+        if self._tokenizer.is_hopeless(characters, self._worker.context):
+            message = f"{characters} characters are more than a context of {self._worker.context} tokens holds"
+            raise ApiError(400, "context_length_exceeded", message, param=param)
 
     async def _answer(
         self, request: web.Request, body: GenerationRequest, prompt: list[int], kind: type[Answer]

@@ -22,6 +22,8 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder shows for half a UTF-
 # because a token may also straddle two characters.
 LONGEST_UNFINISHED_TOKENS = 6
 
+COMPOSED = 4  # characters that Unicode normalisation may make one of
+
 
 class TemplateRefused(Exception):  # noqa: N818  an answer, not a fault
     """The model's chat template does not take these messages; the message is the template's own."""
@@ -42,10 +44,20 @@ class Tokenizer:
         self._special = {key: _content(settings[key]) for key in ("bos_token", "eos_token") if settings.get(key)}
         self._template = _template(directory, settings)
         self.end_tokens = self._end_tokens(directory)
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.largest_token: int = max(vocabulary.values(), default=0)
+        self._longest_token = max(map(len, vocabulary), default=1)
 
     @property
     def has_chat_template(self) -> bool:
         return self._template is not None
+
+    def is_hopeless(self, characters: int, tokens: int) -> bool:
+        """Whether so long a text surely has more than so many tokens. To be asked before it is tokenized.
+
+        No token stands for more characters than its own name has; normalising may have put a few into one before.
+        """
+        return characters > COMPOSED * self._longest_token * tokens
 
     def encode(self, text: str) -> list[int]:
         """Plain text, with the begin token where the model wants one."""

@@ -62,6 +62,33 @@ def test_a_model_that_is_not_there_is_exit_code_3(tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "config.json",
+            lambda text: text.replace('"vocab_size": 1024', '"vocab_size": 1000'),
+            "do not belong together",
+        ),
+        ("config.json", lambda text: text.replace("LlamaForCausalLM", "MambaForCausalLM"), "MambaForCausalLM"),
+        ("config.json", lambda _text: "{", "cannot be read"),
+        ("tokenizer.json", lambda text: text[:-100], "cannot be used as a tokenizer"),
+        ("model.safetensors", None, "neither model.safetensors nor"),
+    ],
+)
+def test_a_directory_that_is_no_good_is_exit_code_3(tmp_path, name, change, message, capsys):
+    for path in DIRECTORY.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    if change is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_text(change((tmp_path / name).read_text()))
+    assert run(["--model", str(tmp_path)]) == 3
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
 def test_a_model_that_does_not_fit_is_exit_code_3(capsys):
     assert run(["--model", "tiny", "--max-running", str(10**12)]) == 3
     error = capsys.readouterr().err

@@ -190,6 +190,12 @@ async def test_priority_and_consumer_reach_the_worker(monkeypatch):
         ),
         ("/v1/completions", {"model": "tiny", "prompt": ""}, (400, "bad_request")),
         ("/v1/completions", {"model": "tiny", "prompt": "a" * LARGEST_BODY}, (413, "too_large")),
+        ("/v1/completions", {"model": "tiny", "prompt": "1" * 3_900_000}, (400, "context_length_exceeded")),
+        (
+            "/v1/chat/completions",
+            QUESTION | {"messages": [{"role": "user", "content": "1" * 3_900}] * 1000},
+            (400, "context_length_exceeded"),
+        ),
         ("/v1/images/generations", {}, (404, "not_found")),
         ("/v1/models", {}, (405, "method_not_allowed")),
     ],
@@ -226,6 +232,29 @@ async def test_a_deadline_cuts_an_answer_that_has_begun():
             rest = events(first + await response.read())
     assert rest[-1]["choices"][0]["finish_reason"] == "length"
     assert len(rest) < 400
+
+
+EXTREMES = [
+    {"temperature": 5e-324},
+    {"temperature": 2, "top_k": 2**31 - 1, "top_p": 5e-324, "min_p": 1},
+    {"top_p": 1 - 1e-16, "min_p": 5e-324, "seed": 2**63 - 1},
+    {"seed": -(2**63), "frequency_penalty": 2, "presence_penalty": -2, "repetition_penalty": 10},
+    {"seed": 0, "repetition_penalty": 0.1, "logprobs": True, "top_logprobs": 20},
+    {"max_tokens": 1_000_000, "max_completion_tokens": 1, "stop": ["\0", "\N{GRINNING FACE}" * 100]},
+    {"messages": [{"role": "user", "content": "\0\ud83d\ude00\N{REPLACEMENT CHARACTER}\r\n<|im_end|><|endoftext|>"}]},
+    {"messages": [{"role": "user", "content": ""}, {"role": "system", "content": []}]},
+    {"messages": [{"role": "assistant", "content": "x"}] * 40},
+]
+
+
+async def test_extremes_are_answered_all_together():
+    """Every value that is allowed, at its limits, in one batch; then the integrity check and a sane answer."""
+    async with running_api(slots=4, max_waiting=16) as backend:
+        base = QUESTION | {"max_tokens": 8, "temperature": 1}
+        answers = await asyncio.gather(*(post(backend.url, base | extreme) for extreme in EXTREMES))
+        assert [status for status, _, _ in answers] == [200] * len(EXTREMES)
+        await backend.wait_idle()
+        assert json.loads((await post(backend.url, QUESTION))[2])["choices"][0]["message"]["content"] == ANSWER
 
 
 async def test_models_are_listed():

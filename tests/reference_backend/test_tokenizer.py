@@ -40,6 +40,14 @@ def test_any_text_comes_out_as_it_went_in(text):
     assert streamed(text) == (text, False)
 
 
+@pytest.mark.parametrize("text", ["a" * 9000, "circuit breaker " * 800, " " * 9000, "😀" * 5000], ids=range(4))
+def test_what_is_hopeless_is_too_long_indeed(text):
+    tokens = len(TINY.encode(text))
+    assert not TINY.is_hopeless(len(text), tokens)
+    assert TINY.is_hopeless(len(text), tokens // 500)
+    assert TINY.largest_token == 1023
+
+
 @settings(max_examples=150)
 @given(st.text("abc ä😀", max_size=30), st.lists(st.text("abc ä😀", min_size=1, max_size=4), max_size=3))
 def test_stop_strings_cut_wherever_tokens_end(text, stops):
