@@ -7,11 +7,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 SOURCES := gateway discovery policies observability reference_backend benchmarks tests setup.py .ci/audit.py
 COMPILED := build/compiled
+FUZZED := tests/fuzz tests/corpora/test_openai_openapi.py
+FUZZ_SECONDS ?= 600
 # What is run again on the compiled build: everything that speaks to a gateway through sockets, and pure decisions.
 ROAD := tests/policies $(wildcard tests/integration/test_road_*.py) tests/integration/test_data_path.py \
     tests/integration/test_workers.py
 
-.PHONY: setup run test test-compiled compiled check fmt lock bench-peers clean
+.PHONY: setup run test test-compiled fuzz compiled check fmt lock bench-peers clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
@@ -27,6 +29,11 @@ test: setup
 
 test-compiled: compiled
 	@PYTHONPATH=$(COMPILED) $(BIN)/python -m pytest -o "pythonpath=$(COMPILED) ." $(ROAD)
+
+# More of what Hypothesis tries in `make test`: other examples in each round, until the time is over.
+fuzz: setup
+	@end=$$(($$(date +%s) + $(FUZZ_SECONDS))); while [ $$(date +%s) -lt $$end ]; do \
+	    $(BIN)/python -m pytest -q --hypothesis-profile=fuzz -o timeout=1200 $(FUZZED) || exit 1; done
 
 # The same program with its data path compiled by mypyc: see docs/compiled.md.
 compiled: $(COMPILED)/.made

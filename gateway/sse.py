@@ -17,7 +17,8 @@ _FINISHED = re.compile(rb'"finish_reason" *: *"').search
 _DATA = re.compile(rb"(?:^|[\r\n])data: ?([^\r\n]*)").findall
 
 # What says so must stand at the beginning of a line, or as a key and not in a text: a model may write anything.
-_TERMINATES = re.compile(rb'(?:^|[\r\n])(?:data: ?\[DONE\]|event: ?message_stop)|"type" *: *"message_stop"').search
+_DONE = re.compile(rb"(?:^|[\r\n])data: ?\[DONE\]").search
+_MESSAGE_STOP = re.compile(rb'(?:^|[\r\n])event: ?message_stop|"type" *: *"message_stop"').search
 _TELLS_ERROR = re.compile(rb'(?:^|[\r\n])(?:event: ?error|data: ?\{"error")').search
 
 # How a stream of each kind says that it is whole. A kind that is not here says it by its framing alone.
@@ -71,12 +72,13 @@ class Scanner:
         if data.find(b'"usage"') >= 0:
             self._note_usage(data)
         self._note_end(data)
-        if data.find(b'"error"') >= 0 and _TELLS_ERROR(data):
+        if data.find(b"error") >= 0 and _TELLS_ERROR(data):
             self.errored = True
         return data
 
     def _note_end(self, data: bytes) -> None:
-        if self._terminal and data.find(self._terminal) >= 0 and _TERMINATES(data):
+        terminal = self._terminal
+        if terminal and data.find(terminal) >= 0 and (_DONE if terminal == b"[DONE]" else _MESSAGE_STOP)(data):
             self.terminated = True
 
     def _split(self, data: bytes) -> bytes:

@@ -7,6 +7,7 @@ from hypothesis import settings
 import gateway.pipeline
 
 settings.register_profile("weir", deadline=None, derandomize=True)
+settings.register_profile("fuzz", deadline=None, max_examples=500)  # `make fuzz`: others each time
 settings.load_profile("weir")
 
 

@@ -97,6 +97,7 @@ def test_usage_and_errors_are_noticed() -> None:
         (CHAT, b"id: 1\ndata: [DONE]\n\n", True),
         (CHAT, b'data: {"content":"[DONE]"}\n\n', False),
         (CHAT, b'data: {"content":"data: [DONE]"}\n\n', False),
+        (CHAT, b'data: {"content":"[DONE]","type":"message_stop"}\n\n', False),  # which ends another kind of stream
         (CHAT, b'data: {"content":"\\"finish_reason\\":\\"stop\\""}\n\n', False),
         ("/v1/messages", b'data: {"type": "message_stop"}\n\n', True),
         ("/v1/messages", b"event: message_stop\ndata: {}\n\n", True),
@@ -112,3 +113,4 @@ def test_what_a_model_writes_does_not_end_its_stream(path, event, ends) -> None:
 def test_what_a_model_writes_is_no_error() -> None:
     assert not fed([b'data: {"content":"event: error","error":null}\n\n'])[1].errored
     assert fed([b'event: error\ndata: {"error":{}}\n\n'])[1].errored
+    assert fed([b"event: error\ndata: out of memory\n\n"])[1].errored
