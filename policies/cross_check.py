@@ -100,16 +100,18 @@ def _check_reachable(routes: list[Node]) -> Iterator[Problem]:
     """Report the routes that an earlier one certainly leaves nothing for, in time linear in the routes."""
     first: dict[_Conditions, Node] = {}
     globs: set[str] = set()
+    lengths: set[int] = set()  # of what stands before the `*` in those that end with one
     for index, route in enumerate(routes):
         conditions = _conditions(route)
         if conditions is None:
             continue
-        earlier = next((first[wider] for wider in _wider(conditions, globs) if wider in first), None)
+        earlier = next((first[wider] for wider in _wider(conditions, globs, lengths) if wider in first), None)
         if earlier is not None:
             message = f"is never reached: the route on line {earlier.line} matches everything that this one does"
             yield Problem(route.line, route.column, dotted(("routes", index)), message)
         first.setdefault(conditions, route)
         globs.update(conditions[:2])
+        lengths.update(len(text) - 1 for text in conditions[:2] if text.endswith("*"))
 
 
 def _conditions(route: Node) -> _Conditions | None:
@@ -125,14 +127,17 @@ def _conditions(route: Node) -> _Conditions | None:
     return _text(match, "path") or "*", _text(match, "model") or "*", headers
 
 
-def _wider(conditions: _Conditions, known: set[str]) -> Iterator[_Conditions]:
+def _wider(conditions: _Conditions, known: set[str], lengths: set[int]) -> Iterator[_Conditions]:
     """Yield conditions that hold wherever these do: the same, a shorter beginning and `*`, no headers."""
     path, model, headers = conditions
-    return itertools.product(_wider_globs(path, known), _wider_globs(model, known), (headers, frozenset()))
+    paths, models = _wider_globs(path, known, lengths), _wider_globs(model, known, lengths)
+    return itertools.product(paths, models, (headers, frozenset()))
 
 
-def _wider_globs(text: str, known: set[str]) -> list[str]:
-    return [wide for wide in (text, *(f"{text[:end]}*" for end in range(len(text)))) if wide in known]
+def _wider_globs(text: str, known: set[str], lengths: set[int]) -> list[str]:
+    return [
+        wide for wide in (text, *(f"{text[:length]}*" for length in lengths if length < len(text))) if wide in known
+    ]
 
 
 def _items(root: Mapping, section: str) -> list[Node]:

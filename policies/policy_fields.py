@@ -36,11 +36,11 @@ def _parse_balance(text: str) -> policy.Balance:
 def _parse_path(text: str) -> str:
     if not text.startswith(("/", "*")) or "?" in text or "#" in text:
         raise ValueError(f"{shown(text)} is not a path: it begins with `/`, and has no query; `*` stands for anything")
-    return text
+    return parse_text(text)
 
 
 def _parse_allow(text: str) -> tuple[str, str]:
-    kind, colon, name = text.partition(":")
+    kind, colon, name = parse_text(text).partition(":")
     if not colon or not name:
         raise ValueError(f"{shown(text)}: expected `group:NAME`, `consumer:NAME`, `scope:NAME` or `model:GLOB`")
     if kind not in ALLOW_WORDS:

@@ -95,6 +95,13 @@ def test_a_route_that_something_is_left_for(earlier, later):
     assert len(parse(routes(earlier, later)).routes) == 2
 
 
+@pytest.mark.timeout(30)  # looking at each of its beginnings would take a quarter of an hour
+@pytest.mark.parametrize("key", ["path", "model"])
+def test_a_pattern_of_a_whole_file_is_refused_at_once(key):
+    [line] = refusals(routes(f"{{{key}: /{'a*' * 500_000}}}"))
+    assert line.endswith("must have 1 to 1000 characters")
+
+
 def test_a_slip_in_one_section_hides_none_in_another():
     text = f"{VALID}plans: [a]\nconsumers: {{}}\nissuers: x\n"
     assert [line.split(" ")[1] for line in refusals(text)] == ["plans:", "consumers:", "issuers:"]

@@ -47,6 +47,8 @@ def test_read(kind, text, value):
         (fields.PathGlob, "v1", "`v1` is not a path"),
         (fields.PathGlob, "/v1?a=b", "has no query"),
         (fields.PathGlob, "", "is not a path"),
+        (fields.PathGlob, "/" * 1001, "must have 1 to 1000 characters"),
+        (fields.AllowEntry, "model:" + "*" * 1000, "must have 1 to 1000 characters"),
         (fields.AllowEntry, "groups:x", "unknown kind `groups`: did you mean `group`?"),
         (fields.AllowEntry, "zzz:x", "unknown kind `zzz`: expected `group`, `consumer`, `scope`, `model`"),
         (fields.AllowEntry, "research", "expected `group:NAME`, `consumer:NAME`, `scope:NAME` or `model:GLOB`"),
