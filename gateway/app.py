@@ -380,16 +380,21 @@ class Gateway:
     # Ends
 
     async def _drain(self, listener: asyncio.Server, server: DataServer) -> None:
+        """Let what is under way end; what will not, or may not because a second signal came, is told and cut."""
         self.pipeline.draining = True
-        if server.connections:
-            await asyncio.sleep(ACCEPT_SECONDS if self.pipeline.inflight else 0)
-        listener.close()
-        server.close_idle()
-        await self._wait_idle(DRAIN_SECONDS)
-        for relay in tuple(self.forwarder.relays):
-            relay.drain()
-        await self._wait_idle(1.0)
-        server.abort()
+        try:
+            if server.connections:
+                await asyncio.sleep(ACCEPT_SECONDS if self.pipeline.inflight else 0)
+            listener.close()
+            server.close_idle()
+            await self._wait_idle(DRAIN_SECONDS)
+        finally:
+            listener.close()
+            for relay in tuple(self.forwarder.relays):
+                relay.drain()
+            await self._wait_idle(1.0)
+            server.abort()
+            await self._wait_idle(1.0)  # each request has its record before the log closes
 
     async def _wait_idle(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):

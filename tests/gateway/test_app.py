@@ -212,7 +212,10 @@ async def test_a_second_signal_ends_it_at_once(tmp_path, monkeypatch) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         await until(lambda: served.gateways[0].pipeline.draining)
         os.kill(os.getpid(), signal.SIGINT)
-        await asyncio.wait_for(asyncio.shield(serving), 5)
+        await asyncio.wait_for(asyncio.shield(serving), 10)
+        (request,) = served.gateways[0].recent.requests()  # it is told all the same, and has its record
+        assert (request["status"], request["end_reason"]) == (503, "drain")
+        assert (await client.answer()).json["error"]["code"] == "draining"
 
 
 async def test_a_part_that_fails_in_the_background_ends_the_gateway_with_its_error(tmp_path, monkeypatch) -> None:
