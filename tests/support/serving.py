@@ -1,0 +1,131 @@
+"""`weir serve` as a process of its own, for what only a process can show: signals, exit codes, its standard output.
+
+async with serving(tmp_path, backend.url, policy=...) as weir:
+    ...                      # weir.data_address, weir.admin_address: as a gateway of this process has them
+    weir.process.send_signal(signal.SIGTERM)
+    await weir.wait_ended()
+    weir.log                 # all that it wrote, unless `stdout` went elsewhere
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from gateway.config_fields import Address
+from tests.support.running_gateway import OPEN_POLICY
+
+_RUN = "from gateway.cli import main; main()"
+
+
+class Weir:
+    """A running `weir serve`. With several workers `admin_addresses` are those of each."""
+
+    def __init__(self, process: asyncio.subprocess.Process, data: int, admin: int, workers: int) -> None:
+        self.process = process
+        self.data_address = Address("127.0.0.1", data)
+        self.admin_addresses = [Address("127.0.0.1", admin + number) for number in range(workers)]
+        self.log = self.errors = ""
+        self._reading = asyncio.gather(_whole(process.stdout), _whole(process.stderr))
+
+    @property
+    def admin_address(self) -> Address:
+        return self.admin_addresses[0]
+
+    @property
+    def records(self) -> list[dict]:
+        return [json.loads(line) for line in self.log.splitlines()]
+
+    async def wait_ended(self, seconds: float = 60.0) -> int:
+        """Its exit code."""
+        async with asyncio.timeout(seconds):
+            self.log, self.errors = await self._reading
+            return await self.process.wait()
+
+    async def wait_listening(self) -> None:
+        """Until the data port of each of them is open and each says that it is ready."""
+        async with asyncio.timeout(60):
+            for address in self.admin_addresses:
+                while not await _is_ready(address):
+                    if self.process.returncode is not None:
+                        await self.wait_ended()
+                        raise AssertionError(f"weir has ended: {self.errors}{self.log}")
+                    await asyncio.sleep(0.05)
+
+    def children(self) -> list[int]:
+        return [
+            int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        ]
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    home: Path,
+    *urls: str,
+    policy: str = OPEN_POLICY,
+    config: str = "",
+    workers: int = 1,
+    others: dict[str, str] | None = None,
+    setup: str = "",
+    stdout: int = asyncio.subprocess.PIPE,
+    wait: bool = True,
+) -> AsyncIterator[Weir]:
+    """`setup` is Python run before the command line: for shortening what is promised in minutes."""
+    backends = [f'{{service: tiny, url: "{url}", models: [tiny]}}' for url in urls]
+    backends += [f'{{service: {name}, url: "{url}", models: [{name}]}}' for name, url in (others or {}).items()]
+    data, *admin = ports_in_a_row(1 + workers)
+    (home / "policy.yaml").write_text(policy)
+    (home / "weir.yaml").write_text(
+        f"listen: 127.0.0.1:{data}\nadmin: {{listen: '127.0.0.1:{admin[0]}'}}\nworkers: {workers}\npolicy: policy.yaml\n"
+        f"discovery: {{static: [{', '.join(backends)}]}}\n{config}"
+    )
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", f"{setup}\n{_RUN}", "serve", "--config", str(home / "weir.yaml"),
+        stdout=stdout, stderr=asyncio.subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    weir = Weir(process, data, admin[0], workers)
+    try:
+        if wait:
+            await weir.wait_listening()
+        yield weir
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
+        await weir.wait_ended()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(TimeoutError):
+            await weir.wait_ended(10)
+
+
+def ports_in_a_row(count: int) -> list[int]:
+    """Free ports, one after the other."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as one:
+            first = one.getsockname()[1]
+        try:
+            for port in range(first, first + count):
+                socket.create_server(("127.0.0.1", port)).close()
+        except (OSError, OverflowError):
+            continue
+        return list(range(first, first + count))
+
+
+async def _whole(stream: asyncio.StreamReader | None) -> str:
+    return (await stream.read()).decode() if stream is not None else ""
+
+
+async def _is_ready(admin: Address) -> bool:
+    with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+        reader, writer = await asyncio.open_connection(admin.host, admin.port)
+        try:
+            writer.write(b"GET /readyz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+            return (await reader.readline()).startswith(b"HTTP/1.1 200")
+        finally:
+            writer.close()
+    return False
