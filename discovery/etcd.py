@@ -10,8 +10,8 @@ the stream. What holds here:
   cut off from its cluster stays silent for ever (etcd-io/etcd#10819).
 - Messages of up to 16 MiB are taken and listings are read in pages that shrink when one does not fit, so no value
   that etcd takes (1.5 MiB) can stop a listing; a watch asks etcd to split what is long.
-- Certificates and password are read from their files at each connection, so that renewed ones are used. Nothing here
-  puts either, or a token, into a message.
+- Certificates are asked for, and the password is read from its file, at each connection, so that renewed ones are used.
+  Nothing here puts either, or a token, into a message.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 from urllib.parse import urlsplit
 
 # gRPC reads it when it is loaded. We fork only to run another program at once, for which gRPC needs to do nothing;
@@ -57,16 +57,25 @@ _TOKEN_TROUBLE: Final = ("invalid auth token", "user name is empty", "revision i
 Call = Callable[..., Awaitable[Any]]
 
 
+class Credentials(NamedTuple):
+    """PEM: whom we believe (None: gRPC's own list), and what we show."""
+
+    ca: bytes | None = None
+    cert: bytes | None = None
+    key: bytes | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class EtcdSettings:
-    """Where etcd is and who we are there. With `username`, `password_file` holds the password."""
+    """Where etcd is and who we are there. With `username`, `password_file` holds the password.
+
+    `tls` gives the credentials of the next connection to an https endpoint.
+    """
 
     endpoints: tuple[str, ...]  # http://host:port or https://host:port
     username: str = ""
     password_file: Path | None = None
-    ca: Path | None = None
-    cert: Path | None = None
-    key: Path | None = None
+    tls: Callable[[], Credentials] = Credentials
 
 
 class EtcdClient:
@@ -331,11 +340,8 @@ def _connect(settings: EtcdSettings, endpoint: str) -> rpc.Channel:
     parts = urlsplit(endpoint)
     if parts.scheme != "https":
         return rpc.insecure_channel(parts.netloc, options=_CHANNEL_OPTIONS)
-    credentials = grpc.ssl_channel_credentials(
-        root_certificates=_read(settings.ca) if settings.ca else None,
-        private_key=_read(settings.key) if settings.key else None,
-        certificate_chain=_read(settings.cert) if settings.cert else None,
-    )
+    ca, cert, key = settings.tls()
+    credentials = grpc.ssl_channel_credentials(root_certificates=ca, private_key=key, certificate_chain=cert)
     return rpc.secure_channel(parts.netloc, credentials, options=_CHANNEL_OPTIONS)
 
 

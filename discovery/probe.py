@@ -203,9 +203,12 @@ class Prober:
 
 
 class HttpProbe:
-    """One check over HTTP, on a connection of its own to the pinned address. Redirects are never followed."""
+    """One check over HTTP, on a connection of its own to the pinned address. Redirects are never followed.
 
-    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+    `tls` gives what https backends are asked with; without it the system's authorities are believed.
+    """
+
+    def __init__(self, tls: Callable[[], ssl.SSLContext] | None = None) -> None:
         self._tls = tls
 
     async def __aenter__(self) -> Self:
@@ -230,12 +233,18 @@ class HttpProbe:
                 status, load = await self._ask(endpoint)
         except TimeoutError:
             return Checked(False, f"no answer within {TIMEOUT_SECONDS:g} s")
+        except aiohttp.ClientConnectorCertificateError as error:
+            return Checked(False, f"its certificate is not accepted: {_told(error.certificate_error)}")
+        except aiohttp.ClientConnectorSSLError as error:
+            return Checked(False, f"the TLS handshake failed: {_told(error.os_error)}")
         except aiohttp.ClientConnectorError:
             return Checked(False, "cannot connect")
         except aiohttp.ClientResponseError:
             return Checked(False, "the answer is not HTTP")
         except (aiohttp.ClientError, OSError):
-            return Checked(False, "the connection broke")
+            # With TLS 1.3 a server looks at our certificate when the handshake is over for us
+            is_tls = endpoint.scheme == "https"
+            return Checked(False, f"the connection broke{'; our certificate may be refused' if is_tls else ''}")
         return Checked(_is_passing(endpoint, status), f"status {status}", load)
 
     async def _ask(self, endpoint: Endpoint) -> tuple[int, str]:
@@ -253,11 +262,19 @@ class HttpProbe:
             URL(f"{endpoint.scheme}://{address}:{endpoint.port}{path}", encoded=True),
             headers={**_HEADERS, "host": endpoint.authority},
             allow_redirects=False,
-            ssl=self._tls or True,
+            ssl=self._tls() if self._tls is not None else True,
             server_hostname=endpoint.host if endpoint.scheme == "https" else None,
         ) as response:
             load = response.headers.get(LOAD_HEADER, "")
             return response.status, load if len(load) <= MAX_LOAD_REPORT else ""
+
+
+def _told(error: Exception) -> str:
+    """OpenSSL's words: fixed texts, which hold nothing that the backend sent."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return error.verify_message
+    reason = error.reason if isinstance(error, ssl.SSLError) else None
+    return (reason or "no reason given").lower().replace("_", " ")
 
 
 def health_paths(endpoint: Endpoint) -> tuple[str, ...]:

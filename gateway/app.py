@@ -34,7 +34,7 @@ from discovery import source as heard
 from discovery.announce import Announcement
 from discovery.discovery import Discovery, LiveGateways, backends_in, gateways_in
 from discovery.endpoint import ModelEntry, Registration
-from discovery.etcd import EtcdClient, EtcdSettings, EtcdSource
+from discovery.etcd import Credentials, EtcdClient, EtcdSettings, EtcdSource
 from discovery.probe import HttpProbe
 from discovery.source import Source, SourceFailure
 from discovery.static import StaticBackend, StaticSource
@@ -43,10 +43,19 @@ from gateway.admin import admin_app
 from gateway.admission import Admission
 from gateway.attempts import Forwarder
 from gateway.call import Ids
+from gateway.certificates import (
+    Certificates,
+    InvalidCertificates,
+    client_context,
+    named_in,
+    server_context,
+    system_context,
+)
 from gateway.children import CannotRun
 from gateway.config import Config, Etcd
 from gateway.config_fields import Address
 from gateway.gauges import register_gauges, register_identity, register_load
+from gateway.handshake import TlsDoor
 from gateway.identify import Identifier
 from gateway.keys import KeyStore
 from gateway.local_answers import LocalAnswers
@@ -111,6 +120,7 @@ class Gateway:
         self.policy: PolicySource
         self.keys: KeyStore
         self.is_listening = False  # on the data port
+        self.certificates: dict[str, Certificates] = {}  # by use
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Gateway]:
@@ -118,6 +128,8 @@ class Gateway:
         async with contextlib.AsyncExitStack() as stack:
             observe = self._observers(stack)
             background = await stack.enter_async_context(_background())
+
+            await self._read_certificates(background, observe)
 
             etcd = self.config.discovery.etcd
             self.policy = await self._start_policy(stack, observe, etcd)
@@ -132,11 +144,13 @@ class Gateway:
             store = None
             if self.config.redis is not None:
                 store = RedisStore(self.config.redis.url, rng=self.rng, observe=observe)
+                if certificates := self.certificates.get("redis"):
+                    certificates.subscribe(store.renew_connection)
                 background(store.run())
                 await store.wait_probed()
             admission = Admission(store, gateways, self.clock)
 
-            self.fleet = fleet = Fleet(self.clock, self.rng, _tell_breaker(observe))
+            self.fleet = fleet = self._make_fleet(observe)
             stack.callback(fleet.close)
             self.discovery = await self._start_discovery(stack, background, observe, etcd, fleet)
             background(self._tidy())
@@ -171,12 +185,20 @@ class Gateway:
             )
             background(self._watch_load(observe))
             register_gauges(
-                self.metrics, self.pipeline, server, fleet, self.discovery, self.policy, store, lambda: max(self._lags)
+                self.metrics,
+                self.pipeline,
+                server,
+                fleet,
+                self.discovery,
+                self.policy,
+                store,
+                lambda: max(self._lags),
+                self.certificates.values(),
             )
             register_load(self.metrics, self.overload, self.memory)
             register_identity(self.metrics, keys, identifier)
             await self._listen_admin(stack)
-            listener = await self._bind_data(stack, server)
+            listener = await self._bind_data(stack, server, observe)
             if self.worker is None:
                 await self._open(listener)
             else:
@@ -185,6 +207,12 @@ class Gateway:
             gc.freeze()  # what lives as long as the process need not be looked at again
             gc.set_threshold(GC_ALLOCATIONS, 50, 50)
             yield self
+
+    def reload(self) -> None:
+        """Judge the policy and the certificates now, changed or not: what SIGHUP asks for."""
+        self.policy.reload()
+        for certificates in self.certificates.values():
+            certificates.reload()
 
     def not_ready(self) -> tuple[str, ...]:
         """Why no traffic should come here; empty when it should."""
@@ -224,6 +252,27 @@ class Gateway:
         stack.callback(fanout.flush)
         return fanout
 
+    async def _read_certificates(self, background: Callable[..., None], observe: events.Observer) -> None:
+        """Those that weir.yaml names, for each use of TLS."""
+        for use, key, files in named_in(self.config):
+            make = server_context if use == "listener" else client_context
+            self.certificates[use] = one = Certificates(use, files, make, observe, self.wall)
+            try:
+                await one.start()
+            except InvalidCertificates as invalid:
+                raise CannotRun(f"cannot use what `{key}` names: {invalid}") from invalid
+            background(one.run())
+
+    def _make_fleet(self, observe: events.Observer) -> Fleet:
+        fleet = Fleet(self.clock, self.rng, _tell_breaker(observe), self._backend_tls())
+        if certificates := self.certificates.get("backends"):
+            certificates.subscribe(fleet.renew_connections)
+        return fleet
+
+    def _backend_tls(self) -> Callable[[], ssl.SSLContext]:
+        certificates = self.certificates.get("backends")
+        return certificates.context if certificates is not None else system_context
+
     async def _start_policy(
         self, stack: contextlib.AsyncExitStack, observe: events.Observer, etcd: Etcd | None
     ) -> PolicySource:
@@ -232,7 +281,7 @@ class Gateway:
         if place.file is not None:
             source = FilePolicy(place.file, observe, self.wall)
         elif etcd is not None and place.etcd is not None:
-            client = await stack.enter_async_context(EtcdClient(_settings(etcd)))
+            client = await stack.enter_async_context(EtcdClient(self._settings(etcd)))
             keys = EtcdSource(client, f"{etcd.prefix}/policies/", MAX_POLICY_BYTES)
             source = EtcdPolicy(
                 keys, place.etcd, Path.cwd(), observe, self.wall, rng=self.rng, observe_discovery=_translate(observe)
@@ -257,8 +306,8 @@ class Gateway:
         """Be one of the gateways under /gateways/, and know how many there are."""
         if etcd is None:
             return lambda: 1
-        client = await stack.enter_async_context(EtcdClient(_settings(etcd)))
-        watcher = await stack.enter_async_context(EtcdClient(_settings(etcd)))
+        client = await stack.enter_async_context(EtcdClient(self._settings(etcd)))
+        watcher = await stack.enter_async_context(EtcdClient(self._settings(etcd)))
         gateways = LiveGateways(gateways_in(watcher, etcd.prefix), rng=self.rng, observe=_translate(observe))
         background(gateways.run())
         about = {
@@ -282,7 +331,7 @@ class Gateway:
         settings = self.config.discovery
         source: Source
         if etcd is not None:
-            source = backends_in(await stack.enter_async_context(EtcdClient(_settings(etcd))), etcd.prefix)
+            source = backends_in(await stack.enter_async_context(EtcdClient(self._settings(etcd))), etcd.prefix)
         else:
             try:
                 source = StaticSource(map(_static, settings.static or ()))
@@ -290,7 +339,7 @@ class Gateway:
                 raise CannotRun(f"discovery.static: {error}") from error
         discovery = Discovery(
             source,
-            probe=await stack.enter_async_context(HttpProbe()),
+            probe=await stack.enter_async_context(HttpProbe(self._backend_tls())),
             allow_networks=settings.allow_networks,
             rng=self.rng,
             observe=_translate(observe),
@@ -303,6 +352,17 @@ class Gateway:
             async with asyncio.timeout(FIRST_LIST_SECONDS):
                 await discovery.wait_listed()
         return discovery
+
+    def _settings(self, etcd: Etcd) -> EtcdSettings:
+        certificates = self.certificates.get("etcd")
+
+        def credentials() -> Credentials:
+            if certificates is None:
+                return Credentials()
+            pem = certificates.in_force.pem
+            return Credentials(pem.ca, pem.cert, pem.key)
+
+        return EtcdSettings(etcd.endpoints, etcd.username, etcd.password_file, credentials)
 
     # Listeners
 
@@ -340,22 +400,20 @@ class Gateway:
             )
         return most
 
-    async def _bind_data(self, stack: contextlib.AsyncExitStack, server: DataServer) -> asyncio.Server:
+    async def _bind_data(
+        self, stack: contextlib.AsyncExitStack, server: DataServer, observe: events.Observer
+    ) -> asyncio.Server:
         """Take the data port, without listening there yet."""
-        listen, tls = self.config.listen, self.config.tls
-        context = None
-        if tls is not None:
-            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-            try:
-                context.load_cert_chain(tls.cert, tls.key)
-            except (OSError, ssl.SSLError) as error:
-                raise CannotRun(f"cannot use tls.cert {tls.cert} with tls.key {tls.key}: {error}") from error
+        listen = self.config.listen
+        factory: object = server
+        if certificates := self.certificates.get("listener"):
+            factory = door = TlsDoor(server, certificates.context, server.head_timeout, observe)
+            stack.callback(door.abort)
         try:
             listener = await asyncio.get_running_loop().create_server(
-                cast("Callable[[], asyncio.Protocol]", server),
+                cast("Callable[[], asyncio.Protocol]", factory),
                 listen.host,
                 listen.port,
-                ssl=context,
                 backlog=4096,
                 reuse_port=self.worker is not None,
                 start_serving=False,
@@ -444,7 +502,7 @@ async def serve(settings: Config, *, worker: int | None = None) -> None:
     gateway = Gateway(settings, worker)
     try:
         async with gateway.running():
-            loop.add_signal_handler(signal.SIGHUP, gateway.policy.reload)
+            loop.add_signal_handler(signal.SIGHUP, gateway.reload)
             structlog.get_logger().info(
                 "serving", data=str(gateway.data_address), admin=str(gateway.admin_address), version=gateway.version
             )
@@ -521,10 +579,6 @@ def _translate(observe: events.Observer) -> heard.Observe:
 def _static(one: config.StaticBackend) -> StaticBackend:
     models = tuple(ModelEntry(name, one.version) for name in one.models)
     return StaticBackend(one.service, Registration(one.url, models=models, weight=one.weight))
-
-
-def _settings(etcd: Etcd) -> EtcdSettings:
-    return EtcdSettings(etcd.endpoints, etcd.username, etcd.password_file, etcd.ca, etcd.cert, etcd.key)
 
 
 def _cannot_listen(key: str, listen: Address, error: OSError) -> CannotRun:

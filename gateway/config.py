@@ -65,8 +65,23 @@ class Admin(Strict):
 
 @dataclass(frozen=True, slots=True)
 class Tls(Strict):
+    """TLS on the data listener. With `client_ca`, clients must show a certificate of one of these authorities."""
+
     cert: File
     key: File
+    client_ca: FileOrNone = None
+
+
+@dataclass(frozen=True, slots=True)
+class BackendTls(Strict):
+    """How https backends are spoken to. `ca` replaces the system's authorities; `cert` and `key` are what we show."""
+
+    ca: FileOrNone = None
+    cert: FileOrNone = None
+    key: FileOrNone = None
+
+    def __post_init__(self) -> None:
+        _need_both(self.cert, self.key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +116,12 @@ class Etcd(Strict):
     def __post_init__(self) -> None:
         if bool(self.username) != (self.password_file is not None):
             raise ValueError("`username` and `password_file` go together")
-        if (self.cert is None) != (self.key is None):
-            raise ValueError("`cert` and `key` go together")
+        _need_both(self.cert, self.key)
+
+
+def _need_both(cert: Path | None, key: Path | None) -> None:
+    if (cert is None) != (key is None):
+        raise ValueError("`cert` and `key` go together")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +142,7 @@ class Discovery(Strict):
     etcd: Etcd | None = None
     static: tuple[StaticBackend, ...] | None = None
     allow_networks: tuple[AllowedNetwork, ...] = PRIVATE_NETWORKS
+    tls: BackendTls | None = None
 
     def __post_init__(self) -> None:
         if (self.etcd is None) == (self.static is None):

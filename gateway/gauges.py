@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING
 
 from observability.metrics import BREAKER_VALUES, Metrics
 
 if TYPE_CHECKING:
     from discovery.discovery import Discovery
+    from gateway.certificates import Certificates
     from gateway.identify import Identifier
     from gateway.keys import KeyStore
     from gateway.memory import Memory
@@ -35,6 +36,7 @@ def register_gauges(
     policy: PolicySource,
     store: RedisStore | None,
     loop_lag: Callable[[], float],
+    certificates: Collection[Certificates],
 ) -> None:
     """Tell the metrics where to look."""
     watch = discovery.watch
@@ -73,6 +75,12 @@ def register_gauges(
     metrics.gauge("weir_policy_info", "The policy in force.", ("version",), lambda: [((policy.policy.version,), 1.0)])
     if store is not None:
         metrics.gauge("weir_store_up", "Whether Redis answers: 1 or 0.", (), _one(lambda: float(store.up)))
+    metrics.gauge(
+        "weir_tls_certificate_expires_timestamp_seconds",
+        "When the certificate in force stops being valid, in Unix seconds.",
+        ("use",),
+        lambda: [((one.use,), one.in_force.expires_at) for one in certificates if one.in_force.expires_at is not None],
+    )
     metrics.gauge("weir_loop_lag_seconds", "Worst delay of the event loop in the last 10 s.", (), _one(loop_lag))
 
 

@@ -29,6 +29,7 @@ import hashlib
 import itertools
 import random
 import secrets
+import ssl
 from collections import deque
 from collections.abc import Coroutine
 from dataclasses import dataclass
@@ -199,6 +200,7 @@ class RedisStore:
         self._wake = asyncio.Event()
         self._probed = asyncio.Event()
         self._clients: list[Client] = []  # the one to use first, then those that find it
+        self._is_outdated = False  # they were made with other certificates
 
     def submit(self, borrower: Borrower) -> None:
         if not self.up:
@@ -206,6 +208,10 @@ class RedisStore:
             return
         self._submitted.append(borrower)
         self._wake.set()
+
+    def renew_connection(self) -> None:
+        """Other certificates are there: the next exchange is on a new connection. The library would keep the old."""
+        self._is_outdated = True
 
     async def wait_probed(self) -> None:
         """Wait until it is known whether Redis is there: some 100 ms from the start of `run()` at most."""
@@ -289,6 +295,9 @@ class RedisStore:
         """A grant, or in a word or two what went wrong, for each question. A failure ends the connection."""
         answers: list[Grant | str]
         try:
+            if self._is_outdated:
+                self._is_outdated = False
+                await self._disconnect()
             if not self._clients:
                 await within(CONNECT_SECONDS, self._connect())
             replies = await within(STORE_SECONDS, self._call(questions))
@@ -395,7 +404,9 @@ def open_clients(address: Address) -> list[Client]:
         "driver_info": None,
     }
     login: dict[str, Any] = {"username": address.username, "password": address.password}
-    tls: dict[str, Any] = {"ssl": True, **dict(address.tls_files)} if address.tls else {}
+    tls: dict[str, Any] = {}
+    if address.tls:
+        tls = {"ssl": True, "ssl_min_version": ssl.TLSVersion.TLSv1_2, **VERIFIED, **dict(address.tls_files)}
     if address.kind == "cluster":
         nodes = [ClusterNode(host, port) for host, port in address.nodes]
         return [RedisCluster(startup_nodes=nodes, **limits, **login, **tls)]
@@ -406,6 +417,10 @@ def open_clients(address: Address) -> list[Client]:
     return [Redis(host=host, port=port, db=address.database, **limits, **login, **tls)]
 
 
+VERIFIED = {
+    "ssl_cert_reqs": "required",
+    "ssl_check_hostname": True,
+}  # said, because the library's defaults have changed
 PROBE_KEY = b"weir:v1:probe"
 PROBE_LIMIT = Limit(1, Rate(1.0, 1.0))
 PROBE = Ask(need=0, spare=0, held=0, back=1, debt=0, quiet=0.0, ack=0, sent_at=0.0)

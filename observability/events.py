@@ -93,9 +93,28 @@ class OverloadChanged(msgspec.Struct, frozen=True):
     reason: str
 
 
+class CertificatesRead(msgspec.Struct, frozen=True):
+    """What is used for TLS was read anew. use: listener | backends | etcd | redis. result: ok | refused.
+
+    Refused: what was in force stays. `expires` is a date as in RFC 3339, "" where only authorities are named.
+    """
+
+    use: str
+    result: str
+    reason: str = ""
+    expires: str = ""
+
+
+class HandshakeFailed(msgspec.Struct, frozen=True):
+    """A client that spoke no TLS that is accepted. `reason` is one of a few words, `detail` OpenSSL's text."""
+
+    reason: str  # no_certificate | certificate_refused | refused_by_client | old_version | not_tls | timeout | ...
+    detail: str = ""
+
+
 Event = (
     BreakerChanged | DiscoveryRejected | DiscoveryResynced | DiscoveryState | BackendHealth
-    | PolicyReloaded | StoreChanged | KeysRefreshed | OverloadChanged
+    | PolicyReloaded | StoreChanged | KeysRefreshed | OverloadChanged | CertificatesRead | HandshakeFailed
 )  # fmt: skip
 Observer = Callable[[Event], None]
 RequestObserver = Callable[[RequestEnded], None]

@@ -59,6 +59,12 @@ _SAID: dict[type, Callable[[Any], tuple[str, str]]] = {
     events.StoreChanged: lambda e: ("info", "store is back") if e.up else ("error", "store is away"),
     events.KeysRefreshed: lambda e: ("info" if e.result == "ok" else "warning", "keys refreshed"),
     events.OverloadChanged: lambda e: ("info" if e.state == "normal" else "warning", "overload"),
+    events.CertificatesRead: lambda e: (
+        ("error", "certificates refused, those in force stay")
+        if e.result != "ok"
+        else ("error" if e.reason else "info", "certificates in force")
+    ),
+    events.HandshakeFailed: lambda _: ("info", "TLS handshake failed"),
 }
 
 

@@ -28,9 +28,11 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from observability.events import (
+    CertificatesRead,
     DiscoveryRejected,
     DiscoveryResynced,
     Event,
+    HandshakeFailed,
     KeysRefreshed,
     PolicyReloaded,
 )
@@ -208,11 +210,14 @@ class Metrics:
         self._rejected = _Counter("weir_discovery_rejected_total", "Registrations that were ignored.", "reason")
         self._resyncs = _Counter("weir_discovery_resync_total", "Full listings of discovery, by cause.", "reason")
         self._keys = _Counter("weir_jwks_refresh_total", "Fetches of signing keys, by result.", "issuer", "result")
+        self._certificates = _Counter("weir_tls_reload_total", "Certificates read, by result.", "use", "result")
+        self._handshakes = _Counter("weir_tls_handshake_failures_total", "Clients' handshakes that failed.", "reason")
         for result in ("ok", "invalid", "unreadable"):
             self._reloads.cell(result)  # increase() cannot see the step from absent to 1
         self._counted: tuple[_Counter, ...] = (
             self._requests, self._duration, self._overhead, self._first_token, self._per_token, self._tokens,
             self._limited, self._retries, self._reloads, self._rejected, self._resyncs, self._keys,
+            self._certificates, self._handshakes,
         )  # fmt: skip
         self._token_cells: dict[tuple[str, str], tuple[Cell, Cell]] = {}
         self._ends: dict[tuple[str, str, int, str, str], Cells] = {}
@@ -229,6 +234,11 @@ class Metrics:
                 self._resyncs.cell(event.reason)[0] += 1
             case KeysRefreshed():
                 self._keys.cell(event.issuer, event.result)[0] += 1
+            case CertificatesRead():
+                self._certificates.cell(event.use, "refused")  # as above: there before the first one
+                self._certificates.cell(event.use, event.result)[0] += 1
+            case HandshakeFailed():
+                self._handshakes.cell(event.reason)[0] += 1
 
     def gauge(self, name: str, text: str, labels: Labels, read: Read) -> None:
         """Expose what `read` gives at each scrape: (label values, value) pairs, as many values as `labels`."""

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 import jwt
 import msgspec
+from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ec import (
@@ -206,6 +207,14 @@ def jwks_of(key_pem: bytes) -> bytes:
     """Return the JWK set that verifies what `mint` signs with this key. Raises InvalidKeys."""
     _, jwk = _signing_key(key_pem)
     return msgspec.json.format(msgspec.json.encode({"keys": [jwk]}), indent=2)
+
+
+def certificate_expiry(pem: bytes) -> float:
+    """Until when the first certificate of a chain is valid, in Unix seconds. Raises InvalidKeys."""
+    try:
+        return x509.load_pem_x509_certificate(pem).not_valid_after_utc.timestamp()
+    except ValueError:
+        raise InvalidKeys("holds no certificate in PEM form") from None
 
 
 class _Jws(NamedTuple):

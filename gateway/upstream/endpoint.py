@@ -5,12 +5,14 @@ What a request takes from a backend is held by a `Lease`, to the last byte, and 
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Callable, Collection
 from random import Random
 from types import TracebackType
 from typing import Self
 
 from discovery.endpoint import Endpoint
+from gateway.certificates import system_context
 from gateway.upstream.load_report import requests_in
 from gateway.upstream.pool import Pool
 from policies.balance import Candidate
@@ -31,12 +33,17 @@ class Backend(Candidate):
     )  # fmt: skip
 
     def __init__(
-        self, endpoint: Endpoint, now: float, rng: Random, on_breaker: Callable[[Backend, State], None]
+        self,
+        endpoint: Endpoint,
+        now: float,
+        rng: Random,
+        on_breaker: Callable[[Backend, State], None],
+        tls: Callable[[], ssl.SSLContext] = system_context,
     ) -> None:
         super().__init__(endpoint.key, endpoint.weight, endpoint.max_concurrency, now)
         self.endpoint = endpoint
         self.healthy: bool | None = None  # None: not probed yet
-        self.pool = Pool(endpoint)
+        self.pool = Pool(endpoint, tls)
         self._breakers: dict[str, Breaker] = {}
         self._rng = rng
         self._on_breaker = on_breaker

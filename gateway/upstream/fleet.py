@@ -7,11 +7,13 @@ finds its candidates by one dictionary lookup.
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Callable, Iterable, Mapping
 from random import Random
 from typing import Final
 
 from discovery.endpoint import Endpoint
+from gateway.certificates import system_context
 from gateway.upstream.endpoint import Backend, Lease
 from policies import errors
 from policies.balance import Chooser, panic
@@ -39,9 +41,16 @@ class Group:
 class Fleet:
     """One writer (discovery and health), many readers (requests)."""
 
-    def __init__(self, clock: Callable[[], float], rng: Random, on_breaker: Callable[[Backend, State], None]) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        rng: Random,
+        on_breaker: Callable[[Backend, State], None],
+        tls: Callable[[], ssl.SSLContext] = system_context,
+    ) -> None:
         self._clock = clock
         self._rng = rng
+        self._tls = tls
         self._tell_breaker = on_breaker
         self.backends: dict[str, Backend] = {}
         self._groups: dict[tuple[str, str | None, str | None], Group] = {}
@@ -65,7 +74,7 @@ class Fleet:
             if old is None or not old.adopt(endpoint):
                 if old is not None:
                     old.pool.close()
-                self.backends[key] = Backend(endpoint, now, self._rng, self._breaker_changed)
+                self.backends[key] = Backend(endpoint, now, self._rng, self._breaker_changed, self._tls)
         self._changed()
 
     def note_health(self, key: str, healthy: bool) -> None:
@@ -89,6 +98,12 @@ class Fleet:
         now = self._clock()
         for backend in self.backends.values():
             backend.tidy(now)
+
+    def renew_connections(self) -> None:
+        """Others are believed, or another certificate is shown: no new request on what was connected before."""
+        for backend in self.backends.values():
+            if backend.endpoint.scheme == "https":
+                backend.pool = backend.pool.successor()
 
     def keep_breakers(self, rules: Iterable[BreakerRule]) -> None:
         """A new policy is in force: forget the breakers under other rules, which nobody would close any more."""

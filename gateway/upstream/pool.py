@@ -10,28 +10,26 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
-from functools import cache
+from collections.abc import Callable
 from typing import cast
 
 from discovery.endpoint import Endpoint
+from gateway.certificates import system_context
 from gateway.upstream.connection import Connection
 
 IDLE_SECONDS = 3.0
 MAX_IDLE = 256
 
 
-@cache
-def _tls() -> ssl.SSLContext:
-    """One for all: reading the system's certificates takes many milliseconds."""
-    return ssl.create_default_context()
-
-
 class Pool:
-    """`take` an idle connection or `connect` a new one; a connection comes back by itself after a whole answer."""
+    """`take` an idle connection or `connect` a new one; a connection comes back by itself after a whole answer.
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    `tls` gives what the next connection to an https backend is made with.
+    """
+
+    def __init__(self, endpoint: Endpoint, tls: Callable[[], ssl.SSLContext] = system_context) -> None:
         self.endpoint = endpoint
-        self._tls = _tls() if endpoint.scheme == "https" else None
+        self._tls = tls
         self._idle: deque[Connection] = deque()
         self.closed = False
 
@@ -51,13 +49,14 @@ class Pool:
     async def connect(self) -> Connection:
         """Open a new connection to the pinned address. Raises OSError (ssl.SSLError is one)."""
         endpoint = self.endpoint
+        is_tls = endpoint.scheme == "https"
         connection = Connection(self)
         await asyncio.get_running_loop().create_connection(
             lambda: cast("asyncio.Protocol", connection),
             endpoint.address,
             endpoint.port,
-            ssl=self._tls,
-            server_hostname=endpoint.host if self._tls else None,
+            ssl=self._tls() if is_tls else None,
+            server_hostname=endpoint.host if is_tls else None,
         )
         return connection
 
@@ -78,6 +77,11 @@ class Pool:
         idle = self._idle
         while idle and now - idle[0].idle_since > IDLE_SECONDS:
             idle.popleft().close()
+
+    def successor(self) -> Pool:
+        """Close this one and go on with an empty one: what is connected from now on is not what was before."""
+        self.close()
+        return Pool(self.endpoint, self._tls)
 
     def close(self) -> None:
         """The backend is gone: idle connections close now, busy ones when their answer ends."""

@@ -1,4 +1,6 @@
 import asyncio
+import contextlib
+import socket
 import ssl
 from contextlib import asynccontextmanager
 from random import Random
@@ -10,7 +12,7 @@ from discovery.endpoint import Endpoint
 from discovery.probe import Checked, HttpProbe, Pace, Prober, Tally, health_paths
 from discovery.source import Health, HealthChanged
 from discovery.store import Snapshot
-from tests.support.certificates import Authority
+from tests.support.certificates import Authority, client_tls, server_tls
 from tests.support.virtual_clock import virtual_time
 
 
@@ -316,11 +318,42 @@ async def test_nobody_there():
 async def test_a_tls_backend_is_checked_by_name(tmp_path):
     authority = Authority(tmp_path)
     mine = authority.issue("server", names=["gpu.example"])
-    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    tls.load_cert_chain(mine.cert, mine.key)
-    trusting = HttpProbe(ssl.create_default_context(cafile=authority.cert))
-    async with serving(tls=tls, _health=reply(200)) as server, trusting as probe:
+    believing = client_tls(authority.cert)
+    trusting = HttpProbe(lambda: believing)
+    async with serving(tls=server_tls(mine), _health=reply(200)) as server, trusting as probe:
         endpoint = backend(port=server.port, scheme="https")
         assert await probe(endpoint) == Checked(True, "status 200")
         other = backend(port=server.port, scheme="https", host="other.example")
-        assert await probe(other) == Checked(False, "cannot connect")
+        reason = "its certificate is not accepted: Hostname mismatch, certificate is not valid for 'other.example'."
+        assert await probe(other) == Checked(False, reason)
+        assert await probe(backend(port=server.port)) == Checked(False, "the connection broke")  # plain HTTP to it
+
+
+def refuse(listener, tls):
+    """A server of blocking sockets, which tells each client why, until the listener is shut down."""
+    with contextlib.suppress(OSError):
+        while True:
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(ssl.SSLError):
+                tls.wrap_socket(connection, server_side=True)
+
+
+@pytest.mark.parametrize(
+    ("newest", "reason"),
+    [
+        (ssl.TLSVersion.TLSv1_3, "the connection broke; our certificate may be refused"),
+        (ssl.TLSVersion.TLSv1_2, "the TLS handshake failed: sslv3 alert handshake failure"),
+    ],
+)
+async def test_a_backend_that_wants_a_certificate_of_ours_says_so(tmp_path, newest, reason):
+    authority = Authority(tmp_path)
+    tls = server_tls(authority.issue("server", ["gpu.example"]), believes=authority.cert)
+    tls.maximum_version = newest
+    believing = client_tls(authority.cert)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        refusing = asyncio.create_task(asyncio.to_thread(refuse, listener, tls))
+        async with HttpProbe(lambda: believing) as probe:
+            checked = await probe(backend(port=listener.getsockname()[1], scheme="https"))
+        listener.shutdown(socket.SHUT_RDWR)
+        await refusing
+    assert checked == Checked(False, reason)

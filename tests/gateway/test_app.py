@@ -76,7 +76,13 @@ async def test_a_port_in_use_is_told_with_its_key_and_nothing_stays_behind(tmp_p
     ("policy", "text", "says"),
     [
         ("version: 1\nroots: []\n", CONFIG, "policy.yaml:2:1 roots"),
-        (OPEN_POLICY, CONFIG + "tls: {cert: policy.yaml, key: policy.yaml}\n", "cannot use tls.cert"),
+        (OPEN_POLICY, CONFIG + "tls: {cert: policy.yaml, key: policy.yaml}\n", "cannot use what `tls` names: "),
+        (OPEN_POLICY, CONFIG.replace("[]", "[], tls: {ca: policy.yaml}"), "cannot use what `discovery.tls` names: "),
+        (
+            OPEN_POLICY,
+            CONFIG + "redis: {url: 'rediss://127.0.0.1:1?ssl_ca_certs=/not/there'}\n",
+            "cannot use what `redis.url` names: /not/there cannot be read: No such file or directory",
+        ),
     ],
 )
 async def test_what_is_missing_or_wrong_is_told_in_a_line(tmp_path, policy, text, says) -> None:

@@ -139,6 +139,8 @@ def test_a_variable_is_text_and_adds_no_keys():
         (LEAST + "admin: {auth: {token_file: admin.token}}\n", ["3:28 admin.auth.token_file: cannot read /etc/weir/admin.token: No such file or directory"]),
         (LEAST + "listen: 127.0.0.1:8081\n", ["1:1 `listen` and `admin.listen` are both 127.0.0.1:8081"]),
         (LEAST + "tls: {cert: x.pem}\n", ["3:6 tls.key: is missing", "3:13 tls.cert: cannot read /etc/weir/x.pem: No such file or directory"]),
+        (LEAST + "tls: {ca: z}\n", ["3:6 tls.cert: is missing", "3:6 tls.key: is missing", "3:7 tls.ca: unknown key `ca`: expected `cert`, `key`, `client_ca`"]),
+        ("policy: p\ndiscovery: {static: [], tls: {cert: x}}", ["2:37 discovery.tls.cert: cannot read /etc/weir/x: No such file or directory"]),
         (LEAST + "telemetry: {log: jsno, sample: 1}\n", ["3:18 telemetry.log: unknown value `jsno`: did you mean `json`?",
                                                         "3:32 telemetry.sample: `1` is not a share: write `1%` or `100%` if that is meant"]),
         (LEAST + "limits: {body: 32Mib}\n", ["3:16 limits.body: `32Mib` is not a size: expected one such as `32KiB`, `1MB` or a number of bytes"]),

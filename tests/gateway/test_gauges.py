@@ -32,6 +32,10 @@ def scraped(store=None, seconds_since_contact: float | None = 1.5) -> dict[str, 
         SimpleNamespace(policy=Policy("0123456789ab")),
         store,
         lambda: 0.25,
+        [
+            SimpleNamespace(use="listener", in_force=SimpleNamespace(expires_at=1.8e9)),
+            SimpleNamespace(use="backends", in_force=SimpleNamespace(expires_at=None)),
+        ],
     )
     lines = metrics.render()[0].decode().splitlines()
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
@@ -56,6 +60,8 @@ async def test_what_the_gateways_parts_show() -> None:
         'weir_policy_info{version="0123456789ab"}': 1,
         "weir_loop_lag_seconds": 0.25,
         "weir_tasks": 1,
+        'weir_tls_certificate_expires_timestamp_seconds{use="listener"}': 1.8e9,
+        'weir_tls_certificate_expires_timestamp_seconds{use="backends"}': None,
     }
     assert {name: samples.get(name) for name in expected} == expected
 

@@ -12,7 +12,7 @@ from aetcd import rpc
 
 from discovery.discovery import Discovery, backends_in
 from discovery.endpoint import Registration, encode
-from discovery.etcd import EtcdClient, EtcdSettings, EtcdSource
+from discovery.etcd import Credentials, EtcdClient, EtcdSettings, EtcdSource
 from discovery.probe import Checked
 from discovery.source import Compacted, KeyValue, Rejected, Resynced, StateChanged, SyncState, Unavailable
 from discovery.watch import Timing, Watch
@@ -343,7 +343,8 @@ async def test_tls_with_client_certificates(tmp_path, prefix):
     with EtcdServer(tmp_path, arguments=arguments, scheme="https") as server:
 
         async def put(**files):
-            async with EtcdClient(EtcdSettings((server.url,), **files)) as client:
+            credentials = Credentials(**{name: path.read_bytes() for name, path in files.items()})
+            async with EtcdClient(EtcdSettings((server.url,), tls=lambda: credentials)) as client:
                 return await client.put(prefix + "a", b"1")
 
         assert await put(ca=authority.cert, cert=ours.cert, key=ours.key) > 1

@@ -4,6 +4,7 @@ line when it cannot start."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -17,6 +18,8 @@ from aiohttp.test_utils import TestServer
 
 from gateway import app
 from gateway import config as configuration
+from gateway.config_fields import Address
+from tests.support.certificates import Authority, client_tls, serial_at
 from tests.support.etcd_server import EtcdServer, free_ports
 from tests.support.running_gateway import announced
 
@@ -54,11 +57,18 @@ def config(discovery, data, admin):
     )
 
 
-async def serve(folder, discovery, data, admin):
+@contextlib.asynccontextmanager
+async def serve(folder, discovery, data, admin, more=""):
     (folder / "policy.yaml").write_text(POLICY)
-    (folder / "weir.yaml").write_text(config(discovery, data, admin))
+    (folder / "weir.yaml").write_text(config(discovery, data, admin) + more)
     command = (sys.executable, "-m", "gateway.cli", "serve", "--config", str(folder / "weir.yaml"))
-    return await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+    process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
 def children_of(pid):
@@ -119,9 +129,12 @@ async def until_said(process, text, times=1):
 
 async def test_a_worker_that_dies_is_replaced_while_the_other_serves(tmp_path, backend):
     port = ports_in_a_row(3)
-    process = await serve(tmp_path, static(backend), data=port, admin=port + 1)
     fresh = aiohttp.TCPConnector(force_close=True)  # each request may meet either worker
-    async with asyncio.timeout(60), aiohttp.ClientSession(connector=fresh) as session:
+    async with (
+        asyncio.timeout(60),
+        serve(tmp_path, static(backend), data=port, admin=port + 1) as process,
+        aiohttp.ClientSession(connector=fresh) as session,
+    ):
         await until_said(process, b"is ready", times=2)
         await until_answered(session, port)
         before = children_of(process.pid)
@@ -142,9 +155,9 @@ async def test_a_worker_that_comes_back_while_etcd_is_away_leaves_requests_to_th
         async with (
             asyncio.timeout(90),
             announced(etcd.url, "llm/1", f"http://127.0.0.1:{backend}", models=("m",)),
+            serve(tmp_path, f"etcd: {{endpoints: ['{etcd.url}']}}", data=port, admin=port + 1) as process,
             aiohttp.ClientSession(connector=fresh) as session,
         ):
-            process = await serve(tmp_path, f"etcd: {{endpoints: ['{etcd.url}']}}", data=port, admin=port + 1)
             await until_said(process, b"is ready", times=2)
             for worker in range(2):
                 await until_ready(session, port + 1 + worker)
@@ -178,10 +191,41 @@ async def test_the_first_worker_to_know_nothing_says_so_to_clients(tmp_path, mon
         assert await ask(session, port) == 503
 
 
+async def wait_certificates_read(session, admin, count):
+    """Until both workers have read the listener's certificates that often."""
+    for port in (admin, admin + 1):
+        told = f'weir_tls_reload_total{{result="ok",use="listener"}} {count}.0'
+        while True:
+            async with session.get(f"http://127.0.0.1:{port}/metrics") as answer:
+                if told in await answer.text():
+                    break
+            await asyncio.sleep(0.05)
+
+
+async def test_every_worker_takes_a_renewed_certificate_at_once_and_at_sighup(tmp_path, backend):
+    port, authority = ports_in_a_row(3), Authority(tmp_path)
+    pair, tls, data = authority.issue("gateway", ["127.0.0.1"]), client_tls(authority.cert), Address("127.0.0.1", port)
+    more = f"tls: {{cert: {pair.cert}, key: {pair.key}}}\n"
+    async with (
+        asyncio.timeout(60),
+        serve(tmp_path, static(backend), data=port, admin=port + 1, more=more) as process,
+        aiohttp.ClientSession() as session,
+    ):
+        await until_said(process, b"is ready", times=2)
+        await wait_certificates_read(session, port + 1, 1)
+        authority.issue("renewed", ["127.0.0.1"]).put_in_place_of(pair)
+        await wait_certificates_read(session, port + 1, 2)
+        assert {await serial_at(data, tls) for _ in range(20)} == {pair.serial}
+        process.send_signal(signal.SIGHUP)
+        await wait_certificates_read(session, port + 1, 3)
+        process.send_signal(signal.SIGTERM)
+        assert await process.wait() == 0
+
+
 async def test_a_port_in_use_ends_all_of_it_with_3(tmp_path, backend):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        process = await serve(tmp_path, static(backend), data=taken.getsockname()[1], admin=ports_in_a_row(2))
-        _, told = await process.communicate()
+        async with serve(tmp_path, static(backend), data=taken.getsockname()[1], admin=ports_in_a_row(2)) as process:
+            _, told = await process.communicate()
     assert process.returncode == 3
     assert b"is in use; stop what listens there, or set another `listen`" in told
     assert b"Traceback" not in told

@@ -80,6 +80,10 @@ def test_a_traceback_tells_no_local_variable_and_obeys_no_client(configured, con
         (events.KeysRefreshed("https://idp", "failed", "timeout"), "warning", {"issuer": "https://idp"}),
         (events.OverloadChanged("shedding", "memory"), "warning", {"state": "shedding", "reason": "memory"}),
         (events.OverloadChanged("normal", ""), "info", {"state": "normal"}),
+        (events.CertificatesRead("listener", "ok", "", "2027-01-01T00:00:00Z"), "info", {"expires": "2027-01-01T00:00:00Z"}),
+        (events.CertificatesRead("listener", "ok", "c.pem has expired"), "error", {"reason": "c.pem has expired"}),
+        (events.CertificatesRead("etcd", "refused", "k.pem is not the key of c.pem"), "error", {"use": "etcd"}),
+        (events.HandshakeFailed("not_tls", "http request"), "info", {"reason": "not_tls"}),
     ],
 )  # fmt: skip
 def test_what_happens_is_said(event, level, said):

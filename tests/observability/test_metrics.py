@@ -83,6 +83,9 @@ def test_refusals_and_retries(metrics):
         (events.DiscoveryRejected("/k", "bad url: ftp://x"), 'weir_discovery_rejected_total{reason="bad url"}'),
         (events.DiscoveryResynced("compacted", 7), 'weir_discovery_resync_total{reason="compacted"}'),
         (events.KeysRefreshed("https://i", "failed"), 'weir_jwks_refresh_total{issuer="https://i",result="failed"}'),
+        (events.CertificatesRead("etcd", "ok"), 'weir_tls_reload_total{result="ok",use="etcd"}'),
+        (events.CertificatesRead("etcd", "refused", "x"), 'weir_tls_reload_total{result="refused",use="etcd"}'),
+        (events.HandshakeFailed("not_tls", "http request"), 'weir_tls_handshake_failures_total{reason="not_tls"}'),
     ],
 )
 def test_other_events_are_counted(metrics, event, name):
@@ -95,6 +98,8 @@ def test_reloads_are_there_before_the_first_one(metrics):
     """Else increase() misses the step from absent to 1, and with it the first bad policy."""
     found = samples(metrics)
     assert [found[f'weir_policy_reload_total{{result="{r}"}}'] for r in ("ok", "invalid", "unreadable")] == [0, 0, 0]
+    metrics(events.CertificatesRead("listener", "ok"))
+    assert samples(metrics)['weir_tls_reload_total{result="refused",use="listener"}'] == 0
 
 
 def test_events_without_a_family_change_nothing(metrics):

@@ -26,6 +26,7 @@ from policies.identity import (
     KeySet,
     KeysMissing,
     UnknownKey,
+    certificate_expiry,
     generate_signing_key,
     jwks_of,
     mint,
@@ -33,6 +34,7 @@ from policies.identity import (
     verify,
 )
 from policies.policy import Claims, Issuer, Principal
+from tests.support.certificates import Authority
 
 WALL = 1_800_000_000.0
 IDP = "https://idp.example.com"
@@ -720,3 +722,20 @@ def keys_or_reason(document: bytes) -> KeySet | str:
 def test_any_document_is_a_key_set_or_invalid(members):
     document = jwks(*members, *({**jwk_of(), **member} for member in members))
     assert keys_or_reason(document)
+
+
+# Certificates
+
+
+def test_until_when_a_certificate_holds(tmp_path):
+    authority = Authority(tmp_path)
+    tomorrow = authority.issue("a", ["a"], days=1).cert.read_bytes()
+    yesterday = authority.issue("b", ["b"], days=-1).cert.read_bytes()
+    assert certificate_expiry(tomorrow) - certificate_expiry(yesterday) == pytest.approx(2 * 86_400, abs=60)
+    assert certificate_expiry(tomorrow + yesterday) == certificate_expiry(tomorrow)  # a chain begins with its own
+
+
+@pytest.mark.parametrize("pem", [b"", b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"])
+def test_what_is_no_certificate_is_told(pem):
+    with pytest.raises(InvalidKeys, match="holds no certificate in PEM form"):
+        certificate_expiry(pem)

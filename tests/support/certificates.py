@@ -1,7 +1,13 @@
-"""A certificate authority of a test's own, which issues what servers and clients of that test show each other."""
+"""A certificate authority of a test's own, which issues what servers and clients of that test show each other.
+
+`server_tls` and `client_tls` are how such a server or client of the test's speaks, `serial_at` what a server shows.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import shutil
+import ssl
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -17,6 +23,17 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 class Issued:
     cert: Path
     key: Path
+
+    @property
+    def serial(self) -> int:
+        return x509.load_pem_x509_certificate(self.cert.read_bytes()).serial_number
+
+    def put_in_place_of(self, other: Issued) -> None:
+        """Renames copies over the other's files, one after the other: each file is whole at any moment."""
+        for ours, theirs in ((self.cert, other.cert), (self.key, other.key)):
+            copy = theirs.with_suffix(".new")
+            shutil.copy(ours, copy)
+            copy.rename(theirs)
 
 
 class Authority:
@@ -55,6 +72,33 @@ class Authority:
             )
         )
         return issued
+
+
+def server_tls(shown: Issued, *, believes: Path | None = None) -> ssl.SSLContext:
+    """A server's side; with `believes`, clients must show a certificate of that authority."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(shown.cert, shown.key)
+    if believes is not None:
+        context.load_verify_locations(believes)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def client_tls(believes: Path, shown: Issued | None = None) -> ssl.SSLContext:
+    """A client's side, which verifies as clients do."""
+    context = ssl.create_default_context(cafile=believes)
+    if shown is not None:
+        context.load_cert_chain(shown.cert, shown.key)
+    return context
+
+
+async def serial_at(address, tls: ssl.SSLContext) -> int:
+    """The serial number of the certificate that a new handshake is shown."""
+    reader, writer = await asyncio.open_connection(address.host, address.port, ssl=tls, server_hostname="127.0.0.1")
+    try:
+        return x509.load_der_x509_certificate(writer.get_extra_info("ssl_object").getpeercert(True)).serial_number
+    finally:
+        writer.close()
 
 
 def _builder(

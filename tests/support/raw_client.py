@@ -28,13 +28,16 @@ def chat_request(document=None, *lines: str, path: str = "/v1/chat/completions",
 
 
 class RawClient:
-    """`async with RawClient(address) as client`."""
+    """`async with RawClient(address) as client`; with `tls` it is a client of 127.0.0.1."""
 
-    def __init__(self, address) -> None:
-        self.host, self.port = address.host, address.port
+    def __init__(self, address, tls=None) -> None:
+        self.host, self.port, self.tls = address.host, address.port, tls
 
     async def __aenter__(self):
-        self.reader, self.writer = await asyncio.open_connection(self.host, self.port)
+        name = "127.0.0.1" if self.tls else None
+        self.reader, self.writer = await asyncio.open_connection(
+            self.host, self.port, ssl=self.tls, server_hostname=name
+        )
         return self
 
     async def __aexit__(self, *_):

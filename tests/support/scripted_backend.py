@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import ssl
 import struct
 from collections.abc import Awaitable, Callable
 from typing import Self
@@ -85,9 +86,12 @@ async def answer_ok(connection: BackendConnection) -> None:
 class ScriptedBackend:
     """`async with ScriptedBackend(script) as backend`: then `backend.url`, `backend.heads`, `backend.open`."""
 
-    def __init__(self, script: Script = answer_ok, *, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self, script: Script = answer_ok, tls: ssl.SSLContext | None = None, *, host: str = "127.0.0.1"
+    ) -> None:
         self.script = script
         self.host = host
+        self._tls = tls
         self.heads: list[bytes] = []
         self.bodies: list[bytes] = []
         self.connections = 0
@@ -97,9 +101,9 @@ class ScriptedBackend:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._accept, self.host, 0)
+        self._server = await asyncio.start_server(self._accept, self.host, 0, ssl=self._tls)
         self.port = self._server.sockets[0].getsockname()[1]
-        self.url = f"http://{self.host}:{self.port}"
+        self.url = f"{'https' if self._tls else 'http'}://{self.host}:{self.port}"
         return self
 
     async def __aexit__(self, *_: object) -> None:

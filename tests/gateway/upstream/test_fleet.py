@@ -50,6 +50,19 @@ class Story:
 # What discovery tells
 
 
+def test_other_certificates_end_the_use_of_tls_connections_and_of_no_others() -> None:
+    story = Story("tiny/a")
+    story.show(endpoint("tiny/a"), endpoint("tiny/b", scheme="https"))
+    before = {key: backend.pool for key, backend in story.fleet.backends.items()}
+    breaker = story.fleet.backends["tiny/b"].breaker(RULE)
+    story.fleet.renew_connections()
+    after = story.fleet.backends
+    assert after["tiny/a"].pool is before["tiny/a"]
+    assert after["tiny/b"].pool is not before["tiny/b"]
+    assert before["tiny/b"].closed
+    assert after["tiny/b"].breaker(RULE) is breaker
+
+
 def test_a_backend_that_did_not_change_keeps_everything() -> None:
     story = Story("tiny/a", "tiny/b")
     before = dict(story.fleet.backends)

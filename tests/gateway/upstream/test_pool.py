@@ -1,10 +1,12 @@
 import asyncio
+import ssl
 
 import pytest
 
 from gateway.upstream import pool as module
 from gateway.upstream.connection import Connection
 from gateway.upstream.pool import IDLE_SECONDS, Pool
+from tests.support.certificates import Authority, client_tls, server_tls
 from tests.support.upstream import connected, endpoint
 
 
@@ -85,8 +87,26 @@ async def test_nobody_there_is_an_os_error() -> None:
         await Pool(endpoint(port=port)).connect()
 
 
-def test_tls_is_set_up_once_for_all_backends() -> None:
-    first, second = Pool(endpoint(scheme="https")), Pool(endpoint("tiny/b", scheme="https"))
-    assert first._tls is second._tls
-    assert first._tls.check_hostname
-    assert Pool(endpoint())._tls is None
+def test_a_successor_starts_empty_and_what_was_connected_before_carries_nothing_more() -> None:
+    pool = Pool(endpoint())
+    idle_one, busy = idle(pool, 0.0)[0], connected(pool)
+    successor = pool.successor()
+    pool.put_back(busy)
+    assert [idle_one.transport.closed, busy.transport.closed] == ["abort", "abort"]
+    assert (repr(pool), repr(successor)) == ("<Pool tiny/a idle=0 closed>", "<Pool tiny/a idle=0>")
+
+
+async def test_each_connection_is_made_with_the_tls_of_its_moment(tmp_path) -> None:
+    authority = Authority(tmp_path)
+    serving = server_tls(authority.issue("backend", ["gpu.example"]))
+    server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0, ssl=serving)
+    port = server.sockets[0].getsockname()[1]
+    contexts = [client_tls(authority.cert), ssl.create_default_context()]
+    pool = Pool(endpoint(host="gpu.example", scheme="https", port=port), lambda: contexts.pop(0))
+    async with server:
+        connection = await pool.connect()
+        assert connection.transport.get_extra_info("ssl_object").server_hostname == "gpu.example"
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await pool.connect()
+        connection.close()
+        server.close()
