@@ -17,7 +17,7 @@ from aetcd import rpc
 from discovery.announce import Announcement
 from discovery.discovery import backends_in
 from discovery.endpoint import ModelEntry, Registration, encode
-from discovery.etcd import EtcdClient, EtcdSettings
+from discovery.etcd import Credentials, EtcdClient, EtcdSettings
 from discovery.source import SourceFailure
 from discovery.vetting import Vetting
 from discovery.watch import Timing, Watch
@@ -551,23 +551,32 @@ async def test_E14_certificates_run_out_and_are_renewed(row, impatient) -> None:
     its, ours = authority.issue("etcd", ["127.0.0.1"]), authority.issue("weir", ["weir"])
     files = (f"--cert-file={its.cert}", f"--key-file={its.key}", f"--trusted-ca-file={authority.cert}")
     tls = {"ca": str(authority.cert), "cert": str(ours.cert), "key": str(ours.key)}
-    mine = {"ca": authority.cert, "cert": ours.cert, "key": ours.key}
     with EtcdServer(row.home, arguments=(*files, "--client-cert-auth"), scheme="https") as server:
         async with (
             backends("one", "two") as scripted,
-            client_of(server.url, **mine) as client,
+            client_of(
+                server.url,
+                tls=lambda: Credentials(*(path.read_bytes() for path in (authority.cert, ours.cert, ours.key))),
+            ) as client,
             discovering(row, server.url, writer=client, etcd_keys=tls) as gateway,
         ):
             await register(client, "/weir/v1", {"one": scripted["one"]})
             await until(lambda: healthy(gateway) == {"one"})
             async with Traffic(gateway.data_address) as traffic:
-                for name, addresses in (("etcd", ["127.0.0.1"]), ("weir", ["weir"])):
-                    authority.issue(name, addresses, days=-1)  # ran out yesterday
-                    await asyncio.to_thread(server.restart)
-                    await until(lambda: is_stale(gateway))
-                    await traffic.more(20)
-                    authority.issue(name, addresses)
-                    await until(lambda: is_watching(gateway), 15)
+                authority.issue("etcd", ["127.0.0.1"], days=-1)  # ran out yesterday
+                await asyncio.to_thread(server.restart)
+                await until(lambda: is_stale(gateway))
+                await traffic.more(20)
+                authority.issue("etcd", ["127.0.0.1"])
+                await until(lambda: is_watching(gateway), 15)
+
+                authority.issue("weir", ["weir"], days=-1)
+                await until(lambda: b'{result="refused",use="etcd"} 1.0' in gateway.metrics.render()[0])
+                await asyncio.to_thread(server.restart)  # and is met again with the certificate before it
+                await until(lambda: is_watching(gateway), 15)
+                await traffic.more(20)
+                authority.issue("weir", ["weir"])
+                await until(lambda: b'{result="ok",use="etcd"} 2.0' in gateway.metrics.render()[0])
                 await client.close()
                 await register(client, "/weir/v1", {"two": scripted["two"]})
                 await until(lambda: healthy(gateway) == {"one", "two"}, 15)
