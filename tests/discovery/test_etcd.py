@@ -6,7 +6,7 @@ import pytest
 from grpc import StatusCode
 from grpc.aio import AioRpcError, Metadata
 
-from discovery.etcd import EtcdClient, EtcdSettings, _ours, _prefix_end
+from discovery.etcd import Credentials, EtcdClient, EtcdSettings, _ours, _prefix_end
 from discovery.source import Unavailable
 
 
@@ -44,12 +44,18 @@ async def test_nobody_listens():
                 await client.grant(10)
 
 
-@pytest.mark.parametrize("field", ["ca", "cert", "key"])
-async def test_a_certificate_that_is_not_there_is_named(field):
-    settings = EtcdSettings(("https://127.0.0.1:1",), **{field: Path("/no/such.pem")})
-    async with EtcdClient(settings) as client:
-        with pytest.raises(Unavailable, match=r"/no/such.pem: No such file"):
-            await client.put("/k", b"v")
+async def test_credentials_are_asked_for_at_each_connection():
+    given = []
+
+    def credentials():
+        given.append(Credentials())
+        return given[-1]
+
+    async with EtcdClient(EtcdSettings(("https://127.0.0.1:1",), tls=credentials)) as client:
+        for times in (1, 2):
+            with pytest.raises(Unavailable):
+                await client.put("/k", b"v")
+            assert len(given) == times
 
 
 async def test_a_password_file_that_is_not_there_is_named():
