@@ -10,9 +10,9 @@ reply on it for the next one to read; and each reply must name the number of its
 
 - Away => Up, because a probe that writes was answered. Probes go out at once, then each second, jittered. Whoever
   submits is told at once that there is no answer.
-- Up => Away, because FAILURES exchanges in a row failed. An exchange ends after 25 ms, connecting after 100 ms; the
-  library retries nothing. After any failure the connection is thrown away: a server that became a read-only replica, or
-  an answer that comes late, is never met again.
+- Up => Away, because FAILURES exchanges in a row failed. An exchange ends after 25 ms, connecting after 100 ms, with
+  TLS 500; the library retries nothing. After any failure the connection is thrown away: a server that became a
+  read-only replica, or an answer that comes late, is never met again.
 
 Only that change is told (StoreChanged), once each way.
 
@@ -49,6 +49,7 @@ from policies.lease import LEASE_SECONDS, Ask, Grant, Limit
 from policies.policy import Rate
 
 CONNECT_SECONDS = 0.1
+TLS_CONNECT_SECONDS = 0.5  # the library reads all authorities of the system at each connection
 CLOSE_SECONDS = 0.1
 PROBE_SECONDS = 1.0
 FAILURES = 5
@@ -214,7 +215,7 @@ class RedisStore:
         self._is_outdated = True
 
     async def wait_probed(self) -> None:
-        """Wait until it is known whether Redis is there: some 100 ms from the start of `run()` at most."""
+        """Wait until it is known whether Redis is there: 100 ms or so from the start of `run()`, 500 with TLS."""
         await self._probed.wait()
 
     async def run(self) -> None:
@@ -299,7 +300,7 @@ class RedisStore:
                 self._is_outdated = False
                 await self._disconnect()
             if not self._clients:
-                await within(CONNECT_SECONDS, self._connect())
+                await within(seconds_to_connect(self._address), self._connect())
             replies = await within(STORE_SECONDS, self._call(questions))
             answers = [read_reply(question, reply) for question, reply in zip(questions, replies, strict=True)]
         except CALL_FAILURES as error:
@@ -394,11 +395,16 @@ def reason_of(error: Exception) -> str:
     return f"refused: {type(error).__name__}"
 
 
+def seconds_to_connect(address: Address) -> float:
+    """How long connecting may take. No request waits for it."""
+    return TLS_CONNECT_SECONDS if address.tls else CONNECT_SECONDS
+
+
 def open_clients(address: Address) -> list[Client]:
     """Clients that have not connected yet: the one to use, then those that must be closed with it."""
     limits: dict[str, Any] = {
-        "socket_connect_timeout": CONNECT_SECONDS,
-        "socket_timeout": CONNECT_SECONDS,
+        "socket_connect_timeout": seconds_to_connect(address),
+        "socket_timeout": seconds_to_connect(address),
         "retry": Retry(NoBackoff(), 0),
         "protocol": 2,
         "driver_info": None,

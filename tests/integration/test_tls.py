@@ -404,7 +404,7 @@ discovery: {{etcd: {{endpoints: ["{etcd.url}"], ca: {authority.cert}, cert: {our
 
 
 async def wait_store(gateway, up) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while (await scrape(gateway)).value("weir_store_up") != up:
             await asyncio.sleep(0.05)
 
@@ -447,7 +447,7 @@ async def test_redis_is_spoken_to_over_tls_and_soon_with_the_renewed_certificate
                 await wait_store(gateway, 1)
                 authority.issue("renewed", ["weir"]).put_in_place_of(ours)
                 await wait_reloads(gateway, "redis", "ok", 2)
-                await until(lambda: len(set(shown)) == 2, 20)
+                await until(lambda: len(set(shown)) == 2, 60)
                 await wait_store(gateway, 1)
             for host, believed in (("127.0.0.1", strangers.cert), ("localhost", authority.cert)):
                 config = f"redis: {{url: 'rediss://{host}:{port}/0?ssl_ca_certs={believed}'}}\n"
