@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from benchmarks.figures import Figure, Round, Spread, spreads
 from benchmarks.gateways.gateway import Gateway
 from benchmarks.operations import CHURN, LIMITS, RELOAD
+from benchmarks.overload import OVERLOAD
 from benchmarks.processes import Failed
 from benchmarks.rig import Rig, Running
-from benchmarks.workloads import LATENCY, MANY, STREAM, UNARY, Workload
+from benchmarks.workloads import IDLE, LATENCY, MANY, STREAM, UNARY, Workload
 
-WORKLOADS = {each.id: each for each in (UNARY, LATENCY, STREAM, MANY, LIMITS, RELOAD, CHURN)}
+WORKLOADS = {each.id: each for each in (UNARY, LATENCY, STREAM, MANY, IDLE, LIMITS, OVERLOAD, RELOAD, CHURN)}
 WARM_UP_SECONDS = 2.0
 RSS = Figure("rss_end_mib", "MiB", "RSS", 0)
 OTHERS = Figure("others_percent", "%", "others on its core", 0)
@@ -94,4 +95,4 @@ def _dropping_out(outcome: Outcome, under_test: dict[str, Running], name: str, s
 def _backends(rig: Rig, workload: Workload):  # type: ignore[no-untyped-def]
     if workload.backends == "json":
         return rig.json()
-    return rig.events(endless=workload.backends == "endless")
+    return rig.events(workload.backends)

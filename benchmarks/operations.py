@@ -63,7 +63,7 @@ def reload(_: Rig, running: Running, seconds: float) -> Round:
     while swapper.is_running():
         swaps += 1
         put_policy(running, POLICY.replace("name: chat", f"name: {POLICY_MARK.format(swaps)}", 1))
-        _wait_in_force(running, POLICY_MARK.format(swaps))
+        wait_in_force(running, POLICY_MARK.format(swaps))
         time.sleep(1.0)
     swapped = swapper.result()
     cpu = running.usage().cpu_seconds - before.cpu_seconds
@@ -79,11 +79,11 @@ def reload(_: Rig, running: Running, seconds: float) -> Round:
 def churn(rig: Rig, running: Running, seconds: float) -> Round:
     """The same load twice before CHURN_BACKENDS backends: left alone, and with CHANGES_PER_SECOND changes."""
     put_policy(running, policy_with_canaries())
-    _wait_in_force(running, canary(CANARIES - 1))
+    wait_in_force(running, canary(CANARIES - 1))
     etcd = Etcd(rig.etcd)
     for number in range(CHURN_BACKENDS):
         etcd.put(*_backend(running, number, weight=1))
-    _wait_known(running, CHURN_BACKENDS)
+    wait_known(running, "churn-", CHURN_BACKENDS)
     _warm_up(rig, running, CONNECT_SECONDS)  # the first request to each backend makes a connection
     quiet, quiet_cpu = loaded(running, running.target(), LOAD_CONNECTIONS, seconds)
     before = running.usage()
@@ -117,7 +117,7 @@ def put_policy(running: Running, text: str) -> None:
     fresh.replace(path)
 
 
-def _wait_in_force(running: Running, mark: str) -> None:
+def wait_in_force(running: Running, mark: str) -> None:
     """Until the gateway says that it serves by it: a swap that came to nothing would measure nothing."""
     _wait(f"the policy with {mark} in force", lambda: mark in _admin(running, "/api/routes"))
 
@@ -190,9 +190,9 @@ def _is_answered(connection: http.client.HTTPConnection, target: Target) -> bool
     return answer.status == 200
 
 
-def _wait_known(running: Running, count: int) -> None:
-    """Until that many backends can be chosen."""
-    _wait(f"{count} backends", lambda: _admin(running, "/api/backends").count('"churn-') >= count)
+def wait_known(running: Running, name: str, count: int) -> None:
+    """Until that many backends whose names begin so can be chosen."""
+    _wait(f"{count} backends {name}", lambda: _admin(running, "/api/backends").count(f'"{name}') >= count)
 
 
 def _admin(running: Running, path: str) -> str:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from benchmarks.credentials import Credentials
 from benchmarks.gateways.gateway import OPEN, Gateway, Site
@@ -25,9 +25,8 @@ from gateway.children import CannotRun
 from gateway.stack import find_program
 
 READY_SECONDS = 45.0
-EVENT_SECONDS = 0.01
-SLOW_EVENT_SECONDS = 1.0
-ENDLESS = 100_000
+PACES = {"events": (0.01, EVENTS), "endless": (1.0, 100_000), "brief": (0.02, 2)}
+"""Seconds between two events of a stream, and how many: `brief` is a request that takes 20 ms."""
 
 
 @dataclass(slots=True)
@@ -102,9 +101,9 @@ class Rig:
         yield self._json
 
     @contextlib.contextmanager
-    def events(self, *, endless: bool = False) -> Iterator[Backends]:
-        """Streams of EVENTS events 10 ms apart, or endless ones of an event each second."""
-        interval, count = (SLOW_EVENT_SECONDS, ENDLESS) if endless else (EVENT_SECONDS, EVENTS)
+    def events(self, kind: Literal["events", "endless", "brief"]) -> Iterator[Backends]:
+        """Streams at one of PACES."""
+        interval, count = PACES[kind]
         backends = event_backends(self._fresh("events"), self.cores.rest, interval=interval, events=count)
         try:
             yield backends

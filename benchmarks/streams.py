@@ -2,7 +2,8 @@
 
 MODE `loop` keeps so many streams going for a while, each followed by the next on the same connection, and tells how
 many events came, how long the first of each took, and the gaps between them. MODE `hold` opens streams and keeps them:
-it writes a line when all have their first event, a second one when the time is over, and ends when stdin does.
+it writes a line when all have their first event, a second one when the time is over, and ends when stdin does. MODE
+`park` does the same with connections that have had one answer each and ask for nothing more.
 
 An event is counted by its `data:`. A stream is whole when its last chunk came after `[DONE]`; whatever else ends it
 has cut it.
@@ -103,6 +104,13 @@ class Stream(asyncio.Protocol):
         self._ended(self)
 
 
+class Parked(Stream):
+    """A connection that has begun with the first byte of its one answer, and is cut when it ends at all."""
+
+    def data_received(self, _: bytes) -> None:
+        self.has_begun = True
+
+
 async def loop_streams(task: Task) -> Seen:
     """Keeps `streams` going for `seconds`, then lets those under way end."""
     loop = asyncio.get_running_loop()
@@ -136,13 +144,13 @@ async def loop_streams(task: Task) -> Seen:
     return seen
 
 
-async def hold_streams(task: Task) -> None:
+async def hold(task: Task, kind: type[Stream]) -> None:
     """Opens them all, says so, waits, says so, and keeps them until stdin ends."""
     loop = asyncio.get_running_loop()
     seen = Seen()
     streams = []
     for _ in range(task.streams):
-        _, stream = await loop.create_connection(lambda: Stream(task, seen, lambda _: None), HOST, task.port)
+        _, stream = await loop.create_connection(lambda: kind(task, seen, lambda _: None), HOST, task.port)
         streams.append(stream)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(OPEN_SECONDS):
@@ -163,8 +171,8 @@ def main() -> None:
     mode = sys.argv[1]
     task = msgspec.json.decode(sys.stdin.readline(), type=Task)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        if mode == "hold":
-            runner.run(hold_streams(task))
+        if mode in ("hold", "park"):
+            runner.run(hold(task, Parked if mode == "park" else Stream))
             return
         seen = runner.run(loop_streams(task))
         _tell(events=seen.events, whole=seen.whole, cut=seen.cut, firsts=seen.firsts, gaps=seen.gaps)

@@ -1,4 +1,4 @@
-"""The workloads that every gateway is put to: unary, latency, stream, many. Each gives the figures of one round."""
+"""The workloads that every gateway is put to: unary, latency, stream, many, idle. Each gives the figures of a round."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from benchmarks.wrk import Load, Target
 CONNECTIONS = 64
 STREAMS = 100
 MANY_STREAMS = 2000
+IDLE_CONNECTIONS = 9900
+"""With 20,000 open files Weir takes 9,936 clients: each may need a second file for its backend."""
 MIB = 1 << 20
 
 
@@ -35,14 +37,17 @@ class Workload:
     figures: tuple[Figure, ...]
     measure: Callable[[Rig, Running, float], Round]
     warm_up: Callable[[Rig, Running, float], object]
-    backends: Literal["json", "events", "endless"] = "json"
+    backends: Literal["json", "events", "endless", "brief"] = "json"
     only: frozenset[str] | None = None
 
 
-def loaded(running: Running, target: Target, connections: int, seconds: float) -> tuple[Load, float]:
+def loaded(
+    running: Running, target: Target, connections: int, seconds: float, pause_ms: int | None = None
+) -> tuple[Load, float]:
     """What wrk counted, and the CPU seconds that the gateway used meanwhile."""
     before = running.usage()
-    load = wrk.run(target, connections=connections, seconds=seconds, folder=running.site.folder)
+    folder = running.site.folder
+    load = wrk.run(target, connections=connections, seconds=seconds, folder=folder, pause_ms=pause_ms)
     return load, running.usage().cpu_seconds - before.cpu_seconds
 
 
@@ -90,14 +95,28 @@ def many(_: Rig, running: Running, seconds: float) -> Round:
     }
 
 
+def idle(_: Rig, running: Running, seconds: float) -> Round:
+    with _client(running, "park", IDLE_CONNECTIONS, seconds, stream=False) as output:
+        opened = _line(output)
+        start = running.usage()
+        held = _line(output)
+        end = running.usage()
+    return {
+        "connection_kib": (end.rss_bytes - running.idle.rss_bytes) / max(1, opened["open"]) / 1024,
+        "rss_mib": end.rss_bytes / MIB,
+        "cpu_percent": 100 * _cpu(start, end) / seconds,
+        "failed": IDLE_CONNECTIONS - opened["open"] + held["cut"],
+    }
+
+
 def _cpu(start: Usage, end: Usage) -> float:
     return end.cpu_seconds - start.cpu_seconds
 
 
 @contextlib.contextmanager
-def _client(running: Running, mode: str, streams: int, seconds: float) -> Iterator[IO[str]]:
+def _client(running: Running, mode: str, streams: int, seconds: float, *, stream: bool = True) -> Iterator[IO[str]]:
     """What the client of streams tells, line by line, while it works."""
-    task = Task(running.site.port, request_text(running), streams, seconds)
+    task = Task(running.site.port, request_text(running, stream=stream), streams, seconds)
     client = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.streams", mode],
         stdin=subprocess.PIPE,
@@ -119,9 +138,9 @@ def _client(running: Running, mode: str, streams: int, seconds: float) -> Iterat
         client.wait()
 
 
-def request_text(running: Running) -> str:
-    """The streaming request as it goes over the wire."""
-    target = running.target(stream=True)
+def request_text(running: Running, *, stream: bool = True) -> str:
+    """The request as it goes over the wire."""
+    target = running.target(stream=stream)
     headers = {"Host": f"{HOST}:{target.port}", **target.headers, "Content-Length": str(len(target.body))}
     lines = [f"POST {target.path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
     return "\r\n".join(lines) + target.body.decode()
@@ -188,4 +207,17 @@ MANY = Workload(
     many,
     _no_warm_up,
     "endless",
+)
+IDLE = Workload(
+    "idle",
+    f"{IDLE_CONNECTIONS} idle connections, after one request each",
+    (
+        Figure("connection_kib", "KiB", "memory per connection"),
+        Figure("rss_mib", "MiB", "RSS held"),
+        Figure("cpu_percent", "%", "CPU held"),
+        FAILED,
+    ),
+    idle,
+    _no_warm_up,
+    only=frozenset({"weir", "weir_python", "nginx", "envoy_router", "envoy_full"}),
 )

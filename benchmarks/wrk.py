@@ -17,6 +17,7 @@ SCRIPT = Template("""\
 wrk.method = "POST"
 wrk.body = [==[$body]==]
 $headers
+$pause
 done = function(summary, latency, requests)
   local e = summary.errors
   io.write(string.format(
@@ -59,15 +60,18 @@ class Load:
 
 
 class Wrk:
-    """A wrk that runs; `result` waits for it."""
+    """A wrk that runs; `result` waits for it. `pause_ms` is waited by each connection before each request."""
 
-    def __init__(self, target: Target, *, connections: int, seconds: float, folder: Path) -> None:
+    def __init__(
+        self, target: Target, *, connections: int, seconds: float, folder: Path, pause_ms: int | None = None
+    ) -> None:
         wrk = shutil.which("wrk")
         if wrk is None:
             raise Failed("wrk is not there, and it makes the load; apt-get install wrk")
         headers = "\n".join(f"wrk.headers[{lua(name)}] = {lua(value)}" for name, value in target.headers.items())
         script = folder / "request.lua"
-        script.write_text(SCRIPT.substitute(body=target.body.decode(), headers=headers))
+        pause = "" if pause_ms is None else f"delay = function() return {pause_ms} end"
+        script.write_text(SCRIPT.substitute(body=target.body.decode(), headers=headers, pause=pause))
         # wrk takes whole seconds only.
         command = [
             wrk,
@@ -100,8 +104,8 @@ class Wrk:
         return parse(output)
 
 
-def run(target: Target, *, connections: int, seconds: float, folder: Path) -> Load:
-    return Wrk(target, connections=connections, seconds=seconds, folder=folder).result()
+def run(target: Target, *, connections: int, seconds: float, folder: Path, pause_ms: int | None = None) -> Load:
+    return Wrk(target, connections=connections, seconds=seconds, folder=folder, pause_ms=pause_ms).result()
 
 
 def parse(output: str) -> Load:

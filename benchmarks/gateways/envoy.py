@@ -12,14 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.credentials import AUDIENCE, ISSUER
-from benchmarks.gateways.gateway import BURST, LIMIT_PER_SECOND, LIMITED, PEERS, REFUSED, Launch, Site, bearer
+from benchmarks.gateways.gateway import (
+    AT_ONCE,
+    BURST,
+    CONSUMER,
+    LIMIT_PER_SECOND,
+    LIMITED,
+    NARROW,
+    PEERS,
+    REFUSED,
+    Launch,
+    Site,
+    bearer,
+)
 from benchmarks.processes import HOST
 
 Json = dict[str, Any]
 
 TYPES = "type.googleapis.com/envoy"
 LOCAL_RATELIMIT = "envoy.filters.http.local_ratelimit"
-CONSUMER = "x-bench-consumer"  # its local_ratelimit knows no claims: the client says who it is
 UNLIMITED = 100_000_000
 
 
@@ -58,7 +69,9 @@ class Envoy:
         backends = _cluster("backends", site.backend_ports)
         if self.full:
             backends["outlier_detection"] = {"consecutive_5xx": 20, "base_ejection_time": "5s"}
-        clusters = [backends, _cluster("otlp", (int(site.otlp.rpartition(":")[2]),))]
+        narrow = _cluster("narrow", site.backend_ports)
+        narrow["circuit_breakers"]["thresholds"][0]["max_requests"] = AT_ONCE
+        clusters = [backends, narrow, _cluster("otlp", (int(site.otlp.rpartition(":")[2]),))]
         address = {"socket_address": {"address": HOST, "port_value": site.port}}
         chain = {"filters": [_typed("envoy.filters.network.http_connection_manager", self._connections(site))]}
         listener = {"name": "data", "address": address, "filter_chains": [chain]}
@@ -68,13 +81,14 @@ class Envoy:
         router = _typed("envoy.filters.http.router", {"@type": f"{TYPES}.extensions.filters.http.router.v3.Router"})
         kind = f"{TYPES}.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"
         plain = {"@type": kind, "stat_prefix": "data", "codec_type": "HTTP1"}
+        narrow = _route({"headers": [_is_from(NARROW)]}, "narrow")
         if not self.full:
-            routes = {"name": "all", "virtual_hosts": [_host([_route()])]}
+            routes = {"name": "all", "virtual_hosts": [_host([narrow, _route()])]}
             return {**plain, "route_config": routes, "http_filters": [router]}
         limits = [_limited(REFUSED, 1, 1, "3600s"), _limited(LIMITED, BURST, LIMIT_PER_SECOND // 20, "0.05s")]
         return {
             **plain,
-            "route_config": {"name": "all", "virtual_hosts": [_host([*limits, _route()])]},
+            "route_config": {"name": "all", "virtual_hosts": [_host([*limits, narrow, _route()])]},
             "http_filters": [_jwt(site), _typed(LOCAL_RATELIMIT, _bucket(UNLIMITED, UNLIMITED, "1s")), router],
             "tracing": _tracing(),
         }
@@ -84,8 +98,12 @@ def _typed(name: str, config: Json) -> Json:
     return {"name": name, "typed_config": config}
 
 
-def _route(match: Json | None = None) -> Json:
-    return {"match": {"prefix": "/", **(match or {})}, "route": {"cluster": "backends", "timeout": "600s"}}
+def _route(match: Json | None = None, cluster: str = "backends") -> Json:
+    return {"match": {"prefix": "/", **(match or {})}, "route": {"cluster": cluster, "timeout": "600s"}}
+
+
+def _is_from(consumer: str) -> Json:
+    return {"name": CONSUMER, "string_match": {"exact": consumer}}
 
 
 def _host(routes: list[Json]) -> Json:
@@ -93,8 +111,10 @@ def _host(routes: list[Json]) -> Json:
 
 
 def _limited(consumer: str, capacity: int, fill: int, interval: str) -> Json:
-    match = {"headers": [{"name": CONSUMER, "string_match": {"exact": consumer}}]}
-    return {**_route(match), "typed_per_filter_config": {LOCAL_RATELIMIT: _bucket(capacity, fill, interval)}}
+    return {
+        **_route({"headers": [_is_from(consumer)]}),
+        "typed_per_filter_config": {LOCAL_RATELIMIT: _bucket(capacity, fill, interval)},
+    }
 
 
 def _bucket(capacity: int, fill: int, interval: str) -> Json:

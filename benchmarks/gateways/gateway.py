@@ -12,9 +12,13 @@ from benchmarks.credentials import Credentials
 
 PEERS = Path(__file__).parent.parent / "peers"
 
-OPEN, LIMITED, REFUSED = "open", "limited", "refused"
-"""The consumers of the workloads: one without a limit that it could meet, one with LIMIT, one that is out of tokens."""
+OPEN, LIMITED, REFUSED, NARROW = "open", "limited", "refused", "narrow"
+"""The consumers of the workloads: one without a limit that it could meet, one with LIMIT, one that is out of tokens,
+and one whose backends take no more than AT_ONCE requests at a time, all together."""
 LIMIT_PER_SECOND, BURST = 1000, 100
+AT_ONCE = 16
+CONSUMER = "x-bench-consumer"
+"""A header for gateways that route by no claim of a token: the client says who it is."""
 
 
 @dataclass(frozen=True, slots=True)

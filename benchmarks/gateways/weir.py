@@ -12,7 +12,17 @@ from pathlib import Path
 
 from benchmarks.credentials import AUDIENCE, ISSUER
 from benchmarks.etcd import Etcd
-from benchmarks.gateways.gateway import BURST, LIMIT_PER_SECOND, LIMITED, REFUSED, Launch, Site, bearer
+from benchmarks.gateways.gateway import (
+    BURST,
+    CONSUMER,
+    LIMIT_PER_SECOND,
+    LIMITED,
+    NARROW,
+    REFUSED,
+    Launch,
+    Site,
+    bearer,
+)
 from benchmarks.payloads import MODEL
 from benchmarks.processes import HOST
 
@@ -35,6 +45,12 @@ routes:
     match: {{path: /v1/chat/completions, model: "{MODEL}*"}}
     to: [{{service: {SERVICE}}}]
 """
+
+POLICY_WITH_NARROW = POLICY.replace(
+    "routes:\n",
+    f"routes:\n  - {{name: narrow, match: {{header: {{{CONSUMER}: {NARROW}}}}}, to: [{{service: {NARROW}}}]}}\n",
+)
+"""Before the others, a route for the consumer NARROW, to the service of that name."""
 
 CANARIES = 500
 
@@ -101,7 +117,7 @@ class Weir:
         return Launch(command, {"PYTHONPATH": root})
 
     def headers(self, site: Site, consumer: str) -> dict[str, str]:
-        return bearer(site, consumer)
+        return {**bearer(site, consumer), **({CONSUMER: NARROW} if consumer == NARROW else {})}
 
 
 def prefix(site: Site) -> str:
@@ -113,5 +129,6 @@ def backend_key(site: Site, service: str, name: str) -> str:
     return f"{prefix(site)}/backends/{service}/{name}"
 
 
-def registration(url: str, model: str, *, weight: int = 1) -> str:
-    return json.dumps({"url": url, "protocols": ["openai"], "models": [{"name": model}], "weight": weight})
+def registration(url: str, model: str, *, weight: int = 1, max_concurrency: int | None = None) -> str:
+    told = {"url": url, "protocols": ["openai"], "models": [{"name": model}], "weight": weight}
+    return json.dumps({**told, "max_concurrency": max_concurrency})

@@ -9,13 +9,13 @@ import pytest
 
 from benchmarks.credentials import Credentials
 from benchmarks.gateways import ALL, BY_NAME, weir
-from benchmarks.gateways.gateway import LIMITED, OPEN, REFUSED, Site
-from benchmarks.gateways.weir import POLICY, backend_key, registration
+from benchmarks.gateways.gateway import AT_ONCE, CONSUMER, LIMITED, NARROW, OPEN, REFUSED, Site
+from benchmarks.gateways.weir import POLICY, POLICY_WITH_NARROW, backend_key, registration
 from discovery.endpoint import decode
 from gateway import config
 from policies import document
 from policies.policy import Principal
-from policies.routing import plan_of
+from policies.routing import Router, plan_of
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +89,27 @@ def test_weirs_policy_knows_the_consumers_of_the_workloads(tmp_path):
     policy = document.parse(POLICY.encode(), base=tmp_path)
     plans = [plan_of(policy, Principal(consumer)) for consumer in (OPEN, LIMITED, REFUSED)]
     assert [plan.name for plan in plans] == [OPEN, LIMITED, REFUSED]
+
+
+def test_the_narrow_consumer_has_backends_of_his_own_in_weir(tmp_path, site):
+    (tmp_path / "jwks.json").write_text("{}")
+    router = Router(document.parse(POLICY_WITH_NARROW.encode(), base=tmp_path))
+    headers = BY_NAME["weir"].headers(site, NARROW)
+    assert router.route("/v1/chat/completions", "tiny", headers.get).to[0].service == NARROW
+    assert CONSUMER not in BY_NAME["weir"].headers(site, OPEN)
+    candidate = decode("narrow/0", registration("http://127.0.0.1:9001", "tiny", max_concurrency=8).encode())
+    assert candidate.at("127.0.0.1").max_concurrency == 8
+
+
+@pytest.mark.parametrize("name", ["envoy_router", "envoy_full"])
+def test_the_narrow_consumer_has_a_cluster_of_his_own_in_envoy(name, site):
+    told = envoy_config(name, site)
+    routes = told["route_config"]["virtual_hosts"][0]["routes"]
+    assert [route["route"]["cluster"] for route in routes][-2:] == ["narrow", "backends"]
+    document = json.loads((site.folder / "envoy.json").read_text())
+    clusters = {each["name"]: each for each in document["static_resources"]["clusters"]}
+    assert clusters["narrow"]["circuit_breakers"]["thresholds"][0]["max_requests"] == AT_ONCE
+    assert clusters["backends"]["circuit_breakers"]["thresholds"][0]["max_requests"] > AT_ONCE
 
 
 def test_weirs_configuration_is_one_that_it_reads(site, monkeypatch):

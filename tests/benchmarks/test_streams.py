@@ -9,7 +9,7 @@ import pytest
 from benchmarks.event_source import Pace, Source, chunk
 from benchmarks.payloads import PATH, chat_request, event
 from benchmarks.processes import HOST
-from benchmarks.streams import Seen, Stream, Task, loop_streams
+from benchmarks.streams import Parked, Seen, Stream, Task, loop_streams
 
 BODY = chat_request(stream=True)
 REQUEST = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(BODY)}\r\n\r\n{BODY.decode()}"
@@ -87,6 +87,17 @@ def test_a_stream_without_its_last_chunk_is_not_whole():
     stream.data_received(ANSWER.removesuffix(b"0\r\n\r\n"))
     stream.connection_lost(None)
     assert (seen.whole, seen.cut) == (0, 1)
+
+
+def test_a_parked_connection_has_begun_with_its_answer_and_is_cut_when_it_ends():
+    seen = Seen()
+    parked = Parked(Task(0, REQUEST, 1, 1.0), seen, lambda _: None)
+    parked.connection_made(Silent())
+    assert not parked.has_begun
+    parked.data_received(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+    assert (parked.has_begun, seen.cut) == (True, 0)
+    parked.connection_lost(None)
+    assert seen.cut == 1
 
 
 async def test_events_keep_to_the_clock_and_not_to_each_others_delay():

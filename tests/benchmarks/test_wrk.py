@@ -37,3 +37,12 @@ def test_no_such_line_is_told_with_what_was_said_instead(output, words):
 )
 def test_a_header_becomes_a_string_of_lua(text, expected):
     assert wrk.lua(text) == expected
+
+
+@pytest.mark.parametrize(("pause_ms", "line"), [(None, ""), (20, "delay = function() return 20 end")])
+def test_a_pause_before_each_request_is_a_function_of_the_script(tmp_path, monkeypatch, pause_ms, line):
+    monkeypatch.setattr(wrk.shutil, "which", lambda _: "true")
+    target = wrk.Target(1, "/", {"Host": "x"}, b"{}")
+    with pytest.raises(Failed, match="no output"):  # it is no real wrk
+        wrk.run(target, connections=1, seconds=1, folder=tmp_path, pause_ms=pause_ms)
+    assert line in (tmp_path / "request.lua").read_text().splitlines()

@@ -32,11 +32,11 @@ def bench(*arguments):
     )
 
 
-def test_unary_and_stream_give_a_table_and_a_document(tmp_path):
+def test_some_workloads_give_a_table_and_a_document(tmp_path):
     place = tmp_path / "result.json"
     words = [
         "--only",
-        "unary,stream",
+        "unary,stream,overload",
         "--peers",
         "direct,weir_python",
         "--rounds",
@@ -50,9 +50,11 @@ def test_unary_and_stream_give_a_table_and_a_document(tmp_path):
     assert ran.returncode == 0, ran.stderr
     assert "unary: 64 connections, closed loop" in ran.stdout
     told = json.loads(place.read_text())
+    for workload in ("unary", "stream", "overload"):
+        assert told["workloads"][workload]["missing"] == {}
+    assert told["workloads"]["overload"]["gateways"]["weir_python"]["failed"]["median"] == 0
     for workload in ("unary", "stream"):
         found = told["workloads"][workload]
-        assert found["missing"] == {}
         assert found["gateways"]["weir_python"]["cpu_us"]["median"] > 0
         assert found["gateways"]["weir_python"]["failed"]["median"] == 0
 
