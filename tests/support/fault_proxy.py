@@ -82,7 +82,6 @@ class FaultProxy:
         self._listener: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
         self._links: set[_Link] = set()
-        self._idle = asyncio.Event()
         self._unanswered: socket.socket | None = None  # fills the queue of a listener that accepts nobody
 
     def __repr__(self) -> str:
@@ -141,10 +140,11 @@ class FaultProxy:
         await self.reset()
 
     async def _end(self, how: str) -> None:
-        for link in tuple(self._links):
+        links = tuple(self._links)  # and none of those that come meanwhile
+        for link in links:
             link.end(how)
-        if self._links:
-            await self._idle.wait()
+        if links:
+            await asyncio.wait([link.task for link in links])
 
     def _bound(self) -> socket.socket:
         listener = socket.socket()
@@ -163,14 +163,12 @@ class FaultProxy:
             self.accepted += 1
             link = _Link(self, client)
             self._links.add(link)
-            self._idle.clear()
             link.task = asyncio.create_task(link.run())
             link.task.add_done_callback(lambda _, link=link: self._forget(link))
 
     def _forget(self, link: _Link) -> None:
+        link.close()
         self._links.discard(link)
-        if not self._links:
-            self._idle.set()
 
 
 class _Link:
@@ -192,14 +190,15 @@ class _Link:
 
     async def run(self) -> None:
         """Carry both directions until both have ended, or one broke."""
-        try:
-            with contextlib.suppress(asyncio.CancelledError, _Cut):
-                await self._carry()
-        finally:
-            for each in (self._client, self._server):
-                if each is not None:
-                    _read_out(each)
-                    each.close()
+        with contextlib.suppress(asyncio.CancelledError, _Cut):
+            await self._carry()
+
+    def close(self) -> None:
+        """When the task is over, be it before its first step."""
+        for each in (self._client, self._server):
+            if each is not None:
+                _read_out(each)
+                each.close()
 
     async def _carry(self) -> None:
         proxy, loop = self._proxy, asyncio.get_running_loop()

@@ -167,6 +167,21 @@ async def test_connections_that_stand_end(how):
             assert await again.readexactly(5) == b"hello"
 
 
+async def test_a_reset_does_not_wait_for_those_who_come_meanwhile():
+    async def come(stack):
+        while True:
+            await stack.enter_async_context(connected(proxy))
+            await asyncio.sleep(0)
+
+    async with echo() as (_, proxy), contextlib.AsyncExitStack() as stack:
+        coming = asyncio.create_task(come(stack))
+        await until(lambda: proxy.open > 2)
+        async with asyncio.timeout(10):
+            await proxy.reset()
+        coming.cancel()
+        await asyncio.wait([coming])
+
+
 async def test_a_black_hole_accepts_and_says_nothing():
     async with echo() as (server, proxy):
         proxy.black_hole = True
