@@ -2,6 +2,7 @@
 
 weir bench --only unary,stream --peers weir,envoy_full --rounds 3 --seconds 5
 weir bench profile        # what each part of a unary request costs in our own code
+weir bench backend        # tokens per second of the reference backend
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from benchmarks import replay, report
+from benchmarks import model_server, replay, report
 from benchmarks.bench import WORKLOADS, Outcome, run
+from benchmarks.figures import Round
 from benchmarks.gateways import ALL, BY_NAME
 from benchmarks.gateways.gateway import Gateway
 from benchmarks.processes import Failed
@@ -26,6 +28,18 @@ from benchmarks.rig import Rig
 
 RESULTS = Path(__file__).parent / "results"
 OPEN_FILES = 20_000  # 2,000 streams are 4,000 sockets of a gateway
+
+
+class Numbers(click.ParamType[tuple[int, ...]]):
+    """Whole numbers from 1 on, with commas between."""
+
+    name = "numbers"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        words = value.split(",")
+        if not all(word.strip().isdecimal() and int(word) for word in words):
+            self.fail(f"{value!r} is not a list of numbers like 1,8,32", param, ctx)
+        return tuple(map(int, words))
 
 
 class Names(click.ParamType[list[str]]):
@@ -89,6 +103,27 @@ def profile(arguments: tuple[str, ...]) -> None:
     """What a unary request costs in our own code, without sockets."""
     sys.argv = ["weir bench profile", *arguments]
     replay.main()
+
+
+@bench.command(epilog="Example: weir bench backend --streams 1,8,32 --rounds 3 --seconds 5")
+@click.option("--model", default="tiny", show_default=True, help="`tiny`, or a Hugging Face directory.")
+@click.option("--streams", type=Numbers(), default=",".join(map(str, model_server.STREAMS)), help="At once.")
+@click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Of each, in turn.")
+@click.option("--seconds", type=click.IntRange(1, 600), default=5, show_default=True, help="Of each round.")
+@click.option("--json", "file", type=click.Path(path_type=Path), help="Write the figures there, too.")
+def backend(model: str, streams: tuple[int, ...], rounds: int, seconds: int, file: Path | None) -> None:
+    """Measure the reference backend: tokens per second and time to the first one, by streams at once."""
+    found: dict[int, list[Round]] = {count: [] for count in streams}
+    with tempfile.TemporaryDirectory(prefix="weir-bench-") as folder:
+        for count, figures in model_server.measure(model, Path(folder), streams, rounds, seconds):
+            found[count].append(figures)
+            told = ", ".join(
+                f"{each.title} {figures[each.name]:.{each.digits}f} {each.unit}" for each in model_server.FIGURES
+            )
+            print(f"{count} streams: {told.strip()}", flush=True)
+    if file is not None:
+        file.write_text(json.dumps(model_server.document(model, found), indent=1))
+    print(model_server.page(found))
 
 
 @bench.command(epilog="Example: weir bench markdown benchmarks/results/20261123-170000.json")
