@@ -48,3 +48,11 @@ def test_links_lead_somewhere(document):
     links = re.findall(r"\]\(([^)#:]+)\)", document.read_text())
     missing = [link for link in links if not (document.parent / link).exists()]
     assert not missing, f"{document.name} links to what is not there: {missing}"
+
+
+def test_every_test_that_shows_something_is_there():
+    """docs/reliability.md names the test of each row, some with one of its parameters."""
+    named = set(re.findall(r"`(test_\w+)(?:\[[^`]*)?`", (ROOT / "docs" / "reliability.md").read_text()))
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert named
+    assert named <= set(re.findall(r"def (test_\w+)", sources))
