@@ -5,7 +5,8 @@ it is bound to loopback only (config.py refuses anything else), and the Host hea
 so that a web page cannot reach it by a name of its own (DNS rebinding).
 
 Whoever asks without end must not take time from requests: all answers but those to probes are made one after the other
-and share an allowance of time, and beyond it there is 429. Metrics become text in a thread.
+and share an allowance of time, and beyond it there is 429. Metrics become text in a thread. Whoever only connects must
+not take the files that clients need: connections are few, and those that ask nothing are closed.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ _SECURE = {
     "x-content-type-options": "nosniff",
 }
 _OPEN_TO_PROBES = frozenset({"/livez", "/readyz"})
+IDLE_SECONDS = 30.0  # for the next request, and for the first one to come whole
+MOST_CONNECTIONS = 256
 _PER_SECOND = 20.0  # answers, all kinds together
 _BURST = 40.0
 _SECONDS_EACH = 0.005  # one that takes longer counts as several: so all of them take a tenth of a core at most
@@ -57,6 +60,20 @@ def admin_app(
     for file in sorted(CONSOLE.iterdir()):
         app.router.add_get("/" if file.name == "index.html" else f"/{file.name}", _file(file))
     return app
+
+
+def at_most(connections: int, server: web.Server) -> Callable[[], asyncio.Protocol]:
+    """What makes the protocols of a listener; whoever comes when there are so many is closed at once."""
+
+    def protocol() -> asyncio.Protocol:
+        return server() if len(server.connections) < connections else _Closed()
+
+    return protocol
+
+
+class _Closed(asyncio.Protocol):
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()
 
 
 class Allowance:

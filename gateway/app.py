@@ -38,8 +38,7 @@ from discovery.etcd import Credentials, EtcdClient, EtcdSettings, EtcdSource
 from discovery.probe import HttpProbe
 from discovery.source import Source, SourceFailure
 from discovery.static import StaticBackend, StaticSource
-from gateway import config
-from gateway.admin import admin_app
+from gateway import admin, config
 from gateway.admission import Admission
 from gateway.attempts import Forwarder
 from gateway.call import Ids
@@ -374,17 +373,18 @@ class Gateway:
         auth = self.config.admin.auth
         documents = views(self.fleet, self.discovery, self.policy, self.recent)
         token = auth.token if auth is not None else None
-        app = admin_app(self.metrics, self.not_ready, documents, token, self.clock)
-        runner = web.AppRunner(app, access_log=None)
+        app = admin.admin_app(self.metrics, self.not_ready, documents, token, self.clock)
+        runner = web.AppRunner(app, access_log=None, keepalive_timeout=admin.IDLE_SECONDS)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         listen = self._admin_listen()
+        protocol = admin.at_most(admin.MOST_CONNECTIONS, cast("web.Server", runner.server))
         try:
-            site = web.TCPSite(runner, listen.host, listen.port)
-            await site.start()
+            listener = await asyncio.get_running_loop().create_server(protocol, listen.host, listen.port)
         except OSError as error:
             raise _cannot_listen("admin.listen", listen, error) from error
-        self.admin_address = Address(listen.host, runner.addresses[0][1])
+        stack.callback(listener.close)
+        self.admin_address = Address(listen.host, listener.sockets[0].getsockname()[1])
 
     def _most_connections(self) -> int:
         """How many clients at a time, and a word to the operator if it is fewer than were asked for."""

@@ -301,3 +301,24 @@ async def test_G19_metrics_are_asked_for_without_end(row):
         async with RawClient(gateway.data_address) as client:
             client.send(b"GET /metrics HTTP/1.1\r\nhost: a\r\n\r\n")
             assert b"weir_requests_total" not in (await client.answer()).body
+
+
+async def test_G19_connections_to_the_admin_listener_without_end(row, monkeypatch):
+    """20 are served at a time here (256 as shipped), and those that ask nothing are closed after 1 s (30 s)."""
+    monkeypatch.setattr("gateway.admin.MOST_CONNECTIONS", 20)
+    monkeypatch.setattr("gateway.admin.IDLE_SECONDS", 1.0)
+    async with ScriptedBackend() as backend, row.gateway(backend.url) as gateway:
+        admin = gateway.admin_address
+        streams = [await asyncio.open_connection(admin.host, admin.port) for _ in range(60)]
+        for _, writer in streams[::2]:
+            writer.write(b"GET /liv")
+        at_once = [asyncio.create_task(reader.read(), name="read") for reader, _ in streams]
+        await until(lambda: sum(read.done() for read in at_once) >= 40)
+        async with Traffic(gateway.data_address) as traffic:
+            await traffic.more(50)
+        assert traffic.failed == []
+        await until(lambda: all(read.done() for read in at_once), 20)
+        assert {read.result() for read in at_once} == {b""}
+        assert (await page(gateway, "/livez")).status == 200
+        for _, writer in streams:
+            writer.close()
