@@ -3,8 +3,10 @@
 CLOSED => OPEN when a request fails and, within `window`, at least `of_at_least` ended and the share `failures` of them
     failed. Everything passes. The trip waits for the next failure while the caller says that no more may be ejected.
 OPEN => HALF_OPEN when its time is over and the next request comes: nothing passes before.
-    The time is `open`, doubled with each trip since the breaker was last closed, at most 60 s (`open` itself where that
-    is longer), and then up to 20 % more or less, so that the replicas of the gateway do not come back as one.
+    The time is `open`, doubled with each trip that follows on another, at most 60 s (`open` itself where that is
+    longer), and then up to 20 % more or less, so that the replicas of the gateway do not come back as one. A trip
+    follows on another until the breaker has been closed for as long as the next rest would last: a backend that fails,
+    recovers and fails again is tried less and less often.
 HALF_OPEN => CLOSED when all `probes` succeeded, OPEN when one failed.
     At most `probes` requests pass in all, not at a time: what a weak backend has to bear is bounded however many wait.
     For the way back no leave to eject is asked: it is ejected already.
@@ -23,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum
+from math import inf
 from random import Random
 from typing import Final
 
@@ -63,6 +66,7 @@ class Breaker:
     """A closed breaker. `on_change` hears each new state after it is in force."""
 
     __slots__ = (
+        "_closed_at",
         "_ended",
         "_failed",
         "_generation",
@@ -85,6 +89,7 @@ class Breaker:
         self._failed = Window(rule.window)
         self._generation = 0
         self._open_seconds = rule.open  # of the next trip, before jitter
+        self._closed_at = -inf
         self._reopens_at = 0.0
         self._places = 0  # probes that may still start
         self._to_succeed = 0  # probes that must still succeed
@@ -150,9 +155,11 @@ class Breaker:
         else:
             self._to_succeed -= 1
             if not self._to_succeed:
-                self._close()
+                self._close(now)
 
     def _open(self, now: float) -> None:
+        if self.is_closed and now - self._closed_at >= self._open_seconds:
+            self._open_seconds = self._rule.open
         self._reopens_at = now + self._open_seconds * (1 + _JITTER * (2 * self._rng.random() - 1))
         self._open_seconds = min(2 * self._open_seconds, max(_LONGEST_OPEN, self._rule.open))
         self._become(_OPEN)
@@ -161,8 +168,8 @@ class Breaker:
         self._places = self._to_succeed = self._rule.probes
         self._become(_HALF_OPEN)
 
-    def _close(self) -> None:
-        self._open_seconds = self._rule.open
+    def _close(self, now: float) -> None:
+        self._closed_at = now
         self._ended.clear()
         self._failed.clear()
         self._become(_CLOSED)

@@ -138,7 +138,7 @@ def test_late_news_of_an_older_generation_changes_nothing():
     assert breaker.retry_after(6.0) == pytest.approx(10.0), "left twice counts once"
 
 
-def test_each_trip_in_a_row_lasts_twice_as_long_up_to_a_minute_and_closing_starts_again():
+def test_each_trip_in_a_row_lasts_twice_as_long_up_to_a_minute_until_it_stays_closed():
     breaker, _ = tripped()
     now, lasted = 0.0, []
     for _ in range(6):
@@ -149,8 +149,26 @@ def test_each_trip_in_a_row_lasts_twice_as_long_up_to_a_minute_and_closing_start
 
     now += 60.0
     send(breaker, [SUCCESS] * 2, now)
-    send(breaker, [FAILURE] * 4, now)
-    assert breaker.retry_after(now) == pytest.approx(5.0)
+    send(breaker, [FAILURE] * 4, now + 59.0)
+    assert breaker.retry_after(now + 59.0) == pytest.approx(60.0)
+
+    now += 119.0
+    send(breaker, [SUCCESS] * 2, now)
+    send(breaker, [FAILURE] * 4, now + 60.0)
+    assert breaker.retry_after(now + 60.0) == pytest.approx(5.0)
+
+
+def test_one_that_flaps_rests_longer_and_longer():
+    breaker, _ = tripped()
+    now, lasted = 0.0, []
+    for _ in range(5):
+        lasted.append(breaker.retry_after(now))
+        now += lasted[-1]
+        send(breaker, [SUCCESS] * 2, now)
+        assert breaker.is_closed
+        now += 3.0
+        send(breaker, [FAILURE] * 4, now)
+    assert lasted == pytest.approx([5.0, 10.0, 20.0, 40.0, 60.0])
 
 
 def test_a_rule_that_asks_for_more_than_a_minute_gets_it():
@@ -254,8 +272,9 @@ class BreakerMachine(RuleBasedStateMachine):
         self.state = State.CLOSED
         self.seen = []  # (second, failed) since it was last closed
         self.tickets = []  # every ticket out, current or late
-        self.trips = 0
+        self.trips = 0  # that followed on each other
         self.opened_at = 0.0
+        self.closed_at = float("-inf")
         self.succeeded = 0
         self.current = 0  # tickets of this generation that are out
 
@@ -267,9 +286,12 @@ class BreakerMachine(RuleBasedStateMachine):
         assert self.changes[-1] is state
 
     def open(self):
+        longest = max(60.0, self.rule.open)
+        planned = min(self.rule.open * 2**self.trips, longest)
+        if self.state is State.CLOSED and self.now - self.closed_at >= planned:
+            self.trips, planned = 0, min(self.rule.open, longest)
         self.become(State.OPEN)
         self.opened_at = self.now
-        planned = min(self.rule.open * 2**self.trips, max(60.0, self.rule.open))
         self.trips += 1
         assert 0.8 * planned - 1e-6 <= self.breaker.retry_after(self.now) <= 1.2 * planned + 1e-6
 
@@ -331,7 +353,7 @@ class BreakerMachine(RuleBasedStateMachine):
             self.succeeded += 1
             if self.succeeded == self.rule.probes:
                 self.become(State.CLOSED)
-                self.trips = 0
+                self.closed_at = self.now
                 self.seen = []
 
     @rule(outcome=st.sampled_from(Outcome))
