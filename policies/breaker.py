@@ -1,7 +1,8 @@
 """Circuit breaker of one backend: stops sending to it while it fails, then tries it with a few requests.
 
 CLOSED => OPEN when a request fails and, within `window`, at least `of_at_least` ended and the share `failures` of them
-    failed. Everything passes. The trip waits for the next failure while the caller says that no more may be ejected.
+    failed, or the last `of_at_least` all failed: however much went well before, it is over. Everything passes. The trip
+    waits for the next failure while the caller says that no more may be ejected.
 OPEN => HALF_OPEN when its time is over and the next request comes: nothing passes before.
     The time is `open`, doubled with each trip that follows on another, at most 60 s (`open` itself where that is
     longer), and then up to 20 % more or less, so that the replicas of the gateway do not come back as one. A trip
@@ -70,6 +71,7 @@ class Breaker:
         "_ended",
         "_failed",
         "_generation",
+        "_in_a_row",
         "_on_change",
         "_open_seconds",
         "_places",
@@ -87,6 +89,7 @@ class Breaker:
         self._on_change = on_change
         self._ended = Window(rule.window)
         self._failed = Window(rule.window)
+        self._in_a_row = 0  # failures since the last success
         self._generation = 0
         self._open_seconds = rule.open  # of the next trip, before jitter
         self._closed_at = -inf
@@ -138,14 +141,18 @@ class Breaker:
             return
         self._ended.add(now)
         if outcome is not _FAILURE:
+            self._in_a_row = 0
             return
+        self._in_a_row += 1
         self._failed.add(now)
         if may_open and self._is_failing(now):
             self._open(now)
 
     def _is_failing(self, now: float) -> bool:
-        ended = self._ended.count(now)
-        return ended >= self._rule.of_at_least and self._failed.count(now) / ended >= self._rule.failures
+        ended, failed, enough = self._ended.count(now), self._failed.count(now), self._rule.of_at_least
+        return ended >= enough and (
+            failed / ended >= self._rule.failures or (failed >= enough and self._in_a_row >= enough)
+        )
 
     def _judge_probe(self, outcome: Outcome, now: float) -> None:
         if outcome is _FAILURE:
@@ -172,6 +179,7 @@ class Breaker:
         self._closed_at = now
         self._ended.clear()
         self._failed.clear()
+        self._in_a_row = 0
         self._become(_CLOSED)
 
     def _become(self, state: State) -> None:

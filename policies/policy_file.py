@@ -134,7 +134,8 @@ class BreakerSection(Section):
         default=policy.BreakerRule().failures, description="Share of failures that opens it (default 50%)."
     )
     of_at_least: Positive = Field(
-        default=policy.BreakerRule().of_at_least, description="Outcomes to judge by (default 20)."
+        default=policy.BreakerRule().of_at_least,
+        description="Outcomes to judge by (default 20); when so many in a row failed it opens whatever the share.",
     )
     window: Duration = Field(
         default=policy.BreakerRule().window, description="How far back outcomes count (default 10s)."

@@ -48,6 +48,9 @@ def tripped(now=0.0):
         ([IGNORED] * 100, False),
         ([FAILURE, FAILURE, FAILURE, IGNORED, IGNORED], False),
         ([FAILURE, FAILURE, FAILURE, IGNORED, FAILURE], True),
+        ([SUCCESS] * 100 + [FAILURE] * 3, False),
+        ([SUCCESS] * 100 + [FAILURE, FAILURE, IGNORED, FAILURE, FAILURE], True),
+        ([SUCCESS] * 100 + [FAILURE, FAILURE, FAILURE, SUCCESS, FAILURE], False),
     ],
 )
 def test_it_opens_at_the_share_of_enough_requests(outcomes, opens):
@@ -338,11 +341,12 @@ class BreakerMachine(RuleBasedStateMachine):
         if outcome is not IGNORED:
             self.seen.append((int(self.now), outcome is FAILURE))
         recent = [failed for second, failed in self.seen if second > int(self.now) - 10]
+        last = recent[-self.rule.of_at_least :]
         if (
             outcome is FAILURE
             and may_open
             and len(recent) >= self.rule.of_at_least
-            and sum(recent) / len(recent) >= self.rule.failures
+            and (sum(recent) / len(recent) >= self.rule.failures or all(last))
         ):
             self.open()
 
