@@ -152,6 +152,12 @@ class Connection:
         else:
             answer.on_broken("upstream_protocol")
 
+    def pause_writing(self) -> None:
+        """The backend takes its request slowly. There is nothing to hold back: all of it has been written."""
+
+    def resume_writing(self) -> None:
+        """It has taken most of it."""
+
     def eof_received(self) -> bool:
         return False
 

@@ -203,6 +203,27 @@ def test_pausing_a_connection_that_is_closing_does_nothing(pool) -> None:
     assert not connection.transport.is_reading_paused
 
 
+async def test_a_backend_that_takes_a_large_request_slowly(pool) -> None:
+    """The event loop tells a protocol so, whether it listens or not."""
+    wanted, failures = b"x" * 4_000_000, []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
+
+    async def take(reader, writer) -> None:
+        await reader.readexactly(len(wanted))
+        writer.write(OK)
+        writer.close()
+
+    server = await asyncio.start_server(take, "127.0.0.1", 0)
+    async with server:
+        pool = Pool(endpoint(port=server.sockets[0].getsockname()[1]))
+        connection, listener = await pool.connect(), Listener()
+        connection.start(listener, wanted)
+        while "end" not in listener.heard:
+            await asyncio.sleep(0.005)
+        connection.finish(0.0)
+    assert (listener.heard, failures) == ([200, b"hi", "end", "flush"], [])
+
+
 def test_a_bug_of_ours_is_not_blamed_on_the_backend(pool) -> None:
     connection = connected(pool)
     listener = Listener()
