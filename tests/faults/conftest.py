@@ -28,7 +28,7 @@ When the body of the `with` has ended, clients closed, this holds, or the test f
         `row.more_descriptors` say how many more a row leaves on purpose); memory grew by less than MOST_GROWTH
     I6  all requests of the bystander were answered with 200
 
-`row.requests(gateway)` are the records of requests that are not the bystander's, newest first. A test prints nothing to
+`row.token(sub)` is a token that such a policy accepts. `row.requests(gateway)` are the records of requests that are not the bystander's, newest first. A test prints nothing to
 stdout: that is where the gateway's log goes, and each line of it must be JSON.
 """
 
@@ -61,7 +61,7 @@ CALM = {"model": "calm", "messages": [{"role": "user", "content": "good day"}]}
 PLAN = {"requests": "1/month", "burst": 100_000}
 MOST_GROWTH = 64 * 2**20
 PATIENCE_SECONDS = 10.0  # for what has to come back
-NOT_CHARGED = {  # a request that ended so did not cost its caller anything
+NOT_CHARGED = {  # a request that ended so, without work for a backend, did not cost its caller anything
     "rate_limited", "concurrency", "client_timeout", "no_backend", "circuit_open", "queue_full", "overloaded",
 }  # fmt: skip
 
@@ -86,17 +86,17 @@ class Row:
         self.secrets: list[str] = []
         self.expects_traceback = False
         self.more_tasks = self.more_descriptors = 0
-        self.lines: list[dict] = []  # of the access log, without the bystander's
+        self.lines: list[dict] = []  # of the access log, without the bystander's, in the order of their ends
         self.log: list[dict] = []  # what else was logged
         self.calm = ScriptedBackend()
         self._read_log = read_log
         self._key = generate_signing_key()
-        self._token = ""
         self._answers: list[Answer] = []
         self._backends: list[ScriptedBackend] = []
         self._proxies: list[FaultProxy] = []
         self._policy = ""
         self._every_line: list[dict] = []
+        self._turns: dict[str, int] = {}  # in which order requests ended, as far as it is remembered
         self._told = ""  # in metrics and spans
         self._logs = ""
         self._watched = 0  # gateways that have not ended well so far
@@ -145,21 +145,28 @@ class Row:
         self._policy = yaml.safe_dump(document, sort_keys=False)
         return self._policy
 
+    def token(self, sub: str) -> str:
+        """A token of the row's own issuer, which must not turn up anywhere."""
+        token = mint(self._key, sub=sub, issuer=ISSUER, audience="weir", ttl=600.0, wall=time.time())
+        self.secrets.append(token)
+        return token
+
     @contextlib.asynccontextmanager
     async def around(self, running, *, bystander: bool = True):
         """Watch the gateway of a context manager, which is entered here."""
-        self._token = mint(self._key, sub=BYSTANDER, issuer=ISSUER, audience="weir", ttl=600.0, wall=time.time())
         self._watched += 1
         async with running as gateway:
             before = _Resources()
             if bystander:
-                async with _Bystander(gateway.data_address, self._token) as other:
+                async with _Bystander(gateway.data_address, self.token(BYSTANDER)) as other:
                     yield gateway
                 other.check()
             else:
                 yield gateway
             await self._wait_given_back(gateway, before)
             self._check_charges(gateway)
+            ended = [request["request_id"] for request in reversed(gateway.recent.requests())]
+            self._turns |= {request_id: turn for turn, request_id in enumerate(ended)}
             self._told += (await scrape(gateway)).text
             self._told += "".join(repr(span) for request in gateway.recent._kept for span in spans(request))
         self.read_log(self._read_log())
@@ -178,6 +185,7 @@ class Row:
         """Take in the log of a gateway that has stopped."""
         records = [json.loads(line) for line in text.splitlines()]
         lines = [record for record in records if "end_reason" in record]
+        lines.sort(key=lambda line: (self._turns.get(line["request_id"], 0), line["time"]))  # errors are written first
         self.lines += [line for line in lines if line["consumer"] != BYSTANDER]
         self.log += [record for record in records if "end_reason" not in record]
         self._every_line += lines
@@ -232,15 +240,14 @@ class Row:
             if len(ended) == gateway.recent._kept.maxlen:
                 continue  # there were more than are remembered
             charged = round(account.plan.burst - account.meter.remaining(gateway.clock()))
-            cost = [one for one in of_this if one["code"] not in NOT_CHARGED]
-            in_doubt = [one for one in of_this if one["code"] in NOT_CHARGED and len(one["attempts"]) > 1]
-            assert len(cost) <= charged <= len(cost) + len(in_doubt), f"{charged} charged of {of_this}"
+            cost = [one for one in of_this if one["code"] not in NOT_CHARGED or _had_work(one)]
+            assert charged == len(cost), f"{charged} charged of {of_this}"
 
     async def _wait_given_back(self, gateway, before) -> None:
         """I5. Connections that wait in pools are closed first: they are kept on purpose."""
         for proxy in self._proxies:
-            proxy.to_server.go()
-            proxy.to_client.go()
+            if proxy.is_faulty:
+                await proxy.heal()
         backends, accounts = gateway.fleet.backends.values(), gateway.pipeline._admission._accounts.values()
         await _until_equal(lambda: gateway.pipeline.inflight, 0, "requests in flight")
         await _until_equal(lambda: len(gateway.forwarder.relays), 0, "answers on their way")
@@ -254,7 +261,7 @@ class Row:
 
     def _check_secrets(self, text: str, where: str) -> None:
         addresses = [f"127.0.0.1:{port}" for port in (each.port for each in (*self._backends, *self._proxies))]
-        for secret in (self._token, *self.secrets, *addresses):
+        for secret in (*self.secrets, *addresses):
             assert not secret or secret not in text, f"{secret} is told in {where}"
         assert not re.search(r"(?i)bearer\s+(?!error=|TOKEN`)\S{20}|BEGIN [A-Z ]*PRIVATE KEY", text), (
             f"a credential is told in {where}"
@@ -342,6 +349,10 @@ async def _until_equal(read, wanted, what: str) -> None:
     with contextlib.suppress(TimeoutError):
         await until(lambda: read() == wanted, PATIENCE_SECONDS)
     assert read() == wanted, f"{what}: {read()}, not {wanted}"
+
+
+def _had_work(request: dict) -> bool:
+    return any(attempt["outcome"] not in ("connect_fail", "shed") for attempt in request["attempts"])
 
 
 def _noting(enter, known: list):

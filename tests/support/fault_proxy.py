@@ -63,6 +63,12 @@ class Direction:
     async def wait_going(self) -> None:
         await self._going.wait()
 
+    @property
+    def is_faulty(self) -> bool:
+        settings = (self.bandwidth, self.slices, self.cut_after, self.corrupts)
+        is_changed = self.latency > 0 or self.swallows or any(each is not None for each in settings)
+        return is_changed or not self._going.is_set()
+
     def heal(self) -> None:
         self.latency, self.bandwidth, self.slices, self.swallows = 0.0, None, None, False
         self.cut_after, self.cut_by, self.corrupts = None, "fin", None
@@ -75,6 +81,7 @@ class FaultProxy:
     def __init__(self, port: int, *, buffer: int | None = None) -> None:
         self.to_server, self.to_client = Direction(), Direction()
         self.black_hole = False
+        self._stands = False
         self.accepted = 0
         self.port = 0
         self._target = port
@@ -95,11 +102,19 @@ class FaultProxy:
     def open(self) -> int:
         return len(self._links)
 
+    @property
+    def is_faulty(self) -> bool:
+        """Whether anything is not as in the beginning. After its end it is not."""
+        is_closed = self._accepting is None
+        return self._stands and (is_closed or self.black_hole or self.to_server.is_faulty or self.to_client.is_faulty)
+
     async def __aenter__(self) -> Self:
+        self._stands = True
         await self.listen()
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._stands = False
         await self.refuse()
         await self.reset()
 

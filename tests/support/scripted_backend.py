@@ -1,6 +1,7 @@
 """A backend that answers with exactly the bytes a test wants, and records exactly the bytes it was sent.
 
-A script is an async function `script(connection)`; it is run for each request, after its head and body have come.
+A script is an async function `script(connection)`; it is run for each request, after its head and body have come, or
+after its head alone where `reads_body` is false: then it reads the body itself, or does not.
 """
 
 import asyncio
@@ -97,6 +98,7 @@ class ScriptedBackend:
         self.connections = 0
         self.open = 0
         self.healthy = True
+        self.reads_body = True
         self.failures: list[BaseException] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -138,8 +140,8 @@ class ScriptedBackend:
 
     async def _one(self, connection: BackendConnection) -> None:
         connection.head = await connection.reader.readuntil(b"\r\n\r\n")
-        length = int(connection.header("content-length") or 0)
-        connection.body = await connection.reader.readexactly(length)
+        if self.reads_body:
+            connection.body = await connection.reader.readexactly(int(connection.header("content-length") or 0))
         if connection.path == "/health":
             await connection.json({}, 200 if self.healthy else 503)
             return

@@ -224,7 +224,9 @@ async def test_healed_it_is_as_in_the_beginning():
         proxy.to_client.cut_after, proxy.to_server.slices, proxy.black_hole = 1, 1, True
         proxy.to_client.stop()
         await proxy.refuse()
+        assert proxy.is_faulty
         await proxy.heal()
+        assert not proxy.is_faulty
         async with connected(proxy) as (reader, writer):
             writer.write(b"hello")
             assert await reader.readexactly(5) == b"hello"
