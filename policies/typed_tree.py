@@ -38,11 +38,15 @@ class Strict:
     LATER: ClassVar[frozenset[str]] = frozenset()
 
 
+_adapter = cache(TypeAdapter)  # made from a model in a tenth of a second
+
+
 def read(tree: Tree, model: type[T], context: dict[str, Any] | None = None) -> tuple[T | None, list[Problem]]:
     """Return the model, None where it could not be made, and every problem, those of the tree included."""
     found = list(tree.problems)
+    kind: Any = model  # mypy doubts that every class is hashable
     try:
-        typed: T = TypeAdapter(model).validate_python(to_plain(tree.root), context=context)
+        typed: T = _adapter(kind).validate_python(to_plain(tree.root), context=context)
     except ValidationError as error:
         told = {problem.path for problem in found}
         errors = error.errors(include_url=False)[:MAX_PROBLEMS]
