@@ -39,6 +39,10 @@ _PER_SECOND = 20.0  # answers, all kinds together
 _BURST = 40.0
 _SECONDS_EACH = 0.005  # one that takes longer counts as several: so all of them take a tenth of a core at most
 
+# Whatever a gateway hands on has it, and no client can take it away: so registering this listener as a backend opens it
+# to nobody, whichever gateway the registration is for.
+FORWARDED = "x-weir-consumer"
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 View = Callable[[], Any]
 
@@ -119,6 +123,8 @@ def _guard(token: str | None, allowance: Allowance) -> Any:
 
 def _check(request: web.Request, token: str | None) -> None:
     """Raise HTTPForbidden or HTTPUnauthorized for who may not come in."""
+    if FORWARDED in request.headers:
+        raise web.HTTPForbidden(text="The admin listener answers nothing that has come through a gateway.\n")
     if token is None:
         if not _is_plain_host(request.host):
             raise web.HTTPForbidden(text="Call the admin listener by its address or as localhost.\n")

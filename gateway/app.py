@@ -181,6 +181,7 @@ class Gateway:
                 head_timeout=limits.head_timeout,
                 header_bytes=limits.header,
                 connections=self._most_connections(),
+                name=f"weir-{self.id}".encode(),
             )
             background(self._watch_load(observe))
             register_gauges(

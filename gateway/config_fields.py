@@ -69,6 +69,8 @@ def parse_http_url(text: str) -> str:
         usable = url.scheme in ("http", "https") and url.hostname and url.port != 0
     except ValueError:
         usable = False
+    if re.search("//[^/?#]*@", text) or ("@" in text and not usable):  # URLs are shown: in messages, logs, the console
+        raise ValueError("a URL must not carry a user or password")
     if not usable:
         raise ValueError(f"{shown(text)} is not an http(s) URL")
     return text

@@ -16,7 +16,7 @@ Lines = list[tuple[bytes, bytes]]
 
 # What happens to a header of the request. Names not in the table go on unchanged.
 FORWARD, DROP, AUTHORIZATION, HOST, CONNECTION, REQUEST_ID, TRACEPARENT, TRACESTATE, CONTENT_TYPE = range(9)
-CONTENT_ENCODING, EXPECT, TRANSFER_ENCODING, LOOKALIKE = range(9, 13)
+CONTENT_ENCODING, EXPECT, TRANSFER_ENCODING, LOOKALIKE, VIA = range(9, 14)
 
 _TABLE: Final[dict[bytes, int]] = {
     b"authorization": AUTHORIZATION,
@@ -29,6 +29,7 @@ _TABLE: Final[dict[bytes, int]] = {
     b"content-encoding": CONTENT_ENCODING,
     b"expect": EXPECT,
     b"transfer-encoding": TRANSFER_ENCODING,
+    b"via": VIA,
     # hop-by-hop (RFC 9110, 7.6.1), and what the gateway alone may say to a backend
     b"content-length": DROP,
     b"keep-alive": DROP,
@@ -40,7 +41,6 @@ _TABLE: Final[dict[bytes, int]] = {
     b"upgrade": DROP,
     b"http2-settings": DROP,
     b"forwarded": DROP,
-    b"via": DROP,
     b"x-real-ip": DROP,
     b"endpoint-load-metrics-format": DROP,
     # an answer is looked into (usage, errors), so it must come unencoded
@@ -57,6 +57,8 @@ _NEEDED: Final = frozenset(
 _FRAMING: Final = frozenset({b"contentlength", b"transferencoding"})
 _NO_LETTERS: Final = re.compile(rb"[^a-z]+")
 
+# Who handed a request on, of all that `Via` may name: only gateways like us, and only they go on (RFC 9110, 7.6.3).
+_HOPS: Final = re.compile(rb"1\.1 weir-[0-9a-f]{16}").findall
 _SANE_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}").fullmatch
 _HOST: Final = re.compile(rb"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?").fullmatch
 
@@ -93,6 +95,7 @@ class Head:
         "host",
         "parent",
         "request_id",
+        "via",
     )
 
     def __init__(self, lines: Lines) -> None:
@@ -103,6 +106,7 @@ class Head:
         self.content_type = b""
         self.request_id = b""  # the client's own, where it is sane
         self.parent: TraceParent | None = None
+        self.via = b""  # the gateways that have handed the request on before
         self.chunked = self.expects_continue = False
         self.closes = False  # the client wants no other request on this connection
         self._read(lines)
@@ -127,6 +131,8 @@ class Head:
             forwarded = self._obey(forwarded, nominated)
         if self.host is not None:
             forwarded.append(b"x-forwarded-host: %b\r\n" % self.host)
+        if self.via:
+            forwarded.append(b"via: %b\r\n" % self.via)
         if tracestate:
             forwarded.append(b"tracestate: %b\r\n" % tracestate)
         self.forwarded = b"".join(forwarded)
@@ -143,6 +149,8 @@ class Head:
         elif action == REQUEST_ID:
             if _SANE_ID(value):
                 self.request_id = value
+        elif action == VIA:
+            self.via = b", ".join([*filter(None, [self.via]), *_HOPS(value)])
         elif action == TRACEPARENT:
             self.parent = parse_traceparent(value)
         elif action == TRANSFER_ENCODING:

@@ -39,7 +39,7 @@ _END_REASONS: Final = {
 _END_REASONS_BY_CODE: Final = {
     "keys_unavailable": "auth", "no_backend": "no_backend", "circuit_open": "breaker_open", "overloaded": "shed",
     "draining": "drain", "model_not_found": "policy", "upstream_failed": "upstream_error",
-    "upstream_timeout": "upstream_timeout", "deadline": "upstream_timeout", "queue_full": "shed",
+    "upstream_timeout": "upstream_timeout", "deadline": "upstream_timeout", "queue_full": "shed", "loop": "policy",
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import httptools
 from gateway.call import Call
 from gateway.head import Head, Lines
 from gateway.wakeup import Wakeup
-from policies.errors import BadRequest, ClientTimeout, HeaderTooLarge, Refusal
+from policies.errors import BadRequest, ClientTimeout, HeaderTooLarge, LoopDetected, Refusal
 
 if TYPE_CHECKING:
     from gateway.identify import Entry
@@ -28,6 +28,7 @@ WRITE_HIGH_BYTES: Final = 64 * 1024
 WRITE_LOW_BYTES: Final = 16 * 1024
 HELD_BYTES: Final = 64 * 1024  # of a body that nobody has asked for yet
 MOST_LINES: Final = 100  # of a head
+LONGEST_VIA: Final = 256  # ten gateways one after the other
 MOST_AHEAD: Final = 128  # requests sent before the first is answered; those beyond are not served
 UNREAD_SECONDS: Final = 30.0  # how long a client may leave what it was sent unread
 LINGER_SECONDS: Final = 2.0  # a client whose body nobody wants has this long to read its refusal
@@ -51,6 +52,7 @@ class DataServer:
         head_timeout: float,
         header_bytes: int,
         connections: int,
+        name: bytes = b"weir",
     ) -> None:
         self.handle = handle
         self.reject = reject
@@ -58,6 +60,7 @@ class DataServer:
         self.head_timeout = head_timeout
         self.header_bytes = header_bytes
         self.most_connections = connections
+        self.name = name  # ours alone: what a request is known by that comes by again
         self.refused_connections = 0
         self.connections: set[ClientConnection] = set()
 
@@ -137,7 +140,11 @@ class ClientConnection:
         peer = stream.get_extra_info("peername")
         scheme = b"https" if stream.get_extra_info("sslcontext") else b"http"
         address = str(peer[0]).encode() if isinstance(peer, tuple) else b"unknown"
-        self.forwarded_lines = b"x-forwarded-for: %b\r\nx-forwarded-proto: %b\r\n" % (address, scheme)
+        self.forwarded_lines = b"via: 1.1 %b\r\nx-forwarded-for: %b\r\nx-forwarded-proto: %b\r\n" % (
+            server.name,
+            address,
+            scheme,
+        )
         self._quiet_since = self.loop.time()
         self._alarm = self.loop.call_later(server.idle, self._close_if_quiet)
 
@@ -362,10 +369,12 @@ class ClientConnection:
     # What the pipeline uses
 
     def head_of(self, lines: Lines) -> Head:
-        """The vetted head of these lines. Raises as `Head` does."""
+        """The vetted head of these lines. Raises as `Head` does, and LoopDetected."""
         if lines != self._known_lines:
             self.caller = None
-            self._known = Head(lines)
+            self._known = head = Head(lines)
+            if head.via and (self._server.name in head.via or len(head.via) > LONGEST_VIA):
+                raise LoopDetected("This request has come by before: a backend is registered that leads back here.")
             self._known_lines = lines
         return self._known
 

@@ -152,6 +152,13 @@ class Draining(NoBackend):
     code = "draining"
 
 
+class LoopDetected(Refusal):
+    """The request has come through this gateway before: a registration leads back here."""
+
+    status = 508
+    code = "loop"
+
+
 class UpstreamTimeout(Refusal):
     status = 504
     code = "upstream_timeout"

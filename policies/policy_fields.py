@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -52,9 +53,11 @@ def _parse_jwks(text: str) -> str:
     """Return an http(s) URL, or the path of a file."""
     if "://" not in text:
         return parse_text(text)
+    if re.search("//[^/?#]*@", text):  # messages would show it
+        raise ValueError("a URL must not carry a user or password")
     try:
         url = urlsplit(text)
-        usable = url.scheme in ("http", "https") and url.hostname and url.port != 0 and not url.username
+        usable = url.scheme in ("http", "https") and url.hostname and url.port != 0
     except ValueError:
         usable = False
     if not usable:

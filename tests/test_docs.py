@@ -38,6 +38,13 @@ def test_every_metric_named_is_exposed():
     assert named <= exposed
 
 
+def test_every_test_that_security_md_names_is_there():
+    named = re.findall(r"`(tests/[^`]+)`", (ROOT / "SECURITY.md").read_text())
+    missing = [name for name in named if not list(ROOT.glob(name))]
+    assert len(named) > 20
+    assert not missing
+
+
 def test_every_command_is_in_the_table():
     for name in cli.weir.commands:
         assert f"`weir {name}" in section("Commands")

@@ -131,6 +131,14 @@ async def test_with_a_token_nothing_is_told_without_it(headers, status, path) ->
             assert answer.headers["www-authenticate"] == 'Basic realm="weir"'
 
 
+@pytest.mark.parametrize("token", [None, TOKEN])
+@pytest.mark.parametrize("path", ["/", "/metrics", "/livez", "/api/backends", "/nothing"])
+async def test_what_came_through_a_gateway_is_answered_to_nobody(token, path) -> None:
+    async with client(token) as admin:
+        answer = await admin.get(path, headers=bearer(TOKEN) | {"X-Weir-Consumer": "anonymous"})
+        assert answer.status == 403
+
+
 @pytest.mark.parametrize("path", ["/livez", "/readyz"])
 async def test_probes_need_no_token(path) -> None:
     async with client(TOKEN) as admin:

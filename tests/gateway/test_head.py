@@ -26,6 +26,25 @@ def test_what_only_the_gateway_may_say_does_not_go_on(line) -> None:
     assert head_of("host: gateway", line).forwarded == b"x-forwarded-host: gateway\r\n"
 
 
+HOP = "1.1 weir-0123456789abcdef"
+
+
+@pytest.mark.parametrize(
+    ("lines", "via"),
+    [
+        ([], b""),
+        (["via: 1.1 evil", "via: 1.0 fred, 1.1 p.example.net"], b""),
+        ([f"via: {HOP}"], HOP.encode()),
+        ([f"via: 1.1 cdn, {HOP}", f"Via: {HOP} (comment)"], f"{HOP}, {HOP}".encode()),
+        (["via: 1.1 weir-0123", "via: 1.1 weir-\t0123456789abcdef"], b""),
+    ],
+)
+def test_of_those_who_handed_a_request_on_only_gateways_are_told(lines, via) -> None:
+    head = head_of(*lines)
+    assert head.via == via
+    assert head.forwarded == (b"via: %b\r\n" % via if via else b"")
+
+
 def test_other_headers_go_on_less_those_that_connection_names() -> None:
     head = head_of("X-Team: blue", "x-hop: 1", "connection: keep-alive, X-Hop", "Content-Type: a/b", "tracestate: a=1")
     assert head.forwarded == b"X-Team: blue\r\ncontent-type: a/b\r\ntracestate: a=1\r\n"

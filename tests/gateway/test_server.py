@@ -1,11 +1,13 @@
 """The data listener's protocol on a transport in memory: real parsing, no sockets."""
 
 import asyncio
+import contextlib
 
 import pytest
 
 from gateway.call import Call
 from gateway.server import LINGER_BYTES, LINGER_SECONDS, MOST_AHEAD, UNREAD_SECONDS
+from policies.errors import LoopDetected
 from tests.support.http_message import heard
 from tests.support.listener import Listener
 from tests.support.virtual_clock import virtual_time
@@ -30,7 +32,29 @@ async def test_requests_are_served_in_order_on_one_connection() -> None:
 @virtual_time
 async def test_backends_are_told_who_calls() -> None:
     client, _ = Listener().connect()
-    assert client.forwarded_lines == b"x-forwarded-for: 127.0.0.1\r\nx-forwarded-proto: http\r\n"
+    assert client.forwarded_lines == b"via: 1.1 weir\r\nx-forwarded-for: 127.0.0.1\r\nx-forwarded-proto: http\r\n"
+
+
+@pytest.mark.parametrize(
+    ("via", "is_refused"),
+    [
+        ("1.1 weir-00000000000000aa", True),
+        ("1.1 weir-00000000000000bb, 1.1 weir-00000000000000aa", True),
+        ("1.1 weir-00000000000000bb", False),
+        (", ".join(["1.1 weir-00000000000000bb"] * 9), False),
+        (", ".join(["1.1 weir-00000000000000bb"] * 11), True),
+        ("1.1 aa", False),
+    ],
+)
+@virtual_time
+async def test_a_request_that_comes_by_again_is_refused_each_time(via, is_refused) -> None:
+    listener = Listener()
+    listener.server.name = b"weir-00000000000000aa"
+    client, _ = listener.connect()
+    lines = [(b"host", b"a"), (b"via", via.encode())]
+    for _ in range(2):
+        with pytest.raises(LoopDetected) if is_refused else contextlib.nullcontext():
+            client.head_of(lines)
 
 
 @virtual_time

@@ -56,7 +56,7 @@ def test_read(kind, text, value):
         (fields.Jwks, "ftp://h/keys", "`ftp://h/keys` is neither an http(s) URL nor the path of a file"),
         (fields.Jwks, "file:///keys", "is neither"),
         (fields.Jwks, "https://", "is neither"),
-        (fields.Jwks, "https://user:secret@h/keys", "is neither"),
+        (fields.Jwks, "https://user:secret@h/keys", "a URL must not carry a user or password"),
         (fields.Jwks, "https://h:99999/keys", "is neither"),
         (fields.Jwks, "https://[::1/keys", "is neither"),
         (fields.Jwks, "", "must have 1 to 1000 characters"),
