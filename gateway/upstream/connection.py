@@ -34,8 +34,8 @@ class Connection:
     """An asyncio protocol: idle (answer is None) => busy (start) => idle (whole answer) or closed (anything else)."""
 
     __slots__ = (
-        "_alarm", "_bodyless_bytes", "_headers", "_in_head", "_is_paused", "_keeps_alive", "_parser", "_rings_at",
-        "answer", "got_bytes", "idle_since", "leftover", "pool", "reused", "transport", "whole",
+        "_alarm", "_bodyless_bytes", "_ends_by_itself", "_headers", "_in_head", "_is_paused", "_keeps_alive", "_parser",
+        "_rings_at", "answer", "got_bytes", "idle_since", "leftover", "pool", "reused", "transport", "whole",
     )  # fmt: skip
 
     transport: asyncio.Transport
@@ -53,6 +53,7 @@ class Connection:
         self._in_head = True
         self._bodyless_bytes = 0  # since the last piece of a body, or since the answer began
         self._headers: list[tuple[bytes, bytes]] = []
+        self._ends_by_itself = False
         self._keeps_alive = False
         self._is_paused = False
         self._parser = httptools.HttpResponseParser(self)
@@ -189,7 +190,10 @@ class Connection:
             self.leftover = True  # the answer hears of it when this read has been parsed
             return
         self._in_head = False
-        self.answer.on_head(self._parser.get_status_code(), headers)
+        status = self._parser.get_status_code()
+        # Behind 1xx the answer proper is to come; where a status allows no body, some backends send one all the same.
+        self._ends_by_itself = status >= 200 and status not in (204, 304)
+        self.answer.on_head(status, headers)
 
     def on_body(self, data: bytes) -> None:
         self._bodyless_bytes = 0
@@ -199,7 +203,7 @@ class Connection:
     def on_message_complete(self) -> None:
         if self.answer is not None and not self.leftover:
             self.whole = True
-            self._keeps_alive = self._parser.should_keep_alive()  # llhttp knows it only now
+            self._keeps_alive = self._ends_by_itself and self._parser.should_keep_alive()  # llhttp knows it only now
             self.answer.on_end()
 
 
