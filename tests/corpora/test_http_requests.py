@@ -25,6 +25,7 @@ LOOP = "uvloop"
 EXPECTED = json.loads((Path(__file__).parent / "http_expected.json").read_text())["requests"]
 PATIENCE_MS = 300
 CONFIG = f"limits: {{idle: {PATIENCE_MS}ms, head_timeout: {PATIENCE_MS}ms, body_timeout: {PATIENCE_MS}ms}}\n"
+SLOW_CONFIG = f"limits: {{idle: {PATIENCE_MS}ms, head_timeout: 3s, body_timeout: 3s}}\n"
 # Words that a refusal may have in common with a request: they are ours.
 OUR_WORDS = {b"content-length", b"transfer-encoding", b"request", b"header", b"chunked", b"method", b"accepted"}
 HEADERS = {  # of a refusal
@@ -41,10 +42,11 @@ def test_the_expectations_are_about_cases_that_there_are():
 
 
 @pytest.mark.parametrize("which", SETS)
-async def test_what_reaches_a_backend(tmp_path, which):
-    cases = SETS[which]()
-    async with RecordingBackend() as backend, running_gateway(tmp_path, backend.url, config=CONFIG) as gateway:
-        seen = await outcomes(gateway.data_address, backend, cases)
+@pytest.mark.parametrize("piece", [None, 7], ids=["whole", "in pieces"])
+async def test_what_reaches_a_backend(tmp_path, which, piece):
+    cases, config = SETS[which](), CONFIG if piece is None else SLOW_CONFIG
+    async with RecordingBackend() as backend, running_gateway(tmp_path, backend.url, config=config) as gateway:
+        seen = await outcomes(gateway.data_address, backend, cases, piece)
     assert backend.stray == []
     passed = {name: str(outcome) for name, outcome in seen.items() if outcome.reached}
     assert passed == {name: read for name, read in EXPECTED["passes"].items() if name in seen}

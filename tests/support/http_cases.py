@@ -108,15 +108,18 @@ def _expected(row: dict) -> str:
     return "first" if row["strict_expect"] == "first-only-then-close" else row["strict_expect"]
 
 
-async def outcomes(address, backend: RecordingBackend, cases: Iterable[Case]) -> dict[str, Outcome]:
-    """Send each case on a connection of its own until the other side closes it. Raises TimeoutError for one that hangs."""
+async def outcomes(
+    address, backend: RecordingBackend, cases: Iterable[Case], piece: int | None = None
+) -> dict[str, Outcome]:
+    """Send each case on a connection of its own until the other side closes it, in one piece or its first kilobyte in
+    pieces of so many bytes. Raises TimeoutError for one that hangs."""
     limit = asyncio.Semaphore(AT_ONCE)
     cases = list(cases)
 
     async def one(number: int, case: Case) -> bytes:
         async with limit:
             try:
-                return await asyncio.wait_for(_exchange(address, _source(number), case.data), HANGS_AFTER)
+                return await asyncio.wait_for(_exchange(address, _source(number), case.data, piece), HANGS_AFTER)
             except TimeoutError:
                 raise TimeoutError(f"{case.name} hangs") from None
 
@@ -138,17 +141,33 @@ def _source(number: int) -> str:
     return f"127.1.{number // 200}.{number % 200 + 1}"
 
 
-async def _exchange(address, source: str, data: bytes) -> bytes:
+def pieces(data: bytes, size: int | None) -> list[bytes]:
+    """The first kilobyte in pieces of this size, and the rest."""
+    if size is None:
+        return [data]
+    return [data[at : min(at + size, 1024)] for at in range(0, min(1024, len(data)), size)] + [data[1024:]]
+
+
+async def _exchange(address, source: str, data: bytes, piece: int | None) -> bytes:
     reader, writer = await asyncio.open_connection(address.host, address.port, local_addr=(source, 0))
-    received = b""
-    try:
+    received = bytearray()
+
+    async def read() -> None:
         with contextlib.suppress(ConnectionError):
-            writer.write(data)
-            while piece := await reader.read(65536):
-                received += piece
+            while some := await reader.read(65536):
+                received.extend(some)
+
+    reading = asyncio.create_task(read())
+    try:
+        for each in pieces(data, piece):
+            if not writer.is_closing():
+                writer.write(each)
+                await asyncio.sleep(0)
+        await reading
     finally:
+        reading.cancel()
         writer.close()
-    return received
+    return bytes(received)
 
 
 # Answers
