@@ -172,6 +172,7 @@ class LeasedMeter:
             self._share.give(1.0)
         elif self._store.up or self._plan.when_store_is_down is not WhenStoreIsDown.OPEN:
             self._slice.put_back(now)
+            self._watch_slice()
 
     def remaining(self, now: float) -> float:
         if self._share is not None:
@@ -210,7 +211,7 @@ class LeasedMeter:
         now = self._now()
         self._share = None
         self._serve(self._slice.answered(question, grant, now), now)
-        if self._slice.tokens:
+        if self._slice.to_return():
             self._watch_slice()
 
     def _serve(self, going: int, now: float) -> None:
@@ -252,7 +253,7 @@ class LeasedMeter:
 
     def _give_back(self) -> None:
         self._keep_timer = None
-        if not self._slice.tokens or self._asking or not self._store.up:
+        if not self._slice.to_return() or self._asking or not self._store.up:
             return  # the next answer watches again
         if self._slice.outlasts_need(self._now()) > 0.0:
             self._watch_slice()

@@ -194,8 +194,12 @@ class Slice:
         """No answer came. What is in hand stays good until it expires."""
         self.low_water = -1
 
+    def to_return(self) -> int:
+        """Tokens that the store does not count as spent although they are not: in hand, or given back by requests."""
+        return self.tokens + self._credit
+
     def outlasts_need(self, now: float) -> float:
-        """Seconds until the spare tokens should go back; 0.0: now. Never so few that no clock can count them."""
+        """Seconds until what is unspent should go back; 0.0: now. Never so few that no clock can count them."""
         seconds = self._renewed_at + KEEP_SECONDS - now
         return seconds if seconds > 0.001 else 0.0
 

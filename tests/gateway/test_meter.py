@@ -182,6 +182,15 @@ class TestTaking:
 
 class TestPuttingBack:
     @virtual_time
+    async def test_the_store_hears_of_it_though_nobody_asks_again(self, ledger):
+        meter = leased(LedgerStore(ledger), MINUTE)
+        assert await take_many(meter, 4) == 4
+        taken = level(ledger)
+        meter.put_back(now())
+        await asyncio.sleep(KEEP_SECONDS + 0.01)
+        assert level(ledger) >= taken + 1.0
+
+    @virtual_time
     async def test_the_token_can_be_used_again(self, ledger):
         meter = leased(LedgerStore(ledger), MINUTE)
         assert await take_many(meter, 11) == 10

@@ -94,6 +94,9 @@ class RecordingGateway(Gateway):
     def _life(self, backend: Backend) -> int:
         return self._lives.setdefault(id(backend), (len(self._lives) + 1, backend))[0]
 
+    def _accounts(self):
+        return self.pipeline._admission._accounts.values()
+
     async def pulse(self) -> None:
         while True:
             counts = self.discovery.store.statistics()
@@ -103,6 +106,7 @@ class RecordingGateway(Gateway):
                 state=self.discovery.watch.state.value,
                 waiting=counts.held + counts.damped,
                 is_store_up=self.pipeline._admission._store.up,
+                unreturned=sum(account.meter._slice.to_return() for account in self._accounts()),
             )
             await asyncio.sleep(PULSE_SECONDS)
 

@@ -49,6 +49,7 @@ ROOT = Path(__file__).parents[2]
 PREFIX = "/weir/v1/backends/"
 ISSUER = "https://idp.example"
 PACED_RATE, PACED_BURST, COUNTED_BURST, PROBES = 60, 30, 100_000, 2
+GATEWAYS = ("g1", "g2")
 BACKENDS = 4
 SETTLE_SECONDS = 20.0
 
@@ -85,7 +86,7 @@ class World:
     ) -> None:
         self.rng = random.Random(seed)  # of the steps alone: how many requests there were changes none of them
         self._chance = random.Random(seed + 1)
-        self.history = History(gateways=("g1", "g2"))
+        self.history = History(gateways=GATEWAYS)
         self.nodes = {node.name: node for node in nodes}
         self._home = home
         self._store_seconds = store_seconds  # how long a request waits for Redis
@@ -142,10 +143,7 @@ class World:
         self._ending = True
         await asyncio.gather(*self._clients)
         self._clients = []
-        for name in self.history.gateways:
-            await self._ask_once_more(name)
-        if not any(trouble.lost for trouble in self.history.troubles):
-            await self._wait_tokens_returned()
+        await self._wait_tokens_returned()
         for process in self._processes.values():
             assert process.stdin is not None
             process.stdin.close()
@@ -212,23 +210,15 @@ class World:
         with contextlib.suppress(TimeoutError):
             await until(settled, SETTLE_SECONDS)
 
-    async def _ask_once_more(self, gateway: str) -> None:
-        """What was granted to a client that had left goes back with the next question to Redis."""
-        async with RawClient(self._addresses[gateway]) as client:
-            _, login = self._lines_of("", "counted")
-            assert await self._ask(client, gateway, "counted", f"{gateway}-counted-last", login)
-
     async def _wait_tokens_returned(self) -> None:
-        """Until no gateway holds tokens of the bucket that is counted."""
+        """Until Redis has been told of every token that was not spent."""
+        since = time.perf_counter()
 
         def returned() -> bool:
-            fields = self.redis.command("HGETALL", bucket_key("counted", "counted"))
-            leases = [
-                value for name, value in zip(fields[::2], fields[1::2], strict=True) if name not in (b"level", b"at")
-            ]
-            return all(lease.split()[1] == b"0" for lease in leases)
+            beats = [next(line for line in reversed(self._lines(name)) if line["kind"] == "pulse") for name in GATEWAYS]
+            return all(beat["at"] > since and not beat["unreturned"] for beat in beats)
 
-        await until(returned, 10)
+        await until(returned, 15)
 
     # Doing things
 
