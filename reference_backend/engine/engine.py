@@ -18,6 +18,7 @@ from random import Random
 from reference_backend.admission import FairQueue
 from reference_backend.engine.kv_cache import BlockPool
 from reference_backend.engine.model import Llama
+from reference_backend.engine.pace import Pace
 from reference_backend.engine.request import Delta, Load, Published, Sequence
 from reference_backend.engine.runner import Launched, Result, Runner
 from reference_backend.engine.scheduler import Scheduler
@@ -31,7 +32,8 @@ class Settings:
     """Sizes of an engine.
 
     `cache_tokens` is the room for keys and values, shared by all sequences; at least one of `context` tokens fits.
-    `step_tokens` bounds a step, and with it the time that a long prompt holds up the others.
+    `step_tokens` bounds a step, and with it the time that a long prompt holds up the others; where so many take longer
+    than `step_seconds`, fewer are read beside those who generate.
     """
 
     slots: int
@@ -39,6 +41,7 @@ class Settings:
     cache_tokens: int
     block_size: int = 16
     step_tokens: int = 256
+    step_seconds: float = 0.1
     age_seconds: float = 10.0  # a request that waits rises by a class each time
 
     @property
@@ -73,6 +76,8 @@ class Engine:
             slots=settings.slots,
             step_tokens=settings.step_tokens,
         )
+        self._pace = Pace(settings.step_seconds)
+        self._reading = 0  # tokens of prompts in the last step
         self._unread: Launched | None = None
         self._arrived: list[Sequence] = []
         self._arrivals = 0
@@ -112,7 +117,8 @@ class Engine:
         """Take one step: every sequence that generates gets one token, and a piece of a prompt is read."""
         self._take_in(now)
         published = self._drop(now)
-        plan = self.scheduler.schedule(now)
+        plan = self.scheduler.schedule(now, self._pace.readable())
+        self._reading = sum(work.tokens for work in plan if not work.is_decode)
         launched = self.runner.launch(plan) if plan else None
         if self._overlap:
             launched, self._unread = self._unread, launched
@@ -120,6 +126,10 @@ class Engine:
             for result in launched.results():
                 published += self._commit(result)
         return published
+
+    def took(self, seconds: float) -> None:
+        """The time of the last turn, from which the size of the next ones follows."""
+        self._pace.took(seconds, self._reading)
 
     def _take_in(self, now: float) -> None:
         for sequence in self._arrived:

@@ -59,10 +59,16 @@ class Scheduler:
     def everyone(self) -> list[Sequence]:
         return [*self.running, *self.preempted, *self.queue]
 
-    def schedule(self, now: float) -> list[Work]:
-        """Plan one step, and take what it needs. Every planned token counts as computed from here on."""
+    def schedule(self, now: float, readable: int | None = None) -> list[Work]:
+        """Plan one step, and take what it needs. Every planned token counts as computed from here on.
+
+        While somebody generates, at most `readable` tokens of prompts are read beside (None: as the budget allows).
+        """
         plan: dict[Sequence, Work] = {}
         budget = self.step_tokens
+        generating = sum(sequence.is_primed for sequence in self.running)
+        if generating and readable is not None:
+            budget = min(budget, generating + readable)
         preemptions = self.preemptions
         for sequence in sorted(self.running, key=_is_reading):
             count = min(sequence.uncomputed, budget)

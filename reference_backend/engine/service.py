@@ -80,7 +80,9 @@ def serve(engine: Engine, line: Line, clock: Callable[[], float]) -> int:
         if not engine.is_busy:
             continue
         try:
-            published = engine.turn(clock())
+            began = clock()
+            published = engine.turn(began)
+            engine.took(clock() - began)
         except Exception:  # whatever it is, nobody must wait for it any longer
             log.exception("the engine failed")
             return 1

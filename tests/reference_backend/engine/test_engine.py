@@ -190,6 +190,24 @@ def test_a_prompt_is_read_in_pieces_while_others_go_on(engine):
     run(subject)
 
 
+def test_slow_steps_make_the_next_pieces_small(engine):
+    """On a machine that needs a second for 16 tokens, a long prompt is read in the smallest pieces beside an answer."""
+    subject = engine(slots=2, context=256, step_tokens=64)
+    first, long = sequence(max_tokens=40), sequence([7] * 64, max_tokens=2)
+    subject.submit(first)
+    subject.turn(0.0)
+    subject.took(0.2)
+    subject.submit(long)
+    computed = []
+    while long.computed < 64:
+        subject.turn(0.0)
+        subject.took(1.0)
+        computed.append(long.computed)
+    assert computed == [16, 32, 48, 64]
+    run(subject)
+    assert long.generated == greedy_reference(MODEL, long.prompt, 2)
+
+
 def test_equal_seeds_give_equal_text_and_others_do_not(engine):
     first, second, other = (sequence(max_tokens=16, temperature=1.0, seed=seed) for seed in (1, 1, 2))
     assert alone(engine, [first, second, other])[0] == second.generated != other.generated

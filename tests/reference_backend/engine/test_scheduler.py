@@ -55,6 +55,16 @@ def test_a_long_prompt_is_read_in_pieces_beside_those_who_generate():
     assert step(subject) == [(6, 1, True), (40, 1, True)]
 
 
+def test_a_slow_machine_reads_less_beside_those_who_generate():
+    subject = scheduler(step_tokens=16)
+    add(subject, range(100, 120))
+    assert [work.tokens for work in subject.schedule(0.0, readable=4)] == [16]  # nobody generates yet
+    [work] = subject.schedule(0.0, readable=4)
+    subject.commit(work.sequence, 7)
+    add(subject, range(200, 220))
+    assert [work.tokens for work in subject.schedule(0.0, readable=4)] == [1, 4]
+
+
 def test_who_generates_goes_before_who_reads_and_readers_in_order():
     subject = scheduler(step_tokens=8)
     add(subject, range(100, 120))
