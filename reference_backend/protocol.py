@@ -354,6 +354,29 @@ def event(content: Json) -> bytes:
 DONE = b"data: [DONE]\n\n"
 
 
+# What can be scraped: name, kind, meaning, and where it is in the load. The names are those of vLLM, so that what knows
+# vLLM's metrics (the inference extension of the Kubernetes Gateway API, for one) knows these.
+METRICS = (
+    ("num_requests_running", "gauge", "Requests that have a slot", "running"),
+    ("num_requests_waiting", "gauge", "Requests that wait for one", "waiting"),
+    ("kv_cache_usage_perc", "gauge", "Used share of the key-value cache, 0 to 1", "kv_usage"),
+    ("prefix_cache_queries_total", "counter", "Tokens of prompts", "prompt_tokens"),
+    ("prefix_cache_hits_total", "counter", "Tokens of prompts that were cached", "cached_tokens"),
+    ("generation_tokens_total", "counter", "Tokens generated", "generated_tokens"),
+    ("num_preemptions_total", "counter", "Requests that had to give way and were computed again", "preemptions"),
+)
+
+
+def metrics_page(load: Load, model: str) -> str:
+    """The load in the text format of Prometheus. Counters begin again with each worker."""
+    label = model.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return "".join(
+        f"# HELP vllm:{name} {meaning}\n# TYPE vllm:{name} {kind}\n"
+        f'vllm:{name}{{model_name="{label}"}} {getattr(load, field)}\n'
+        for name, kind, meaning, field in METRICS
+    )
+
+
 def load_report(load: Load, form: str) -> str:
     """The value of `endpoint-load-metrics` (ORCA, envoyproxy/envoy#6614), named as vLLM's metrics are."""
     metrics = {

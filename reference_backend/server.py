@@ -211,6 +211,7 @@ class Api:
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/models/{model}", self._model)
         app.router.add_get("/health", self._health)
+        app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/v2/health/live", self._live)
         app.router.add_get("/v2/health/ready", self._ready)
         return app
@@ -358,6 +359,10 @@ class Api:
     async def _health(self, _request: web.Request) -> web.Response:
         status = self.phase.value if self.phase is not Phase.READY or self._worker.is_ready else "loading"
         return _json({"status": status}, status=200 if self.is_ready else 503)
+
+    async def _metrics(self, _request: web.Request) -> web.Response:
+        text = protocol.metrics_page(self._worker.load(), self.model)
+        return web.Response(text=text, headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _live(self, _request: web.Request) -> web.Response:
         return _json({"live": True})

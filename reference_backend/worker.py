@@ -17,6 +17,7 @@ import contextlib
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import cast
 
 from reference_backend.engine.config import ModelError
@@ -132,7 +133,7 @@ class Worker:
             return Load(0, 0, 0.0)
         last = self._link.load
         running = min(last.running, self._in_flight)
-        return Load(running, self._in_flight - running, last.kv_usage)
+        return replace(last, running=running, waiting=self._in_flight - running)
 
     def submit(
         self,

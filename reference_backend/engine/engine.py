@@ -99,7 +99,16 @@ class Engine:
         """The current counts."""
         scheduler = self.scheduler
         waiting = len(self._arrived) + len(scheduler.preempted) + len(scheduler.queue)
-        return Load(len(scheduler.running), waiting, scheduler.pool.held / (scheduler.pool.blocks - 1))
+        pool = scheduler.pool
+        return Load(
+            running=len(scheduler.running),
+            waiting=waiting,
+            kv_usage=pool.held / (pool.blocks - 1),
+            prompt_tokens=pool.asked_tokens,
+            cached_tokens=pool.found_tokens,
+            generated_tokens=scheduler.generated_tokens,
+            preemptions=scheduler.preemptions,
+        )
 
     def submit(self, sequence: Sequence) -> None:
         """Hand in a sequence whose prompt and `max_tokens` fit the context."""

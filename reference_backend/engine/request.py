@@ -130,11 +130,19 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What the backend reports about itself. `kv_usage` is the used share of the cache, 0 to 1."""
+    """What the engine reports about itself. `kv_usage` is the used share of the cache, 0 to 1.
+
+    The rest are counts since its start: tokens of prompts that were asked and, of those, found in the cache; tokens
+    generated; sequences that had to give way.
+    """
 
     running: int
     waiting: int
     kv_usage: float
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
 
 
 Published = list[tuple[Sequence, Delta]]

@@ -47,6 +47,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.preempted: list[Sequence] = []  # in order of class and arrival
         self.preemptions = 0
+        self.generated_tokens = 0
         self._free_slots = list(range(slots))
 
     def __repr__(self) -> str:
@@ -88,6 +89,7 @@ class Scheduler:
         """The token that was pending is known. Harmless for a sequence that is gone."""
         sequence.pending -= 1
         sequence.tokens.append(token)
+        self.generated_tokens += 1
         self.queue.charge(sequence.tenant, generated=1)
         if sequence.slot is not None:
             self.pool.index(sequence)

@@ -1,6 +1,8 @@
 """The command line: what it takes, what it refuses, and with which exit code."""
 
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -13,6 +15,12 @@ from tests.support.tiny_model import DIRECTORY  # noqa: E402
 
 def run(arguments):
     return command.main(arguments, clock=time.monotonic, wall=time.time)
+
+
+def test_the_server_does_without_torch():
+    """It is in the worker: the server starts faster, and is as small as a server."""
+    program = "import reference_backend.process, sys; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_tiny_is_known_by_name():

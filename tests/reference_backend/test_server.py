@@ -257,6 +257,15 @@ async def test_extremes_are_answered_all_together():
         assert json.loads((await post(backend.url, QUESTION))[2])["choices"][0]["message"]["content"] == ANSWER
 
 
+async def test_metrics_are_those_of_the_worker():
+    async with running_api() as backend, aiohttp.ClientSession() as session:
+        await post(backend.url, QUESTION | {"max_tokens": 5})
+        await backend.wait_idle()
+        async with session.get(f"{backend.url}/metrics") as response:
+            assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+            assert 'vllm:generation_tokens_total{model_name="tiny"} 5\n' in await response.text()
+
+
 async def test_models_are_listed():
     card = {"id": "tiny", "object": "model", "created": CREATED, "owned_by": "weir"}
     async with running_api() as backend, aiohttp.ClientSession() as session:

@@ -254,10 +254,10 @@ def test_load_is_what_runs_waits_and_is_held(engine):
         subject.submit(sequence())
     assert subject.load() == Load(0, 3, 0.0)
     subject.turn(0.0)
-    assert subject.load() == Load(2, 1, 2 / 33)
+    assert subject.load() == Load(2, 1, 2 / 33, prompt_tokens=6, generated_tokens=2)
     assert repr(subject) == "<Engine 2 running of 2, 1 waiting>"
     run(subject)
-    assert subject.load() == Load(0, 0, 0.0)
+    assert subject.load() == Load(0, 0, 0.0, prompt_tokens=9, generated_tokens=24)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
