@@ -487,7 +487,8 @@ async def serve(settings: Config, *, worker: int | None = None) -> None:
     """Run a gateway until SIGTERM or SIGINT, which drain it; a second one ends it at once. Raises CannotRun."""
     check_supply()
     _raise_file_limit()
-    sys.setswitchinterval(0.0005)  # threads write logs and export spans: none may hold the loop for Python's usual 5 ms
+    # Threads write logs and export spans: none may hold the loop for Python's usual 5 ms, at each callback anew.
+    sys.setswitchinterval(0.00005)
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
     stop = asyncio.Event()

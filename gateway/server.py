@@ -17,6 +17,7 @@ import httptools
 
 from gateway.call import Call
 from gateway.head import Head, Lines
+from gateway.outbox import outbox_of
 from gateway.wakeup import Wakeup
 from policies.errors import BadRequest, ClientTimeout, HeaderTooLarge, LoopDetected, Refusal
 
@@ -84,7 +85,7 @@ class ClientConnection:
     __slots__ = (
         "_ahead", "_alarm", "_arrival", "_body_wakeup", "_call", "_drained", "_framing_bytes", "_head_bytes",
         "_head_timer", "_hold", "_in_head", "_is_first_read", "_is_reading_paused", "_is_writing_paused", "_known",
-        "_known_lines", "_length", "_lines", "_parser", "_quiet_since", "_reading", "_received", "_server",
+        "_known_lines", "_length", "_lines", "_outbox", "_parser", "_quiet_since", "_reading", "_received", "_server",
         "_takes_more", "_target", "_task", "caller", "forwarded_lines", "loop", "relay", "transport",
     )  # fmt: skip
 
@@ -95,6 +96,7 @@ class ClientConnection:
         self.forwarded_lines = b""
         self.caller: Entry | None = None  # of the last request, as long as its header lines are repeated
         self._server = server
+        self._outbox = outbox_of(loop)
         self._parser = httptools.HttpRequestParser(self)
         self._task: asyncio.Task[None] | None = None  # made with the first request
         self._ahead: deque[Call | Refusal] = deque()  # calls not begun; a refusal is the last
@@ -344,6 +346,7 @@ class ClientConnection:
         """Close the connection if no request is under way or has begun to come."""
         is_idle = self._call is None and not self._ahead and not self._in_head
         if is_idle and self.transport is not None:
+            self._outbox.flush()
             self.transport.close()
         return is_idle
 
@@ -352,11 +355,12 @@ class ClientConnection:
     def write(self, data: bytes) -> None:
         """Send bytes, if the client is still there."""
         if self.transport is not None:
-            self.transport.write(data)
+            self._outbox.write(self.transport, data)
 
     def cut(self) -> None:
         """Close after what has been written, without a clean end of the answer; abort if it is never read."""
         if self.transport is not None:
+            self._outbox.flush()
             if self.transport.get_write_buffer_size():
                 self.loop.call_later(UNREAD_SECONDS, self.transport.abort)
             self.transport.close()
@@ -364,6 +368,7 @@ class ClientConnection:
     def abort(self) -> None:
         """Close at once; what has not been sent is lost."""
         if self.transport is not None:
+            self._outbox.flush()
             self.transport.abort()
 
     # What the pipeline uses
@@ -495,6 +500,7 @@ class ClientConnection:
         """
         self._takes_more = False
         if self.transport is not None and self.transport.can_write_eof():
+            self._outbox.flush()
             self.transport.write_eof()
             await asyncio.sleep(LINGER_SECONDS)  # unless the client leaves before, which cancels this
 

@@ -16,6 +16,8 @@ import threading
 from collections import deque
 from typing import Final
 
+from observability.background import give_way
+
 _QUEUED_LINES: Final = 10_000  # each queue; an ordinary line has 500 bytes, the longest possible 8 KiB
 _BATCH_LINES: Final = 512
 _PERIOD_SECONDS: Final = 0.1
@@ -55,6 +57,7 @@ class LineWriter:
         self._worker.join(timeout)
 
     def _run(self) -> None:
+        give_way()
         while not self._closing.wait(_PERIOD_SECONDS):
             self._write_queued()
         self._write_queued()

@@ -23,14 +23,15 @@ from itertools import chain
 import msgspec
 import structlog
 
+from observability.background import give_way
 from observability.events import Attempt
 from observability.request import RequestEnded
 from observability.tail_sampling import ERRORS
 from observability.text import printable
 
 _QUEUED_TRACES = 2048
-_BATCH_TRACES = 128
-_PERIOD_SECONDS = 0.25
+_BATCH_TRACES = 256
+_PERIOD_SECONDS = 0.5
 _EXPORT_TIMEOUT_SECONDS = 2.0
 _CLOSE_TIMEOUT_SECONDS = 5.0
 
@@ -111,6 +112,7 @@ class SpanExporter:
         self._thread.join(timeout)
 
     def _run(self) -> None:
+        give_way()
         while not self._closing.wait(_PERIOD_SECONDS):
             self._send_batch()
         while self._queue and self._send_batch():

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import httptools
 
 if TYPE_CHECKING:
+    from gateway.outbox import Outbox
     from gateway.upstream.pool import Pool
 
 MAX_HEAD_BYTES = 64 * 1024  # of a head; and of what stands between and behind a body's pieces, such as trailers
@@ -34,14 +35,15 @@ class Connection:
     """An asyncio protocol: idle (answer is None) => busy (start) => idle (whole answer) or closed (anything else)."""
 
     __slots__ = (
-        "_alarm", "_bodyless_bytes", "_ends_by_itself", "_headers", "_in_head", "_is_paused", "_keeps_alive", "_parser",
-        "_rings_at", "answer", "got_bytes", "idle_since", "leftover", "pool", "reused", "transport", "whole",
+        "_alarm", "_bodyless_bytes", "_ends_by_itself", "_headers", "_in_head", "_is_paused", "_keeps_alive", "_outbox",
+        "_parser", "_rings_at", "answer", "got_bytes", "idle_since", "leftover", "pool", "reused", "transport", "whole",
     )  # fmt: skip
 
     transport: asyncio.Transport
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, outbox: Outbox) -> None:
         self.pool = pool
+        self._outbox = outbox
         self._alarm: asyncio.TimerHandle | None = None
         self._rings_at = 0.0
         self.answer: Answer | None = None
@@ -65,7 +67,7 @@ class Connection:
         self.answer = answer
         self.got_bytes = self.whole = self.leftover = False
         self._in_head, self._bodyless_bytes, self._headers = True, 0, []
-        self.transport.write(head_and_body)
+        self._outbox.write(self.transport, head_and_body)
 
     def finish(self, now: float) -> None:
         """The answer is over: back to the pool if it was whole and nothing is left over, else close."""

@@ -15,6 +15,7 @@ from typing import cast
 
 from discovery.endpoint import Endpoint
 from gateway.certificates import system_context
+from gateway.outbox import outbox_of
 from gateway.upstream.connection import Connection
 
 IDLE_SECONDS = 3.0
@@ -50,8 +51,9 @@ class Pool:
         """Open a new connection to the pinned address. Raises OSError (ssl.SSLError is one)."""
         endpoint = self.endpoint
         is_tls = endpoint.scheme == "https"
-        connection = Connection(self)
-        await asyncio.get_running_loop().create_connection(
+        loop = asyncio.get_running_loop()
+        connection = Connection(self, outbox_of(loop))
+        await loop.create_connection(
             lambda: cast("asyncio.Protocol", connection),
             endpoint.address,
             endpoint.port,

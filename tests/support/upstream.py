@@ -5,6 +5,7 @@ import asyncio
 from discovery.endpoint import Endpoint, Model
 from gateway.upstream.connection import Connection
 from gateway.upstream.endpoint import Backend
+from tests.support.outbox import immediate
 
 
 class MemoryTransport(asyncio.Transport):
@@ -102,7 +103,7 @@ class Listener:
 
 
 def connected(pool) -> Connection:
-    connection = Connection(pool)
+    connection = Connection(pool, immediate())
     MemoryTransport(connection)
     return connection
 
@@ -136,7 +137,7 @@ def script(backend: Backend, answers: list, transports: list[MemoryTransport]) -
         await asyncio.sleep(0)
         if answers[0] == REFUSED:
             raise ConnectionRefusedError
-        connection = Connection(backend.pool)
+        connection = Connection(backend.pool, immediate())
         transports.append(AnsweringTransport(connection, answers))
         return connection
 
