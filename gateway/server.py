@@ -272,10 +272,14 @@ class ClientConnection:
         if not isinstance(call, Call) or not (framing := _framing_of(call)):
             return False
         self._parser = parser = httptools.HttpRequestParser(self)
-        self._takes_more = False  # while the parser is told where it is, by a head that nobody is to hear of
-        parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n" % framing)
-        self._takes_more = True
         self._reading, call.is_whole = call, False
+        self._takes_more = False  # while the parser is told where it is, by a head that nobody is to hear of
+        try:
+            parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n" % framing)
+        except httptools.HttpParserError:  # the first one did not look at it: it was for another protocol to read
+            self._unreadable()
+            return False
+        self._takes_more = True
         return True
 
     def _unreadable(self) -> None:

@@ -7,7 +7,7 @@ from random import Random
 from typing import NamedTuple
 
 import h11
-from hypothesis import given, note
+from hypothesis import example, given, note
 from hypothesis import strategies as st
 
 from gateway.call import Call, Ids, accept
@@ -157,6 +157,7 @@ def test_what_is_taken_another_reader_takes_the_same_way(stream) -> None:
 
 
 @given(streams(), st.text(max_size=20))
+@example(b"CONNECT a:443 HTTP/1.1\r\nhost: a:443\r\ntransfer-encoding: websocket\r\n\r\nabc", "")
 def test_what_goes_on_says_only_what_the_client_and_the_gateway_said(stream, consumer) -> None:
     """One request and no byte behind it, to two parsers, with the framing and the names that are the gateway's alone."""
     backend = Backend(endpoint(base_path="/base"), 0.0, Random(1), lambda backend, state: None)

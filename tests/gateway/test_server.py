@@ -213,6 +213,12 @@ def test_requests_behind_one_that_asks_for_another_protocol_are_read_as_http_if_
     assert [call.body for call in heard(post + UPGRADE + b"\r\n" + GET)] == [b"abc", b""]
 
 
+@pytest.mark.parametrize("head", [UPGRADE, b"CONNECT a:443 HTTP/1.1\r\nhost: a:443\r\n"])
+def test_a_body_is_broken_where_the_parser_leaves_a_framing_that_is_none_to_others(head) -> None:
+    [call] = heard(head + b"transfer-encoding: websocket\r\n\r\nGET /hidden HTTP/1.1\r\nhost: x\r\n\r\n")
+    assert (call.is_whole, call.is_broken, call.body) == (False, True, b"")
+
+
 def test_trailers_are_no_header_lines() -> None:
     [call] = heard(b"POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n0\r\nauthorization: b\r\n\r\n")
     assert (call.lines, call.is_whole) == ([(b"host", b"a"), (b"transfer-encoding", b"chunked")], True)
