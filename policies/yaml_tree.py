@@ -25,7 +25,10 @@ MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 MAX_NODES = 50_000
 
-_UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # YAML 1.1, 5.1
+_UNPRINTABLE = re.compile(
+    "[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"
+)  # YAML 1.1, 5.1
+_LINE_END = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # YAML 1.1, 5.4: libyaml counts lines so
 _NULLS = frozenset({"", "~", "null", "Null", "NULL"})
 
 
@@ -108,14 +111,16 @@ def _decode(source: str | bytes) -> str:
     except UnicodeDecodeError as error:
         before = error.object[: error.start].decode()
         raise InvalidDocument([_problem_after(before, "is not UTF-8 from here on")]) from None
+    text = text.removeprefix("\ufeff")  # a byte order mark, which may stand nowhere else
     if bad := _UNPRINTABLE.search(text):
         message = f"the character U+{ord(bad.group()):04X} may not stand in a YAML file"
         raise InvalidDocument([_problem_after(text[: bad.start()], message)])
-    return text.removeprefix("\ufeff")
+    return text
 
 
 def _problem_after(text: str, message: str) -> Problem:
-    return Problem(text.count("\n") + 1, len(text) - text.rfind("\n"), "", message)
+    ends = [end.end() for end in _LINE_END.finditer(text)]
+    return Problem(len(ends) + 1, len(text) - (ends[-1] if ends else 0) + 1, "", message)
 
 
 def _syntax_problem(error: yaml.YAMLError) -> Problem:
