@@ -59,8 +59,12 @@ def dotted(path: Path) -> str:
     return text
 
 
+_LOGIN = re.compile(r"(?<=//)[^/?#]*(?=@)")
+
+
 def shown(text: str) -> str:
-    """Return text fit for a message: in backquotes, one line, printable, short."""
+    """Return text fit for a message: in backquotes, one line, printable, short; without the login of a URL."""
+    text = _LOGIN.sub("...", text)
     short = text if len(text) <= 60 else f"{text[:57]}..."
     printable = "".join(char if char.isprintable() else f"\\u{ord(char):04x}" for char in short)
     return f"`{printable}`"

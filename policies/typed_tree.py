@@ -79,7 +79,8 @@ def _message(model: type, error: dict[str, Any], path: Path) -> str:
         case "literal_error":
             return _unknown_value(model, path, error["input"])
         case "model_type" | "dataclass_type" | "dict_type":
-            return f"expected a mapping (`key: value`), found {kind_of(error['input'])}"
+            found = "a list" if isinstance(error["input"], list) else "text"  # which may be a secret in the wrong place
+            return f"expected a mapping (`key: value`), found {found}"
         case "list_type" | "tuple_type":
             return f"expected a list, found {kind_of(error['input'])}"
         case "too_short":

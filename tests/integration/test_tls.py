@@ -17,7 +17,7 @@ from tests.support.etcd_server import EtcdServer
 from tests.support.raw_client import RawClient, chat_request
 from tests.support.redis_server import RedisServer
 from tests.support.running_gateway import OPEN_POLICY, running_gateway, until
-from tests.support.scripted_backend import ScriptedBackend
+from tests.support.scripted_backend import Hangup, ScriptedBackend
 
 pytestmark = pytest.mark.integration
 
@@ -174,6 +174,55 @@ async def test_only_clients_with_a_certificate_of_client_ca_are_let_in(tmp_path,
         assert len(backend.heads) == 1
         await wait_told(gateway, "no_certificate", 1)
         await wait_told(gateway, "certificate_refused", 2)
+
+
+async def test_a_stream_that_breaks_says_so_over_tls_too(tmp_path, authority, pair):
+    async def script(connection) -> None:
+        await connection.begin_events()
+        await connection.chunk(b"data: one\n\n")
+        connection.reset()
+        raise Hangup
+
+    config = listening(pair)
+    async with (
+        ScriptedBackend(script) as backend,
+        running_gateway(tmp_path, backend.url, config=config) as gateway,
+        RawClient(gateway.data_address, client_tls(authority.cert)) as client,
+    ):
+        answer = await client.ask({"model": "tiny", "stream": True, "messages": []})
+        assert answer.status == 200
+        assert not answer.whole
+        assert b"data: one" in answer.body
+        assert b'"error"' in answer.body
+        assert b"[DONE]" not in answer.body
+
+
+async def test_a_large_answer_arrives_whole_and_waits_for_a_slow_reader(tmp_path, authority, pair):
+    body = bytes(range(256)) * 131_072  # 32 MiB: more than all buffers between
+
+    async def script(connection) -> None:
+        await connection.send(
+            b"HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\ncontent-length: %d\r\n\r\n" % len(body)
+        )
+        for start in range(0, len(body), 65_536):
+            await connection.send(body[start : start + 65_536])
+            sent.append(start)
+
+    sent: list[int] = []
+    policy = OPEN_POLICY.replace('"/*"', '"/files/*"')
+    async with (
+        ScriptedBackend(script) as backend,
+        running_gateway(tmp_path, backend.url, policy=policy, config=listening(pair)) as gateway,
+        RawClient(gateway.data_address, client_tls(authority.cert)) as client,
+    ):
+        client.send(b"GET /files/a HTTP/1.1\r\nhost: a\r\n\r\n")
+        await client.reader.readuntil(b"\r\n\r\n")
+        before = -1
+        while before != len(sent):  # until nothing moves any more
+            before = len(sent)
+            await asyncio.sleep(0.2)
+        assert len(sent) < len(body) // 65_536
+        assert await client.reader.readexactly(len(body)) == body
 
 
 # In, renewed

@@ -73,7 +73,7 @@ def test_plans_and_consumers(section, message):
         ("to: [{service: a}, {service: a}]", "routes[0].to: names the same service and version twice"),
         ("to: [{service: a}], allow: []", "routes[0].allow: is empty and would let nobody in: remove it to let everybody in"),
         ("to: [{service: a}], match: {header: {X: 1, x: 2}}", "routes[0].match.header: names the same header twice: upper and lower case are the same"),
-        ("to: [{service: a}], match: {header: x}", "routes[0].match.header: expected a mapping (`key: value`), found `x`"),
+        ("to: [{service: a}], match: {header: x}", "routes[0].match.header: expected a mapping (`key: value`), found text"),
         ("to: [{service: a}], breaker: {failures: 0%}", "routes[0].breaker.failures: must be more than 0%: at 0% it would be open always"),
         ("to: [{service: a}], retry: {attempts: 0}", "routes[0].retry.attempts: must be at least 1"),
         ("to: [{service: a}], timeout: {total: 0s}", "routes[0].timeout.total: `0s` must be more than 0 and at most a year"),

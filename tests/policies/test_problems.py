@@ -45,3 +45,17 @@ def test_did_you_mean(word, hint):
 
 def test_kind_of():
     assert [kind_of(value) for value in ([], {}, "x")] == ["a list", "a mapping", "`x`"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("redis://:hunter2@h:6379/0", "`redis://...@h:6379/0`"),
+        ("https://root:hunter2@h/a@b", "`https://...@h/a@b`"),
+        ("https://root:" + "hunter2" * 20 + "@h", "`https://...@h`"),  # before it is cut, not after
+        ("https://h/a@b", "`https://h/a@b`"),
+        ("a@b", "`a@b`"),
+    ],
+)
+def test_the_login_of_a_url_is_not_shown(text, told):
+    assert shown(text) == told

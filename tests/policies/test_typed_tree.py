@@ -63,7 +63,7 @@ def test_a_dataclass():
     ("text", "problems"),
     [
         ("leaf: {}", ["1:7 leaf.size: is missing"]),
-        ("leaf: x", ["1:7 leaf: expected a mapping (`key: value`), found `x`"]),
+        ("leaf: x", ["1:7 leaf: expected a mapping (`key: value`), found text"]),
         ("leaves: {}", ["1:9 leaves: expected a list, found a mapping"]),
         ("leaves: [[]]", ["1:10 leaves[0]: expected a mapping (`key: value`), found a list"]),
         ("named: []", ["1:8 named: expected a mapping (`key: value`), found a list"]),
@@ -94,7 +94,7 @@ def test_what_is_wrong_with_a_section(text, problems):
         ("secret_file: x\nsoon: 1", ["2:1 soon: is not available in this version"]),
         ("secret_file: x\nplace: no", ["1:1 no"]),
         ("secret_file: x\nothers: [a b]", ["2:10 others[0]: `a b` is not a name: letters, digits, `.`, `_` and `-`, at most 128"]),
-        ("x", ["1:1 expected a mapping (`key: value`), found `x`"]),
+        ("x", ["1:1 expected a mapping (`key: value`), found text"]),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_dataclass(text, problems):
