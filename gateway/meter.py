@@ -8,7 +8,8 @@ LeasedMeter has at most one question to the store under way; all requests that f
 together, at most `STORE_SECONDS`. Without an answer each is decided alone, as the plan says (`when_store_is_down`):
 
 - share: by a bucket of this replica's part of the limit (limit / live gateways, at least one token), which begins as
-  full as the store's bucket was when last heard of. What it grants is a debt that the store hears of later.
+  full as the store's bucket was when last heard of, less what is owed to it. What it grants is a debt that the store
+  hears of later.
 - open: admitted.
 - closed: errors.StoreUnavailable.
 """
@@ -283,7 +284,8 @@ class LeasedMeter:
         capacity = max(1.0, self.limit.capacity / gateways)
         if self._share is None:
             self._share = Bucket(per_second, capacity, now)
-            self._share.take(now, capacity * (1.0 - self._slice.bucket_level(now) / self.limit.capacity))
+            level = self._slice.bucket_level(now) * capacity / self.limit.capacity - self._slice.owed()
+            self._share.take(now, capacity - min(capacity, max(0.0, level)))
         elif self._share_of != gateways:
             self._share.reconfigure(per_second, capacity, now)
         self._share_of = gateways

@@ -210,6 +210,10 @@ class Slice:
             level += (now - self._level_at) * self._per_second
         return min(self._capacity, level)
 
+    def owed(self) -> int:
+        """Tokens that were spent alone and the store has not heard of, less those that go back to it."""
+        return self._debt - self._credit
+
     def remaining(self, now: float) -> float:
         """Tokens that a consumer can still count on."""
         if now < self.closed_until:

@@ -179,6 +179,17 @@ class TestTaking:
         await asyncio.sleep(BELIEVED_SECONDS + 0.01)
         assert await take_many(other, 20) == 5
 
+    @virtual_time
+    async def test_what_was_admitted_while_an_answer_was_late_is_admitted_once(self, ledger):
+        store = LedgerStore(ledger, round_trip=0.04)
+        meter = leased(store, MINUTE)
+        first = asyncio.create_task(take(meter))
+        await asyncio.sleep(0.005)
+        assert (await take(meter), await first) == (0.0, 0.0)  # alone: the answer comes too late for both
+        await asyncio.sleep(0.05)
+        store.up = False
+        assert await take_many(meter, 20) == 8
+
 
 class TestPuttingBack:
     @virtual_time
