@@ -14,7 +14,6 @@ from gateway.call import Call, Ids, accept
 from gateway.headers import header_safe, request_head
 from gateway.upstream.endpoint import Backend
 from policies.errors import Refusal
-from tests.support.call import MemoryClient
 from tests.support.http_message import heard
 from tests.support.upstream import endpoint
 
@@ -83,6 +82,9 @@ def streams(draw) -> bytes:
     return bytes(stream)
 
 
+FORWARDED = b"x-forwarded-for: 10.0.0.9\r\nx-forwarded-proto: http\r\n"  # of a client's connection
+
+
 class Read(NamedTuple):
     """What a request says, to whoever reads it."""
 
@@ -99,7 +101,7 @@ def read_by_us(stream: bytes) -> list[Call]:
     for call in heard(stream):
         if isinstance(call, Refusal) or not call.is_whole:
             break
-        call.connection = MemoryClient()
+        call.connection.forwarded_lines = FORWARDED
         Ids(Random(1)).give(call, 0.0)
         try:
             accept(call)
