@@ -23,6 +23,10 @@ from tests.support.running_gateway import OPEN_POLICY
 _RUN = "from gateway.cli import main; main()"
 
 
+class PortTaken(Exception):  # noqa: N818  what has happened, not an error
+    """Somebody else took a port between our look and our use of it."""
+
+
 class Weir:
     """A running `weir serve`. With several workers `admin_addresses` are those of each."""
 
@@ -48,13 +52,13 @@ class Weir:
             return await self.process.wait()
 
     async def wait_listening(self) -> None:
-        """Until the data port of each of them is open and each says that it is ready."""
+        """Until the data port of each of them is open and each says that it is ready. Raises PortTaken."""
         async with asyncio.timeout(60):
             for address in self.admin_addresses:
                 while not await _is_ready(address):
                     if self.process.returncode is not None:
                         await self.wait_ended()
-                        raise AssertionError(f"weir has ended: {self.errors}{self.log}")
+                        raise PortTaken if "is in use" in self.errors else AssertionError(f"weir ended: {self.errors}")
                     await asyncio.sleep(0.05)
 
     def children(self) -> list[int]:
@@ -78,29 +82,35 @@ async def serving(
     """`setup` is Python run before the command line: for shortening what is promised in minutes."""
     backends = [f'{{service: tiny, url: "{url}", models: [tiny]}}' for url in urls]
     backends += [f'{{service: {name}, url: "{url}", models: [{name}]}}' for name, url in (others or {}).items()]
-    data, *admin = ports_in_a_row(1 + workers)
     (home / "policy.yaml").write_text(policy)
-    (home / "weir.yaml").write_text(
-        f"listen: 127.0.0.1:{data}\nadmin: {{listen: '127.0.0.1:{admin[0]}'}}\nworkers: {workers}\npolicy: policy.yaml\n"
-        f"discovery: {{static: [{', '.join(backends)}]}}\n{config}"
-    )
+    more = f"workers: {workers}\npolicy: policy.yaml\ndiscovery: {{static: [{', '.join(backends)}]}}\n{config}"
+    while True:
+        weir = await _start(home, more, workers, setup, stdout)
+        try:
+            if wait:
+                await weir.wait_listening()
+            yield weir
+            if weir.process.returncode is None:
+                weir.process.send_signal(signal.SIGTERM)
+            await weir.wait_ended()
+        except PortTaken:
+            continue
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(weir.process.pid, signal.SIGKILL)
+            with contextlib.suppress(TimeoutError):
+                await weir.wait_ended(10)
+        return
+
+
+async def _start(home: Path, more: str, workers: int, setup: str, stdout: int) -> Weir:
+    data, *admin = ports_in_a_row(1 + workers)
+    (home / "weir.yaml").write_text(f"listen: 127.0.0.1:{data}\nadmin: {{listen: '127.0.0.1:{admin[0]}'}}\n{more}")
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", f"{setup}\n{_RUN}", "serve", "--config", str(home / "weir.yaml"),
         stdout=stdout, stderr=asyncio.subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
-    weir = Weir(process, data, admin[0], workers)
-    try:
-        if wait:
-            await weir.wait_listening()
-        yield weir
-        if process.returncode is None:
-            process.send_signal(signal.SIGTERM)
-        await weir.wait_ended()
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        with contextlib.suppress(TimeoutError):
-            await weir.wait_ended(10)
+    return Weir(process, data, admin[0], workers)
 
 
 def ports_in_a_row(count: int) -> list[int]:
