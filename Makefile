@@ -14,7 +14,7 @@ ROAD := tests/policies $(wildcard tests/integration/test_road_*.py) tests/integr
     tests/integration/test_workers.py tests/faults \
     tests/fuzz/test_event_streams.py tests/fuzz/test_requests.py
 
-.PHONY: setup run test test-compiled fuzz compiled check fmt lock bench-peers clean
+.PHONY: setup run test test-compiled fuzz compiled check fmt lock bench-peers soak clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
@@ -63,6 +63,12 @@ fmt: $(VENV)/.installed
 # (+cpu, +cu130) is the machine's choice and not pinned.
 lock: setup
 	@$(BIN)/python -m pip freeze --all --exclude-editable | sed 's/^\(torch==[^+]*\)+.*/\1/' > constraints.txt
+
+# Everything around the gateway breaks, under load, for half an hour: see docs/reliability.md. `make test`
+# does the first 100 seconds of it, and `make soak SECONDS=100 SEED=1` those again: a seed gives the same faults.
+SECONDS := 1800
+soak: setup
+	@$(BIN)/python -m tests.soak --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 # The other gateways, each in its own folder under benchmarks/peers/: see docs/benchmarks.md.
 bench-peers: setup

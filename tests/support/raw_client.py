@@ -28,10 +28,14 @@ def chat_request(document=None, *lines: str, path: str = "/v1/chat/completions",
 
 
 class RawClient:
-    """`async with RawClient(address) as client`; with `tls` it is a client of 127.0.0.1."""
+    """`async with RawClient(address) as client`; with `tls` it is a client of 127.0.0.1.
+
+    `pause` is the seconds that it takes over each chunk of an answer.
+    """
 
     def __init__(self, address, tls=None) -> None:
         self.host, self.port, self.tls = address.host, address.port, tls
+        self.pause = 0.0
 
     async def __aenter__(self):
         name = "127.0.0.1" if self.tls else None
@@ -56,6 +60,8 @@ class RawClient:
             return Answer(status, headers, await self._body(headers))
         except asyncio.IncompleteReadError as cut:
             return Answer(status, headers, cut.partial, whole=False)
+        except ConnectionError:
+            return Answer(status, headers, b"", whole=False)
 
     async def ask(self, document=None, *lines: str, **options) -> Answer:
         self.send(chat_request(document, *lines, **options))
@@ -79,3 +85,5 @@ class RawClient:
                 raise asyncio.IncompleteReadError(body, None) from None
             if not size:
                 return body
+            if self.pause:
+                await asyncio.sleep(self.pause)
