@@ -1,7 +1,7 @@
 """The workload of a bad day: three times as many requests as the backends can take.
 
-The backends take AT_ONCE requests at a time, 20 ms each: AT_ONCE / 0.02 a second are their capacity, and whoever comes
-beyond is to be refused. A client waits 20 ms before each request, as one that was refused should: so CLIENTS fill the
+The backends take AT_ONCE requests at a time, 100 ms each: AT_ONCE / 0.1 a second are their capacity, and whoever comes
+beyond is to be refused. A client waits 100 ms before each request, as one that was refused should: so CLIENTS fill the
 backends, served for half of their time, and with OVERLOAD_CLIENTS half of the time of as many is left for refusals, of
 which twice the capacity are due. Goodput should not fall, refusals should cost little, and health should still answer.
 """
@@ -26,7 +26,7 @@ from benchmarks.rig import Rig, Running
 from benchmarks.workloads import Workload, loaded
 from benchmarks.wrk import Load
 
-PAUSE_MS = 20
+PAUSE_MS = 100
 CLIENTS = 2 * AT_ONCE
 OVERLOAD_CLIENTS = 2 * CLIENTS
 LOOK_SECONDS = 0.05
@@ -125,7 +125,7 @@ def warm_up(rig: Rig, running: Running, seconds: float) -> None:
 
 OVERLOAD = Workload(
     "overload",
-    f"backends for {AT_ONCE} requests of 20 ms at a time; {CLIENTS} clients, then {OVERLOAD_CLIENTS}",
+    f"backends for {AT_ONCE} requests of 100 ms at a time; {CLIENTS} clients, then {OVERLOAD_CLIENTS}",
     (
         Figure("goodput", "/s", "goodput at capacity", 0),
         Figure("goodput_over", "/s", "goodput at overload", 0),

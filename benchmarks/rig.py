@@ -25,8 +25,8 @@ from gateway.children import CannotRun
 from gateway.stack import find_program
 
 READY_SECONDS = 45.0
-PACES = {"events": (0.01, EVENTS), "endless": (1.0, 100_000), "brief": (0.02, 2)}
-"""Seconds between two events of a stream, and how many: `brief` is a request that takes 20 ms."""
+PACES = {"events": (0.01, EVENTS), "endless": (1.0, 100_000), "brief": (0.1, 2)}
+"""Seconds between two events of a stream, and how many: `brief` is a request that takes 100 ms."""
 
 
 @dataclass(slots=True)

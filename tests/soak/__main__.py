@@ -31,7 +31,7 @@ from tests.soak.vitals import MIB, Vitals, growths, is_grown, rss_bytes
 from tests.soak.world import World
 
 WARM_UP_SHARE, WARM_UP_AT_MOST = 0.5, 300.0
-REST_SECONDS = 5.0  # without a change: connections to backends are kept for three
+REST_SECONDS = 5.0  # connections to backends are kept for three
 REST_AT_MOST = 45.0
 SHOWN, SHOWN_OF_A_KIND = 40, 3
 NEAR_SECONDS = 5.0
@@ -94,16 +94,14 @@ async def _let_break_in_turn(world: World, faults: Iterable[Fault], start: float
 
 
 async def _rest(world: World, before: Mapping[str, Vitals] | None) -> Mapping[str, Vitals]:
-    """What is held when nothing is asked: read when it has not changed for a while, and no later than REST_AT_MOST."""
-    seen: tuple[object, float] = (None, 0.0)
-    until = time.perf_counter() + REST_AT_MOST
+    """What is held when nothing has been asked for a while: read again, up to REST_AT_MOST, while it is too much."""
+    began = quiet_since = time.perf_counter()
     while True:
         vitals, now = await world.vitals(), time.perf_counter()
-        counts = {name: (each.fds, each.tasks, each.inflight) for name, each in vitals.items()}
-        if counts != seen[0]:
-            seen = (counts, now)
+        if any(each.inflight for each in vitals.values()):
+            quiet_since = now
         grown = before is not None and any(is_grown(before[name], each) for name, each in vitals.items())
-        if now > until or (now > seen[1] + REST_SECONDS and not grown):
+        if now > began + REST_AT_MOST or (now > quiet_since + REST_SECONDS and not grown):
             return vitals
         await asyncio.sleep(0.5)
 

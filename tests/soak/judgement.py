@@ -9,6 +9,8 @@ What the contract allows is the table below, and no more:
   says that a request may run twice. Otherwise 502 for a backend that broke, and 504 for one that said nothing in time;
 - after the first byte: an answer that breaks off with its backend, and says so where it is a stream;
 - no answer at all: from a worker that was killed, or on a connection that a gateway on its way out has just closed;
+- any refusal for want of a backend, from a gateway that has just started after etcd lost everything: it cannot know more
+  than those that have registered again since;
 - 503 `keys_unavailable` for a token of a key that the identity provider could not be asked for;
 - from etcd, Redis, a policy and a registration: nothing whatsoever.
 """
@@ -83,12 +85,16 @@ _ECHOES: Mapping[Kind, float] = {
     Kind.KEYS_ERROR: 12.0,  # keys are asked for once in ten seconds
     Kind.KEYS_SILENT: 12.0,
 }
+_NO_BACKEND = frozenset({"no_backend", "circuit_open", "overloaded", "queue_full"})
+BLIND_SECONDS = 10.0
+"""As long as a lease: by then each backend has noticed that it is not registered any more."""
 KILL_LOSES_SECONDS = 1.0
 """What was answered so shortly before SIGKILL may not have been written to the log yet."""
 
 
 def loss(outcome: Outcome, windows: Iterable[Window]) -> str | None:
     """Why this request is lost; None where it is not."""
+    windows = tuple(windows)
     around = [window for window in windows if _meets(outcome, window)]
     match outcome.ending:
         case Ending.LEFT:
@@ -96,7 +102,8 @@ def loss(outcome: Outcome, windows: Iterable[Window]) -> str | None:
         case Ending.WHOLE:
             return "let in without a good token" if outcome.consumer == INTRUDER else None
         case Ending.REFUSED:
-            return None if _may_be_refused(outcome, around) else f"refused with {outcome.status} {outcome.code}"
+            is_allowed = _may_be_refused(outcome, around) or _is_blind(outcome, windows)
+            return None if is_allowed else f"refused with {outcome.status} {outcome.code}"
         case Ending.CUT:
             return _cut(outcome, around)
         case Ending.UNANSWERED:
@@ -128,6 +135,14 @@ def _may_be_refused(outcome: Outcome, around: Sequence[Window]) -> bool:
     if outcome.code == "upstream_failed":
         return outcome.service not in MAY_RUN_TWICE and bool(here & _BREAK_BEFORE)
     return False
+
+
+def _is_blind(outcome: Outcome, windows: Iterable[Window]) -> bool:
+    lately = [
+        each for each in windows if each.begun <= outcome.ended_at and outcome.sent_at <= each.ended + BLIND_SECONDS
+    ]
+    is_wiped = any(window.kind is Kind.ETCD_WIPE for window in lately)
+    return outcome.code in _NO_BACKEND and is_wiped and _is_away(outcome, lately)
 
 
 def _cut(outcome: Outcome, around: Sequence[Window]) -> str | None:
@@ -172,12 +187,16 @@ def _may_be_unwritten(outcome: Outcome, windows: Iterable[Window]) -> bool:
     )
 
 
-def recoveries(outcomes: Iterable[Outcome], windows: Iterable[Window]) -> dict[Kind, float]:
-    """The longest time, for each kind of fault of a backend, from its end to the first whole answer from there."""
-    answered = [outcome for outcome in outcomes if outcome.ending is Ending.WHOLE and outcome.backend]
+def recoveries(outcomes: Sequence[Outcome], windows: Iterable[Window]) -> dict[Kind, float]:
+    """The longest time, for each kind of fault of a backend, from its end to the first whole answer from there.
+
+    From the first request to its service after the end, in fact: while nobody asks nobody is answered.
+    """
     longest: dict[Kind, float] = {}
     for window in windows:
-        ends = [each.ended_at for each in answered if each.backend == window.target and each.sent_at >= window.ended]
+        later = [each for each in outcomes if each.sent_at >= window.ended and window.target in SERVICES[each.service]]
+        ends = [each.ended_at for each in later if each.ending is Ending.WHOLE and each.backend == window.target]
         if ends:
-            longest[window.kind] = max(longest.get(window.kind, 0.0), min(ends) - window.ended)
+            asked_at = min(each.sent_at for each in later)
+            longest[window.kind] = max(longest.get(window.kind, 0.0), min(ends) - asked_at)
     return longest

@@ -110,6 +110,19 @@ def test_only_a_fault_that_was_in_force_meanwhile_counts(begun, ended, is_lost) 
     assert (loss(BROKEN, [window(Kind.CRASH, begun=begun, ended=ended)]) is not None) is is_lost
 
 
+@pytest.mark.parametrize(
+    ("faults", "is_lost"),
+    [
+        ([window(Kind.ETCD_WIPE, "etcd", 0.0, 5.0), window(Kind.DRAIN, "a", 0.0, 6.0)], False),
+        ([window(Kind.ETCD_WIPE, "etcd", 0.0, 5.0), window(Kind.DRAIN, "b", 0.0, 6.0)], True),
+        ([window(Kind.ETCD_KILL, "etcd", 0.0, 5.0), window(Kind.DRAIN, "a", 0.0, 6.0)], True),
+        ([window(Kind.ETCD_WIPE, "etcd", -9.0, -1.0), window(Kind.DRAIN, "a", 0.0, 6.0)], True),
+    ],
+)
+def test_a_gateway_that_starts_when_etcd_has_lost_everything_knows_no_better(faults, is_lost) -> None:
+    assert (loss(NO_BACKEND, faults) is not None) is is_lost
+
+
 def test_losses_are_told_with_their_reason() -> None:
     assert losses([asked(), FAILED], []) == [(FAILED, "refused with 502 upstream_failed")]
 
@@ -151,4 +164,4 @@ def test_recovery_is_the_time_to_the_first_whole_answer_from_there() -> None:
         asked(sent_at=7.0, ended_at=8.0),
         asked(sent_at=21.0, ended_at=22.0),
     ]
-    assert recoveries(outcomes, [crash, again, window(Kind.STALL, ended=100.0)]) == {Kind.CRASH: 3.0}
+    assert recoveries(outcomes, [crash, again, window(Kind.STALL, ended=100.0)]) == {Kind.CRASH: 2.0}
