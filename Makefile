@@ -64,8 +64,8 @@ fmt: $(VENV)/.installed
 lock: setup
 	@$(BIN)/python -m pip freeze --all --exclude-editable | sed 's/^\(torch==[^+]*\)+.*/\1/' > constraints.txt
 
-# Everything around the gateway breaks, under load, for half an hour: see docs/reliability.md. The 100 seconds of `make test`
-# are `make soak SECONDS=100 SEED=1`: the same seed and time give the same faults again.
+# Everything around the gateway breaks, under load, for half an hour: see docs/reliability.md. The 120 seconds of `make test`
+# are `make soak SECONDS=120 SEED=1`: the same seed and time give the same faults again.
 SECONDS := 1800
 soak: setup
 	@$(BIN)/python -m tests.soak --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
