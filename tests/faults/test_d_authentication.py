@@ -15,7 +15,6 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from gateway import identify
-from gateway.identify import Identifier
 from gateway.keys import KeyStore, Timing
 from policies.identity import generate_signing_key, jwks_of, mint
 from tests.support import jwks_server as provider
@@ -438,10 +437,10 @@ async def test_D11_a_token_that_ends_in_the_middle_of_a_stream(row, wall):
 
 async def test_D12_more_tokens_than_are_remembered(row, monkeypatch):
     """300 callers where 100 are remembered (20,000 as shipped), 200 bad tokens where 50 are (10,000), 100 accounts."""
-    monkeypatch.setattr(Identifier.__init__, "__defaults__", (100,))
     monkeypatch.setattr(identify, "_MAX_REFUSED", 50)
     monkeypatch.setattr("gateway.admission.MOST_ACCOUNTS", 100)
     async with guarded(row) as at, RawClient(at.address) as client:
+        at.gateway.pipeline._identifier._capacity = 100
         for number in range(300):
             assert (await client.ask(None, bearer(token(sub=f"caller-{number}")))).status == 200
         for number in range(200):
