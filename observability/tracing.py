@@ -30,8 +30,8 @@ from observability.tail_sampling import ERRORS
 from observability.text import printable
 
 _QUEUED_TRACES = 2048
-_BATCH_TRACES = 256
-_PERIOD_SECONDS = 0.5
+_BATCH_TRACES = 512
+_PERIOD_SECONDS = 1.0
 _EXPORT_TIMEOUT_SECONDS = 2.0
 _CLOSE_TIMEOUT_SECONDS = 5.0
 

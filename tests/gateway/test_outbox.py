@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from gateway.outbox import HELD_BYTES, MOST_HELD, Outbox, outbox_of
+from gateway.outbox import DIRECT, FEW, HELD_BYTES, MOST_HELD, Outbox, outbox_of
 
 
 class Transport:
@@ -53,12 +53,29 @@ def test_writes_leave_together_and_in_order_when_the_turn_ends():
     assert sent == [("a", b"1"), ("b", b"2"), ("a", b"3")]
 
 
-def test_each_turn_has_an_end_of_its_own():
+def test_each_busy_turn_has_an_end_of_its_own():
     outbox, turn, sent, a, _ = outbox_and_transports()
-    for number in range(3):
-        outbox.write(a, b"%d" % number)
+    for number in range(1, 4):
+        for _ in range(FEW + 1):
+            outbox.write(a, b"x")
+        assert len(sent) == (number - 1) * (FEW + 1)
         turn.end()
-    assert sent == [("a", b"0"), ("a", b"1"), ("a", b"2")]
+        assert len(sent) == number * (FEW + 1)
+
+
+def test_after_a_turn_with_little_to_write_nothing_is_held_for_a_while():
+    outbox, turn, sent, a, b = outbox_and_transports()
+    for _ in range(FEW):
+        outbox.write(a, b"x")
+    turn.end()
+    sent.clear()
+    for number in range(1, DIRECT + 1):
+        outbox.write(b, b"y")
+        assert len(sent) == number
+    outbox.write(b, b"z")  # and then it is looked at anew
+    assert len(sent) == DIRECT
+    turn.end()
+    assert sent[-1] == ("b", b"z")
 
 
 def test_many_writes_do_not_wait_for_the_end():
