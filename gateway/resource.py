@@ -60,7 +60,9 @@ def resource_of(encoded: bytes) -> Resource:
     resource = _known.get(encoded)
     if resource is None:
         resource = Resource(encoded)
-        if resource.problem is None and len(_known) < _MOST_KNOWN and len(encoded) < _LONGEST_KNOWN:
+        if resource.problem is None and len(encoded) < _LONGEST_KNOWN:
+            if len(_known) >= _MOST_KNOWN:
+                _known.clear()  # made-up paths must not keep the usual ones out for ever
             _known[encoded] = resource
     return resource
 

@@ -70,4 +70,5 @@ def test_what_is_known_is_bounded_and_holds_nothing_refused_or_long() -> None:
         resource_of(b"/made-up/%d" % number)
     assert len(module._known) <= 1024
     assert not {b"//refused", b"/long" + b"x" * 500} & module._known.keys()
+    # and however many were made up before, what is asked for again is known
     assert resource_of(b"/made-up/1") is resource_of(b"/made-up/1")
