@@ -11,8 +11,8 @@ FUZZED := tests/fuzz tests/corpora/test_openai_openapi.py
 FUZZ_SECONDS ?= 600
 # What is run again on the compiled build: everything that speaks to a gateway through sockets, and pure decisions.
 ROAD := tests/policies $(wildcard tests/integration/test_road_*.py) tests/integration/test_data_path.py \
-    tests/integration/test_workers.py tests/faults \
-    tests/fuzz/test_event_streams.py tests/fuzz/test_requests.py
+    tests/faults/test_a_backends.py tests/faults/test_b_clients.py tests/faults/test_c_framing.py \
+    tests/fuzz/test_requests.py
 
 .PHONY: setup run test test-compiled fuzz compiled check fmt lock bench-peers soak clean
 .DEFAULT_GOAL := setup
