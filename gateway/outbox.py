@@ -36,12 +36,12 @@ class Outbox:
         """Send these bytes in this turn of the loop, after what was written before."""
         if self._direct > 0:
             self._direct -= 1
-            transport.write(data)
+            _send(transport, data)
             return
         self._written += 1
         if len(data) > HELD_BYTES:
             self.flush()
-            transport.write(data)
+            _send(transport, data)
             return
         held = self._held
         held.append((transport, data))
@@ -52,13 +52,12 @@ class Outbox:
             self.loop.call_soon(self._end_turn)
 
     def flush(self) -> None:
-        """Hand what is held to the transports. One that was aborted meanwhile forgets its part."""
+        """Hand what is held to the transports."""
         held = self._held
         if held:
             self._held = []
             for transport, data in held:
-                if not transport.is_closing():
-                    transport.write(data)
+                _send(transport, data)
 
     def _end_turn(self) -> None:
         self._is_due = False
@@ -66,6 +65,12 @@ class Outbox:
             self._direct = DIRECT
         self._written = 0
         self.flush()
+
+
+def _send(transport: asyncio.Transport, data: bytes) -> None:
+    """Write, unless the transport is closing: uvloop raises then, and its protocol is about to hear that it is lost."""
+    if not transport.is_closing():
+        transport.write(data)
 
 
 _last: Outbox | None = None

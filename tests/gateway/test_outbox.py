@@ -103,6 +103,17 @@ def test_what_closes_meanwhile_gets_nothing():
     assert sent == [("b", b"2")]
 
 
+def test_what_is_closing_gets_nothing_where_nothing_is_held_either():
+    outbox, turn, sent, a, b = outbox_and_transports()
+    outbox.write(a, b"1")
+    turn.end()
+    sent.clear()
+    b.is_closed = True  # reset by its peer, and not yet told: uvloop would raise
+    outbox.write(b, b"2")
+    outbox.write(b, b"x" * (HELD_BYTES + 1))
+    assert sent == []
+
+
 async def test_an_event_loop_has_one():
     loop = asyncio.get_running_loop()
     assert outbox_of(loop) is outbox_of(loop)
