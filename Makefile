@@ -5,7 +5,7 @@ PYTHON = $(firstword $(foreach name,python3.11 python3.12 python3.13 python3, \
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
-SOURCES := gateway discovery policies observability reference_backend benchmarks tests setup.py .ci/audit.py
+SOURCES := gateway discovery policies observability open_inference reference_backend benchmarks tests setup.py .ci/audit.py
 COMPILED := build/compiled
 FUZZED := tests/fuzz tests/corpora/test_openai_openapi.py
 FUZZ_SECONDS ?= 600
@@ -14,7 +14,7 @@ FUZZ_SECONDS ?= 600
 ROAD := tests/policies $(wildcard tests/integration/test_road_*.py) tests/integration/test_data_path.py \
     tests/faults/test_a_backends.py --ignore=tests/policies/test_balance.py
 
-.PHONY: setup run test test-compiled fuzz compiled check fmt lock bench-peers soak clean
+.PHONY: setup run test test-compiled fuzz compiled check fmt stubs lock bench-peers soak clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
@@ -58,6 +58,12 @@ check: $(VENV)/.installed
 fmt: $(VENV)/.installed
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
+
+# What protoc makes of open_inference/inference.proto, in a pool of its own: in the common one its names would clash with
+# those of a client library (Triton's) in the same process.
+stubs: setup
+	@$(BIN)/python -m grpc_tools.protoc -I open_inference --python_out=open_inference --pyi_out=open_inference inference.proto
+	@sed -i 's/_descriptor_pool.Default()/_descriptor_pool.DescriptorPool()/' open_inference/inference_pb2.py
 
 # Pins what the environment holds now. Upgrade there, test, then `make lock`. The local part of torch's version
 # (+cpu, +cu130) is the machine's choice and not pinned.
