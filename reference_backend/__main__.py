@@ -6,7 +6,7 @@ import importlib.util
 import sys
 import time
 
-NEEDED = ("torch", "safetensors", "tokenizers", "jinja2")
+NEEDED = ("torch", "safetensors", "tokenizers", "jinja2", "numpy")
 
 
 def main() -> int:
