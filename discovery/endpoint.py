@@ -25,7 +25,7 @@ DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _URL_TEXT = re.compile(r"[!-~]{1,2048}")  # urlsplit drops tabs and line ends without a word
 _BASE_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*/?")
-_HEALTH_PATH = re.compile(r"/[A-Za-z0-9._~/?&=,:@+-]{0,255}")
+_PLAIN_PATH = re.compile(r"/[A-Za-z0-9._~/?&=,:@+-]{0,255}")
 _DNS_NAME = re.compile(r"(?=.{1,253}\Z)[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
                        r"(\.[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?)*")  # fmt: skip
 # A last label that is a number makes resolvers read the whole as an IPv4 address: 2130706433 and 0x7f.1 are
@@ -66,6 +66,7 @@ class Endpoint:
     draining: bool = False
     max_concurrency: int | None = None
     health_path: str | None = None
+    load_path: str | None = None
 
     @property
     def authority(self) -> str:
@@ -99,6 +100,7 @@ class Registration(msgspec.Struct, frozen=True, omit_defaults=True):
     state: Literal["serving", "draining"] = "serving"
     max_concurrency: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] | None = None
     health: str | None = None  # path of the active health check; absent: the protocol's own
+    load: str | None = None  # path at which it pushes reports of its load; absent: it does not
 
     def drained(self) -> Registration:
         """The same backend, telling that it wants no new requests."""
@@ -157,7 +159,8 @@ def decode(key: str, value: bytes) -> Candidate:
             zone=_sane_name("zone", wire.zone) if wire.zone else "",
             draining=wire.state == "draining",
             max_concurrency=wire.max_concurrency,
-            health_path=_health_path(wire.health),
+            health_path=_plain_path("health", wire.health),
+            load_path=_plain_path("load", wire.load),
         ),
         literal,
     )
@@ -264,7 +267,7 @@ def _model(index: int, entry: ModelEntry) -> Model:
     return Model(entry.name, entry.version)
 
 
-def _health_path(path: str | None) -> str | None:
-    if path is not None and not _HEALTH_PATH.fullmatch(path):
-        raise InvalidRegistration("health: expected a path such as /health")
+def _plain_path(field: str, path: str | None) -> str | None:
+    if path is not None and not _PLAIN_PATH.fullmatch(path):
+        raise InvalidRegistration(f"{field}: expected a path such as /health")
     return path

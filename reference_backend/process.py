@@ -30,6 +30,7 @@ from discovery.etcd import EtcdClient, EtcdSettings
 from observability.tracing import SpanExporter, otlp_export
 from reference_backend.engine.config import ModelError, read_config
 from reference_backend.engine.frames import Start
+from reference_backend.load_report import PATH as LOAD_PATH
 from reference_backend.server import Api, Phase
 from reference_backend.spans import span_middleware
 from reference_backend.tokenizer import Tokenizer
@@ -260,6 +261,7 @@ async def announced(options: Options, url: str, key: str) -> AsyncIterator[Annou
         url=options.announce_url or url,
         models=(ModelEntry(options.name, options.version),),
         max_concurrency=options.max_running + options.max_waiting,
+        load=LOAD_PATH,
     )
     async with (
         EtcdClient(EtcdSettings(endpoints=(options.etcd,))) as client,

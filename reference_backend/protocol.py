@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 
-from reference_backend.engine.request import Finish, Load, Sampling
+from reference_backend.engine.request import Finish, Sampling
 from reference_backend.tokenizer import UNFINISHED, Message
 
 LONGEST_SHOWN = 200  # characters of a client's own text in a message of ours
@@ -352,38 +352,3 @@ def event(content: Json) -> bytes:
 
 
 DONE = b"data: [DONE]\n\n"
-
-
-# What can be scraped: name, kind, meaning, and where it is in the load. The names are those of vLLM, so that what knows
-# vLLM's metrics (the inference extension of the Kubernetes Gateway API, for one) knows these.
-METRICS = (
-    ("num_requests_running", "gauge", "Requests that have a slot", "running"),
-    ("num_requests_waiting", "gauge", "Requests that wait for one", "waiting"),
-    ("kv_cache_usage_perc", "gauge", "Used share of the key-value cache, 0 to 1", "kv_usage"),
-    ("prefix_cache_queries_total", "counter", "Tokens of prompts", "prompt_tokens"),
-    ("prefix_cache_hits_total", "counter", "Tokens of prompts that were cached", "cached_tokens"),
-    ("generation_tokens_total", "counter", "Tokens generated", "generated_tokens"),
-    ("num_preemptions_total", "counter", "Requests that had to give way and were computed again", "preemptions"),
-)
-
-
-def metrics_page(load: Load, model: str) -> str:
-    """The load in the text format of Prometheus. Counters begin again with each worker."""
-    label = model.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    return "".join(
-        f"# HELP vllm:{name} {meaning}\n# TYPE vllm:{name} {kind}\n"
-        f'vllm:{name}{{model_name="{label}"}} {getattr(load, field)}\n'
-        for name, kind, meaning, field in METRICS
-    )
-
-
-def load_report(load: Load, form: str) -> str:
-    """The value of `endpoint-load-metrics` (ORCA, envoyproxy/envoy#6614), named as vLLM's metrics are."""
-    metrics = {
-        "num_requests_running": load.running,
-        "num_requests_waiting": load.waiting,
-        "kv_cache_usage_perc": round(load.kv_usage, 4),
-    }
-    if form == "json":
-        return "JSON " + msgspec.json.encode({"named_metrics": metrics}).decode()
-    return "TEXT " + ", ".join(f"named_metrics.{name}={value}" for name, value in metrics.items())

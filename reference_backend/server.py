@@ -29,6 +29,8 @@ from aiohttp.typedefs import Handler, Middleware
 
 from reference_backend import protocol
 from reference_backend.engine.request import Delta, Finish, Logprobs, Priority, Sampling
+from reference_backend.load_report import PATH as LOAD_PATH
+from reference_backend.load_report import LoadReport, Reporter, metrics_page
 from reference_backend.protocol import (
     Answer,
     ApiError,
@@ -49,7 +51,6 @@ BODY_SECONDS = 30.0
 DEADLINE_HEADER = "x-weir-deadline-ms"  # what is left of the client's time
 CONSUMER_HEADER = "x-weir-consumer"  # who shares this backend fairly with others
 PRIORITY_HEADER = "x-weir-priority"
-LOAD_FORMAT_HEADER = "endpoint-load-metrics-format"
 USAGE = web.RequestKey("usage", Usage)  # what a request has used, for whoever wraps the handler
 log = logging.getLogger(__name__)
 
@@ -71,11 +72,12 @@ class GenerationError(Exception):
 class Generation:
     """One request at the worker: a `with` around `next`, which gives its tokens in order."""
 
-    def __init__(self, worker: Worker, prompt: list[int], sampling: Sampling, asked: Asked) -> None:
-        self._worker = worker
+    def __init__(self, worker: Worker, reporter: Reporter, prompt: list[int], sampling: Sampling, asked: Asked) -> None:
+        self._worker, self._reporter = worker, reporter
         self._arrived: asyncio.Queue[Delta] = asyncio.Queue()
         self._prompt, self._sampling, self._asked = prompt, sampling, asked
         self._ticket = 0
+        self._began, self._first_at, self._tokens = worker.clock(), 0.0, 0
 
     def __enter__(self) -> Self:
         """Raises ApiError 429 when the worker is full, 503 when there is none."""
@@ -90,6 +92,7 @@ class Generation:
                 salt=self._asked.salt,
             )
         except WorkerBusy as error:
+            self._reporter.rejects += 1
             raise protocol.not_started(429, "queue_full", "this backend has no room for another request now") from error
         except WorkerAway as error:
             raise protocol.loading() from error
@@ -99,6 +102,8 @@ class Generation:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._worker.abort(self._ticket)
+        if self._tokens:
+            self._reporter.answered(self._first_at - self._began, self._worker.clock() - self._began, self._tokens)
 
     async def next(self) -> Delta:
         """Wait for the next token or the end. Raises GenerationError."""
@@ -107,6 +112,9 @@ class Generation:
             raise GenerationError(protocol.engine_failed())
         if delta.finish == "lost":
             raise GenerationError(protocol.worker_lost())
+        self._tokens += 1
+        if self._tokens == 1:
+            self._first_at = self._worker.clock()
         return delta
 
 
@@ -197,6 +205,7 @@ class Api:
         self.model = model
         self.phase = Phase.READY
         self.in_flight = InFlight()
+        self.reporter = Reporter(worker, wall, lambda: self.phase is not Phase.READY)
         self._worker = worker
         self._tokenizer = tokenizer
         self._wall = wall
@@ -212,6 +221,7 @@ class Api:
         app.router.add_get("/v1/models/{model}", self._model)
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._metrics)
+        app.router.add_get(LOAD_PATH, self.reporter.stream)
         app.router.add_get("/v2/health/live", self._live)
         app.router.add_get("/v2/health/ready", self._ready)
         return app
@@ -232,9 +242,7 @@ class Api:
             return _refusal(ApiError(500, "internal_error", "internal error"))
 
     async def _report_load(self, request: web.Request, response: web.StreamResponse) -> None:
-        form = request.headers.get(LOAD_FORMAT_HEADER, "").strip().lower()
-        if form in ("json", "text"):
-            response.headers["endpoint-load-metrics"] = protocol.load_report(self._worker.load(), form)
+        response.headers.update(self.reporter.in_band(request))
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         with self.in_flight:
@@ -298,7 +306,7 @@ class Api:
             request.headers.get(CONSUMER_HEADER, ""),
             (body.cache_salt or "").encode(),
         )
-        with Generation(self._worker, prompt, body.sampling(room), asked) as generation:
+        with Generation(self._worker, self.reporter, prompt, body.sampling(room), asked) as generation:
             reader = Reader(generation, self._tokenizer, body.stops(), len(prompt))
             try:
                 return await (self._stream if body.stream else self._whole)(request, answer, reader)
@@ -330,7 +338,7 @@ class Api:
         is_complete = False
         try:
             await response.prepare(request)
-            await _write(response, answer, first, reader)
+            await _write(response, answer, first, reader, lambda: self.reporter.beside_usage(request))
             is_complete = True
         except ConnectionResetError:
             log.debug("the client left")
@@ -361,7 +369,7 @@ class Api:
         return _json({"status": status}, status=200 if self.is_ready else 503)
 
     async def _metrics(self, _request: web.Request) -> web.Response:
-        text = protocol.metrics_page(self._worker.load(), self.model)
+        text = metrics_page(self._worker.load(), self.reporter.report(), self.model)
         return web.Response(text=text, headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _live(self, _request: web.Request) -> web.Response:
@@ -387,22 +395,28 @@ async def _first(reader: Reader) -> Piece:
     return piece
 
 
-async def _write(response: web.StreamResponse, answer: Answer, first: Piece, reader: Reader) -> None:
+async def _write(
+    response: web.StreamResponse,
+    answer: Answer,
+    first: Piece,
+    reader: Reader,
+    load: Callable[[], dict[str, LoadReport]],
+) -> None:
     """An event for each piece, and the ending."""
     piece = first
     await response.write(b"".join(protocol.event(opening) for opening in answer.opening()))
     while piece.finish is None:
         await response.write(protocol.event(answer.chunk(piece.text, logprobs=piece.logprobs)))
         piece = await reader.next()
-    await response.write(_ending(answer, piece, protocol.finish_reason(piece.finish), reader.usage))
+    await response.write(_ending(answer, piece, protocol.finish_reason(piece.finish), reader.usage, load()))
 
 
-def _ending(answer: Answer, piece: Piece, finish: str, usage: Usage) -> bytes:
-    """All that is left of a stream, in one write."""
+def _ending(answer: Answer, piece: Piece, finish: str, usage: Usage, load: dict[str, LoadReport]) -> bytes:
+    """All that is left of a stream, in one write. `load` stands beside the usage."""
     events = [answer.chunk(piece.text, logprobs=piece.logprobs)] if piece.text or piece.logprobs else []
     events.append(answer.chunk(None, finish))
     if answer.with_usage:
-        events.append(answer.usage_chunk(usage))
+        events.append(answer.usage_chunk(usage) | load)
     return b"".join(protocol.event(each) for each in events) + protocol.DONE
 
 

@@ -17,8 +17,9 @@ import contextlib
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 from typing import cast
+
+import msgspec
 
 from reference_backend.engine.config import ModelError
 from reference_backend.engine.frames import Abort, Ask, Ready, Refused, Start, Turn, Unframed, decode_for_server, framed
@@ -39,8 +40,9 @@ class WorkerAway(Exception):  # noqa: N818  an answer, not a fault
 class _Link(asyncio.Protocol):
     """The socket to one worker process."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_change: Callable[[], None]) -> None:
         loop = asyncio.get_running_loop()
+        self._on_change = on_change
         self.ready: asyncio.Future[Ready] = loop.create_future()
         self.lost = asyncio.Event()
         self.load = Load(0, 0, 0.0)
@@ -72,6 +74,7 @@ class _Link(asyncio.Protocol):
 
     def _begin(self, message: Ready | Refused) -> None:
         if isinstance(message, Ready):
+            self.load = message.load
             self.ready.set_result(message)
         else:
             self.ready.set_exception(ModelError(message.reason))
@@ -85,6 +88,7 @@ class _Link(asyncio.Protocol):
             if delta.finish is not None:
                 del self.waiting_for[ticket]
             deliver(delta)
+        self._on_change()
 
     def cut(self) -> None:
         """End it from this side."""
@@ -102,6 +106,7 @@ class _Link(asyncio.Protocol):
         waiting, self.waiting_for = self.waiting_for, {}
         for deliver in waiting.values():
             deliver(Delta(None, "lost"))
+        self._on_change()
         self.lost.set()
 
 
@@ -112,6 +117,8 @@ class Worker:
         self.bound = bound
         self.clock = clock
         self.context = 0
+        self.changes = 0  # of the load, since the start
+        self._news = asyncio.Event()
         self._link: _Link | None = None
         self._tickets = 0
 
@@ -133,7 +140,17 @@ class Worker:
             return Load(0, 0, 0.0)
         last = self._link.load
         running = min(last.running, self._in_flight)
-        return replace(last, running=running, waiting=self._in_flight - running)
+        return msgspec.structs.replace(last, running=running, waiting=self._in_flight - running)
+
+    def _change(self) -> None:
+        self.changes += 1
+        self._news.set()
+
+    async def wait_change(self, seen: int) -> None:
+        """Wait until `changes` is another number than `seen`."""
+        while self.changes == seen:
+            self._news.clear()
+            await self._news.wait()
 
     def submit(
         self,
@@ -157,12 +174,14 @@ class Worker:
         self._tickets += 1
         self._link.waiting_for[self._tickets] = deliver
         self._link.send(Ask(self._tickets, prompt, sampling, deadline, priority, tenant, salt))
+        self._change()
         return self._tickets
 
     def abort(self, ticket: int) -> None:
         """Give a request up. Harmless for one that is over."""
         if self._link is not None and self._link.waiting_for.pop(ticket, None) is not None:
             self._link.send(Abort(ticket))
+            self._change()
 
     async def wait_lost(self) -> None:
         if self._link is not None:
@@ -195,7 +214,7 @@ class Worker:
     @contextlib.asynccontextmanager
     async def linked(self, connection: socket.socket, start: Start) -> AsyncIterator[None]:
         """The worker at the other end of a socket is in service. Raises ModelError."""
-        _, link = await asyncio.get_running_loop().create_connection(_Link, sock=connection)
+        _, link = await asyncio.get_running_loop().create_connection(lambda: _Link(self._change), sock=connection)
         try:
             link.send(start)
             self.context = (await link.ready).context

@@ -18,7 +18,7 @@ from random import Random
 from reference_backend.admission import FairQueue
 from reference_backend.engine.kv_cache import BlockPool
 from reference_backend.engine.model import Llama
-from reference_backend.engine.pace import Pace
+from reference_backend.engine.pace import NEW, Pace
 from reference_backend.engine.request import Delta, Load, Published, Sequence
 from reference_backend.engine.runner import Launched, Result, Runner
 from reference_backend.engine.scheduler import Scheduler
@@ -78,6 +78,7 @@ class Engine:
         )
         self._pace = Pace(settings.step_seconds)
         self._reading = 0  # tokens of prompts in the last step
+        self._queue_seconds = 0.0  # before a request is admitted: an average in which a new one counts NEW
         self._unread: Launched | None = None
         self._arrived: list[Sequence] = []
         self._arrivals = 0
@@ -98,16 +99,28 @@ class Engine:
     def load(self) -> Load:
         """The current counts."""
         scheduler = self.scheduler
-        waiting = len(self._arrived) + len(scheduler.preempted) + len(scheduler.queue)
-        pool = scheduler.pool
+        waiting = [*self._arrived, *scheduler.preempted, *scheduler.queue]
+        generating = sum(sequence.is_primed for sequence in scheduler.running)
+        pool, step_seconds = scheduler.pool, self._pace.step_seconds
         return Load(
             running=len(scheduler.running),
-            waiting=waiting,
+            waiting=len(waiting),
             kv_usage=pool.held / (pool.blocks - 1),
             prompt_tokens=pool.asked_tokens,
             cached_tokens=pool.found_tokens,
             generated_tokens=scheduler.generated_tokens,
             preemptions=scheduler.preemptions,
+            slots=self.settings.slots,
+            kv_used=pool.held,
+            kv_blocks=pool.blocks - 1,
+            block_size=pool.block_size,
+            cached_blocks=pool.named,
+            waiting_tokens=sum(len(sequence.prompt) for sequence in waiting),
+            backlog_tokens=sum(s.uncomputed for s in scheduler.running if not s.is_primed),
+            step_seconds=step_seconds,
+            prefill_rate=self._pace.reading_rate,
+            decode_rate=generating / step_seconds if step_seconds else 0.0,
+            queue_seconds=self._queue_seconds,
         )
 
     def submit(self, sequence: Sequence) -> None:
@@ -128,6 +141,9 @@ class Engine:
         published = self._drop(now)
         plan = self.scheduler.schedule(now, self._pace.readable())
         self._reading = sum(work.tokens for work in plan if not work.is_decode)
+        for work in plan:
+            if work.is_new and not work.sequence.generated:
+                self._queue_seconds += NEW * (now - work.sequence.arrived_at - self._queue_seconds)
         launched = self.runner.launch(plan) if plan else None
         if self._overlap:
             launched, self._unread = self._unread, launched

@@ -44,6 +44,7 @@ class Ready(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """The model is loaded and has produced a token."""
 
     context: int
+    load: Load = Load(0, 0, 0.0)
 
 
 class Refused(msgspec.Struct, tag=True, array_like=True, frozen=True):

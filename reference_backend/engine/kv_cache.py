@@ -49,6 +49,11 @@ class BlockPool:
         return self.blocks - 1 - len(self._free)
 
     @property
+    def named(self) -> int:
+        """Blocks that a request may find, held or free."""
+        return len(self._name_of)
+
+    @property
     def free(self) -> int:
         return len(self._free)
 

@@ -22,6 +22,16 @@ class Pace:
     def __repr__(self) -> str:
         return f"<Pace {self._generating} s a step, {self._each_read} s for each token read>"
 
+    @property
+    def step_seconds(self) -> float:
+        """A step that reads nothing; 0.0 while there was none."""
+        return self._generating or 0.0
+
+    @property
+    def reading_rate(self) -> float:
+        """Tokens of prompts a second; 0.0 while none were read."""
+        return 1.0 / self._each_read if self._each_read else 0.0
+
     def took(self, seconds: float, read: int) -> None:
         """A step is over that read so many tokens of prompts."""
         if not read:

@@ -128,21 +128,27 @@ class Sequence:
         return self.deadline is not None and now >= self.deadline
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What the engine reports about itself. `kv_usage` is the used share of the cache, 0 to 1.
-
-    The rest are counts since its start: tokens of prompts that were asked and, of those, found in the cache; tokens
-    generated; sequences that had to give way.
-    """
+class Load(msgspec.Struct, array_like=True, frozen=True):
+    """What the engine reports about itself. `kv_usage` is the used share of the cache, 0 to 1."""
 
     running: int
     waiting: int
     kv_usage: float
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
+    prompt_tokens: int = 0  # this and the next three since its start
+    cached_tokens: int = 0  # of those tokens, found in the cache
     generated_tokens: int = 0
     preemptions: int = 0
+    slots: int = 0
+    kv_used: int = 0  # blocks
+    kv_blocks: int = 0
+    block_size: int = 0
+    cached_blocks: int = 0
+    waiting_tokens: int = 0  # of the prompts of those that wait
+    backlog_tokens: int = 0  # of the prompts of those that run, not read yet
+    step_seconds: float = 0.0  # this and what follows are averages of late; rates are tokens/s
+    prefill_rate: float = 0.0
+    decode_rate: float = 0.0
+    queue_seconds: float = 0.0
 
 
 Published = list[tuple[Sequence, Delta]]

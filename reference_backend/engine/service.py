@@ -166,7 +166,7 @@ def main(descriptor: int, clock: Callable[[], float]) -> int:
         except ModelError as error:
             line.send(Refused(str(error)))
             return 3
-        line.send(Ready(engine.context))
+        line.send(Ready(engine.context, engine.load()))
         return serve(engine, line, clock)
 
 

@@ -39,6 +39,7 @@ def test_what_a_backend_writes_is_what_the_gateway_reads():
         zone="eu-1b",
         max_concurrency=8,
         health="/ping?full=1",
+        load="/load/stream",
     )
     assert decode("chat/a", encode(registration)).at("10.1.2.3") == Endpoint(
         key="chat/a",
@@ -56,6 +57,7 @@ def test_what_a_backend_writes_is_what_the_gateway_reads():
         draining=False,
         max_concurrency=8,
         health_path="/ping?full=1",
+        load_path="/load/stream",
     )
 
 
@@ -203,6 +205,8 @@ def test_names_that_are_not(key, where):
         (value(zone="a b"), "zone"),
         (value(health="health"), "health"),
         (value(health="/a b"), "health"),
+        (value(load="load"), "load"),
+        (value(load="//\\evil"), "load"),
         (value(health="/" + "a" * 300), "health"),
     ],
 )

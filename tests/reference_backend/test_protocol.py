@@ -4,10 +4,9 @@ import json
 
 import msgspec
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from reference_backend import protocol
-from reference_backend.engine.request import Load, Sampling
+from reference_backend.engine.request import Sampling
 from reference_backend.protocol import (
     ApiError,
     ChatAnswer,
@@ -263,34 +262,3 @@ def test_logprobs_of_a_completion():
         "token_logprobs": [-0.5, -2.0],
         "top_logprobs": [{"Hi": -0.5, "Ho": -1.0}, {}],
     }
-
-
-def test_metrics_can_be_scraped():
-    page = protocol.metrics_page(Load(3, 1, 0.25, 100, 60, 7, 2), 'a "b"\\c')
-    samples = [line for line in page.splitlines() if not line.startswith("#")]
-    assert samples == [
-        f'vllm:{name}{{model_name="a \\"b\\"\\\\c"}} {value}'
-        for name, value in [
-            ("num_requests_running", 3),
-            ("num_requests_waiting", 1),
-            ("kv_cache_usage_perc", 0.25),
-            ("prefix_cache_queries_total", 100),
-            ("prefix_cache_hits_total", 60),
-            ("generation_tokens_total", 7),
-            ("num_preemptions_total", 2),
-        ]
-    ]
-    families = {family.name: family for family in text_string_to_metric_families(page)}
-    assert families["vllm:num_preemptions"].type == "counter"
-    assert families["vllm:kv_cache_usage_perc"].samples[0].labels == {"model_name": 'a "b"\\c'}
-
-
-def test_the_load_report_in_both_forms():
-    load = Load(running=3, waiting=1, kv_usage=0.123456)
-    assert protocol.load_report(load, "json") == (
-        'JSON {"named_metrics":{"num_requests_running":3,"num_requests_waiting":1,"kv_cache_usage_perc":0.1235}}'
-    )
-    assert protocol.load_report(load, "text") == (
-        "TEXT named_metrics.num_requests_running=3, named_metrics.num_requests_waiting=1, "
-        "named_metrics.kv_cache_usage_perc=0.1235"
-    )

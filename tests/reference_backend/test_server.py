@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
 
-from reference_backend import server  # noqa: E402
+from reference_backend import load_report, server  # noqa: E402
 from reference_backend.engine.request import Priority  # noqa: E402
 from reference_backend.protocol import DONE  # noqa: E402
 from reference_backend.server import LARGEST_BODY, InFlight, Phase  # noqa: E402
@@ -263,7 +263,63 @@ async def test_metrics_are_those_of_the_worker():
         await backend.wait_idle()
         async with session.get(f"{backend.url}/metrics") as response:
             assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
-            assert 'vllm:generation_tokens_total{model_name="tiny"} 5\n' in await response.text()
+            page = await response.text()
+    assert 'vllm:generation_tokens_total{model_name="tiny"} 5\n' in page
+    assert 'weir_backend_load_max_running{model_name="tiny"} 4.0\n' in page
+
+
+async def test_load_is_pushed_while_it_changes():
+    async with running_api() as backend, aiohttp.ClientSession() as session:
+        async with session.get(f"{backend.url}/load/stream") as pushed:
+            assert pushed.headers["content-type"] == "text/event-stream"
+
+            async def wait_for(condition):
+                async with asyncio.timeout(10):
+                    while not condition(report := await next_report(pushed.content)):
+                        pass
+                return report
+
+            idle = await wait_for(lambda report: True)
+            asking = asyncio.ensure_future(post(backend.url, QUESTION | {"ignore_eos": True, "max_tokens": 300}))
+            busy = await wait_for(lambda report: report["running"] and report["kv_used"])
+            await asking
+            after = await wait_for(lambda report: not report["running"])
+    assert (idle["running"], idle["max_running"], idle["free_slots"], idle["draining"]) == (0, 4, 8, False)
+    assert (busy["running"], busy["waiting"], busy["free_slots"]) == (1, 0, 7)
+    assert idle["seq"] < busy["seq"] < after["seq"]
+    assert after["ttft_ms_p50"] > 0
+    assert after["tpot_ms_p50"] > 0
+
+
+async def next_report(content):
+    return json.loads((await content.readuntil(b"\n\n")).removeprefix(b"data: "))
+
+
+async def test_only_so_many_listen_to_the_load(monkeypatch):
+    monkeypatch.setattr(load_report, "MOST_LISTENERS", 1)
+    async with running_api() as backend, aiohttp.ClientSession() as session:
+        url = f"{backend.url}/load/stream"
+        async with session.get(url) as first:
+            await next_report(first.content)
+            async with session.get(url) as second:
+                assert (second.status, (await second.json())["error"]["code"]) == (503, "too_many_listeners")
+        async with asyncio.timeout(10):
+            while backend.api.reporter.listeners:
+                await asyncio.sleep(0.002)
+        async with session.get(url) as third:
+            assert third.status == 200
+
+
+@pytest.mark.parametrize(("headers", "tells"), [({}, False), ({"endpoint-load-metrics-format": "json"}, True)])
+async def test_load_stands_beside_the_usage_of_a_stream_for_who_asks(headers, tells):
+    body = QUESTION | {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": 3}
+    async with running_api() as backend:
+        _, _, content = await post(backend.url, body, **headers)
+    *others, last = events(content)
+    assert ("load" in last) is tells
+    assert not any("load" in each for each in others)
+    if tells:
+        assert (last["load"]["running"], last["load"]["max_running"]) == (0, 4)  # it has just ended
 
 
 async def test_models_are_listed():
@@ -312,8 +368,9 @@ async def test_a_full_backend_refuses_at_once_and_reports_its_load():
         first.cancel()
     assert (status, json.loads(content)["error"]["code"]) == (429, "queue_full")
     assert (headers["x-backend-not-started"], headers["retry-after"]) == ("true", "1")
+    assert backend.api.reporter.rejects == 1
     report = json.loads(headers["endpoint-load-metrics"].removeprefix("JSON "))["named_metrics"]
-    assert report == {"num_requests_running": 0, "num_requests_waiting": 1, "kv_cache_usage_perc": 0.0}
+    assert report == {"num_requests_running": 0, "num_requests_waiting": 1, "kv_cache_usage_perc": 0.0, "seq": 1}
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -252,12 +252,31 @@ def test_load_is_what_runs_waits_and_is_held(engine):
     subject = engine(slots=2, context=64)
     for _ in range(3):
         subject.submit(sequence())
-    assert subject.load() == Load(0, 3, 0.0)
+    sizes = {"slots": 2, "kv_blocks": 33, "block_size": subject.settings.block_size}
+    assert subject.load() == Load(0, 3, 0.0, **sizes, waiting_tokens=9)
     subject.turn(0.0)
-    assert subject.load() == Load(2, 1, 2 / 33, prompt_tokens=6, generated_tokens=2)
+    assert subject.load() == Load(
+        2, 1, 2 / 33, **sizes, prompt_tokens=6, generated_tokens=2, kv_used=2, waiting_tokens=3
+    )
     assert repr(subject) == "<Engine 2 running of 2, 1 waiting>"
     run(subject)
-    assert subject.load() == Load(0, 0, 0.0, prompt_tokens=9, generated_tokens=24)
+    assert subject.load() == Load(0, 0, 0.0, **sizes, prompt_tokens=9, generated_tokens=24, cached_blocks=2)
+
+
+def test_load_tells_how_fast_it_goes_and_what_is_left_to_do(engine):
+    subject = engine(slots=2, context=256, step_tokens=16)
+    subject.submit(sequence(list(range(40)), max_tokens=4))
+    subject.turn(2.0)  # waits for nothing, reads 16 of 40
+    subject.took(0.5)
+    assert subject.load().backlog_tokens == 24
+    assert subject.load().prefill_rate == pytest.approx(32)
+    assert subject.load().cached_blocks == 16 // subject.settings.block_size
+    subject.turn(3.0)
+    subject.turn(4.0)
+    subject.turn(5.0)
+    subject.took(0.25)
+    assert (subject.load().step_seconds, subject.load().decode_rate) == (0.25, 4.0)
+    assert (subject.load().backlog_tokens, subject.load().queue_seconds) == (0, 0.0)
 
 
 @pytest.mark.parametrize("overlap", [False, True])

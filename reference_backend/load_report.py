@@ -1,0 +1,204 @@
+"""What a backend tells of its load: one report, told in three ways.
+
+- In an answer, to whoever asks for it: the `endpoint-load-metrics` header (ORCA, envoyproxy/envoy#6614), and beside
+  `usage` in the last chunk of a stream.
+- Pushed, to whoever listens at `/load/stream`: server-sent events, one for each change, APART_SECONDS apart at least;
+  while there is work SIGN_SECONDS apart at most, else HEARTBEAT_SECONDS. A busy one that is silent longer is not well.
+- Scraped, at `/metrics`, under vLLM's names (what knows vLLM, such as the inference extension of the Kubernetes Gateway
+  API, then knows this) and with the whole report under ours.
+
+`seq` grows with each change of the load, so that who hears of it in several ways knows which news is the newest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from statistics import median
+
+import msgspec
+from aiohttp import web
+
+from reference_backend.engine.request import Load
+from reference_backend.protocol import ApiError
+from reference_backend.worker import Worker
+
+PATH = "/load/stream"
+FORMAT_HEADER = "endpoint-load-metrics-format"
+APART_SECONDS = 0.02
+SIGN_SECONDS = 0.1
+HEARTBEAT_SECONDS = 1.0
+MOST_LISTENERS = 64
+RECENT = 64  # answers of which the medians are
+
+
+class LoadReport(msgspec.Struct, frozen=True):
+    """The state of one model in one backend. `t` is Unix seconds, `_ms` are averages of late, rates are tokens/s."""
+
+    seq: int
+    t: float
+    waiting: int
+    waiting_tokens: int  # of their prompts
+    running: int
+    max_running: int
+    free_slots: int  # requests that would not be refused
+    kv_used: int  # blocks that somebody holds
+    kv_blocks: int
+    block_size: int  # tokens
+    cached_blocks: int  # that may be found again, held or not
+    prefill_backlog_tokens: int  # of running requests' prompts, not read yet
+    step_ms_ewma: float  # a step in which nothing is read
+    prefill_tok_s: float
+    decode_tok_s: float  # of all who generate together
+    queue_ms_ewma: float
+    ttft_ms_p50: float
+    tpot_ms_p50: float
+    hit_rate: float  # of prompts' tokens since the start: found in the cache
+    preemptions: int
+    rejects: int
+    draining: bool
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self.running or self.waiting)
+
+
+class Reporter:
+    """Makes reports of what the worker says and the server sees."""
+
+    def __init__(self, worker: Worker, wall: Callable[[], float], is_draining: Callable[[], bool]) -> None:
+        self.rejects = 0
+        self._worker = worker
+        self._wall = wall
+        self._is_draining = is_draining
+        self._firsts: deque[float] = deque(maxlen=RECENT)
+        self._gaps: deque[float] = deque(maxlen=RECENT)
+        self.listeners = 0
+
+    def answered(self, first_seconds: float, seconds: float, tokens: int) -> None:
+        """An answer has ended: when its first token came, how long the others took, how many they were in all."""
+        self._firsts.append(first_seconds)
+        if tokens > 1:
+            self._gaps.append((seconds - first_seconds) / (tokens - 1))
+
+    def report(self) -> LoadReport:
+        """The load now."""
+        worker, load = self._worker, self._worker.load()
+        return LoadReport(
+            seq=worker.changes,
+            t=self._wall(),
+            waiting=load.waiting,
+            waiting_tokens=load.waiting_tokens,
+            running=load.running,
+            max_running=load.slots,
+            free_slots=max(0, worker.bound - load.running - load.waiting),
+            kv_used=load.kv_used,
+            kv_blocks=load.kv_blocks,
+            block_size=load.block_size,
+            cached_blocks=load.cached_blocks,
+            prefill_backlog_tokens=load.backlog_tokens,
+            step_ms_ewma=_ms(load.step_seconds),
+            prefill_tok_s=round(load.prefill_rate, 1),
+            decode_tok_s=round(load.decode_rate, 1),
+            queue_ms_ewma=_ms(load.queue_seconds),
+            ttft_ms_p50=_median_ms(self._firsts),
+            tpot_ms_p50=_median_ms(self._gaps),
+            hit_rate=round(load.cached_tokens / load.prompt_tokens, 4) if load.prompt_tokens else 0.0,
+            preemptions=load.preemptions,
+            rejects=self.rejects,
+            draining=self._is_draining(),
+        )
+
+    async def reports(self) -> AsyncIterator[LoadReport]:
+        """A report now and at each change, as often as the head of this file says."""
+        while True:
+            report = self.report()
+            yield report
+            await asyncio.sleep(APART_SECONDS)
+            longest = SIGN_SECONDS if report.is_busy else HEARTBEAT_SECONDS
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(longest - APART_SECONDS):
+                    await self._worker.wait_change(report.seq)
+
+    async def stream(self, request: web.Request) -> web.StreamResponse:
+        """The handler of `/load/stream`."""
+        if self.listeners >= MOST_LISTENERS:
+            raise ApiError(503, "too_many_listeners", f"{MOST_LISTENERS} listen to this backend's load already")
+        response = web.StreamResponse(headers={"content-type": "text/event-stream", "cache-control": "no-store"})
+        self.listeners += 1
+        try:
+            await response.prepare(request)
+            async for report in self.reports():
+                await response.write(b"data: %b\n\n" % msgspec.json.encode(report))
+        except ConnectionResetError:
+            pass  # whoever listened has left
+        finally:
+            self.listeners -= 1
+        return response
+
+    def in_band(self, request: web.Request) -> dict[str, str]:
+        """The header of an answer, for a request that asks for it."""
+        form = request.headers.get(FORMAT_HEADER, "").strip().lower()
+        if form not in ("json", "text"):
+            return {}
+        return {"endpoint-load-metrics": orca(self._worker.load(), self._worker.changes, form)}
+
+    def beside_usage(self, request: web.Request) -> dict[str, LoadReport]:
+        """What is added to the last chunk of a stream, for a request that asks for it."""
+        asks = request.headers.get(FORMAT_HEADER, "").strip().lower() == "json"
+        return {"load": self.report()} if asks else {}
+
+
+def orca(load: Load, seq: int, form: str) -> str:
+    """The value of `endpoint-load-metrics`, `json` or `text`: what balancing needs, named as vLLM's metrics are."""
+    metrics = {
+        "num_requests_running": load.running,
+        "num_requests_waiting": load.waiting,
+        "kv_cache_usage_perc": round(load.kv_usage, 4),
+        "seq": seq,
+    }
+    if form == "json":
+        return "JSON " + msgspec.json.encode({"named_metrics": metrics}).decode()
+    return "TEXT " + ", ".join(f"named_metrics.{name}={value}" for name, value in metrics.items())
+
+
+# vLLM's metrics: name, kind, meaning, and where it is in the load.
+METRICS = (
+    ("num_requests_running", "gauge", "Requests that have a slot", "running"),
+    ("num_requests_waiting", "gauge", "Requests that wait for one", "waiting"),
+    ("kv_cache_usage_perc", "gauge", "Used share of the key-value cache, 0 to 1", "kv_usage"),
+    ("prefix_cache_queries_total", "counter", "Tokens of prompts", "prompt_tokens"),
+    ("prefix_cache_hits_total", "counter", "Tokens of prompts that were cached", "cached_tokens"),
+    ("prompt_tokens_total", "counter", "Tokens of prompts, under its other name", "prompt_tokens"),
+    ("generation_tokens_total", "counter", "Tokens generated", "generated_tokens"),
+    ("num_preemptions_total", "counter", "Requests that had to give way and were computed again", "preemptions"),
+)
+
+
+def metrics_page(load: Load, report: LoadReport, model: str) -> str:
+    """Load and report in the text format of Prometheus. Counters begin again with each worker."""
+    label = model.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    lines = [
+        f"# HELP vllm:{name} {meaning}\n# TYPE vllm:{name} {kind}\n"
+        f'vllm:{name}{{model_name="{label}"}} {getattr(load, field)}\n'
+        for name, kind, meaning, field in METRICS
+    ]
+    lines.append(
+        "# HELP vllm:cache_config_info The key-value cache\n# TYPE vllm:cache_config_info gauge\n"
+        f'vllm:cache_config_info{{model_name="{label}",block_size="{load.block_size}",'
+        f'num_gpu_blocks="{load.kv_blocks}"}} 1\n'
+    )
+    for field, value in msgspec.structs.asdict(report).items():
+        name = f"weir_backend_load_{field}"
+        lines.append(f'# TYPE {name} gauge\n{name}{{model_name="{label}"}} {float(value)}\n')
+    return "".join(lines)
+
+
+def _ms(seconds: float) -> float:
+    return round(1000 * seconds, 3)
+
+
+def _median_ms(seconds: Sequence[float]) -> float:
+    return _ms(median(seconds)) if seconds else 0.0
