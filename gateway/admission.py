@@ -49,7 +49,7 @@ Meter = Unmetered | LocalMeter | LeasedMeter
 class Account:
     """What one consumer may still send under one plan. Its `with` is the concurrency slot."""
 
-    __slots__ = ("_headers", "_most", "_now", "_rule", "in_flight", "meter", "plan", "used_at")
+    __slots__ = ("_headers", "_most", "_now", "_refusal", "in_flight", "meter", "plan", "used_at")
 
     def __init__(self, plan: Plan, meter: Meter, now: Callable[[], float]) -> None:
         self._now = now
@@ -62,8 +62,8 @@ class Account:
         self.plan = plan
         self.meter = meter
         self._most = plan.concurrency if plan.concurrency is not None else inf
-        self._rule = f"plans.{plan.name}.requests"
-        self._headers = LimitHeaders(plan)
+        self._headers = headers = LimitHeaders(plan)
+        self._refusal = errors.RateLimited(headers.refusal, rule=f"plans.{plan.name}.requests")
 
     def take_nowait(self, now: float) -> float:
         """Take one request token, and return 0.0; or return the seconds until there will be one, or UNKNOWN.
@@ -107,8 +107,9 @@ class Account:
         return self.plan.requests is None or idle >= self.plan.burst / self.plan.requests.per_second
 
     def refusal(self, seconds: float) -> errors.RateLimited:
-        """What a request is told for which there was no token."""
-        return errors.RateLimited(self._headers.refusal, rule=self._rule, retry_after=seconds)
+        """What a request is told for which there was no token: to be told at once, the next one is told by the same."""
+        self._refusal.retry_after = seconds
+        return self._refusal
 
     def __repr__(self) -> str:
         return f"<Account plan {self.plan.name}, {self.in_flight} in flight, {self.meter!r}>"

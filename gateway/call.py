@@ -77,6 +77,14 @@ class Call:
         self.model: str | None = None
         self.stream = False
 
+    def again(self) -> Call:
+        """The same request once more, for one that came again byte for byte. Of one that is whole."""
+        call = Call(
+            self.connection, self.method, self.resource.encoded, self.version, self.lines, self.content_length
+        )  # fmt: skip
+        call.body, call.size, call.is_whole = self.body, self.size, True
+        return call
+
     def header(self, name: str) -> str | None:
         """First value of a header, by lower-case name, for a route that matches on headers."""
         wanted = name.encode("ascii", "replace")

@@ -8,6 +8,7 @@ from typing import Any, Final
 import msgspec
 
 from gateway.headers import STATUS_LINES
+from observability.millis import millis
 from policies.errors import Refusal
 
 JITTER = 0.25  # clients' SDKs come back exactly when told: spread them over a quarter more
@@ -31,7 +32,7 @@ def error_body(protocol: str, refusal: Refusal, request_id: str) -> bytes:
         return b'%b%b"}' % (beginning, request_id.encode())
     if refusal.retry_after is None:
         return b'%b%b"}}' % (beginning, request_id.encode())
-    return b'%b%b","retry_after":%b}}' % (beginning, request_id.encode(), b"%.3f" % refusal.retry_after)
+    return b'%b%b","retry_after":%b}}' % (beginning, request_id.encode(), millis(refusal.retry_after / 1e3))
 
 
 _ID: Final = b'"request_id":""'

@@ -31,6 +31,7 @@ HELD_BYTES: Final = 64 * 1024  # of a body that nobody has asked for yet
 MOST_LINES: Final = 100  # of a head
 LONGEST_VIA: Final = 256  # ten gateways one after the other
 MOST_AHEAD: Final = 128  # requests sent before the first is answered; those beyond are not served
+KNOWN_BYTES: Final = 4 * 1024  # of a request that is known again
 UNREAD_SECONDS: Final = 30.0  # how long a client may leave what it was sent unread
 LINGER_SECONDS: Final = 2.0  # a client whose body nobody wants has this long to read its refusal
 LINGER_BYTES: Final = 64 * 1024  # of such a body that are read and thrown away
@@ -85,7 +86,7 @@ class ClientConnection:
     __slots__ = (
         "_ahead", "_alarm", "_arrival", "_body_wakeup", "_call", "_drained", "_framing_bytes", "_head_bytes",
         "_head_timer", "_hold", "_in_head", "_is_first_read", "_is_reading_paused", "_is_writing_paused", "_known",
-        "_known_lines", "_length", "_lines", "_outbox", "_parser", "_quiet_since", "_reading", "_received", "_server",
+        "_known_call", "_known_lines", "_known_read", "_length", "_lines", "_outbox", "_parser", "_quiet_since", "_reading", "_received", "_server",
         "_takes_more", "_target", "_task", "caller", "forwarded_lines", "loop", "relay", "transport",
     )  # fmt: skip
 
@@ -120,6 +121,8 @@ class ClientConnection:
         self._is_reading_paused = False
         self._is_writing_paused = False
         self._drained: Wakeup | None = None
+        self._known_read = b""  # the last read that was one whole request, and the request
+        self._known_call: Call | None = None
         self._known_lines: Lines | None = None
         self._known: Head
 
@@ -153,6 +156,7 @@ class ClientConnection:
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         self.transport = None
         self._takes_more = False
+        self._known_call = None
         self._server.connections.discard(self)
         self._stop_head_timer()
         if self._alarm is not None:
@@ -167,6 +171,12 @@ class ClientConnection:
     def data_received(self, data: bytes) -> None:
         if not self._takes_more:
             return
+        is_between = not (self._in_head or self._reading or self._ahead)
+        known = self._known_call
+        if is_between and known is not None and data == self._known_read:
+            self._ahead.append(known.again())  # who was refused asks again in the same words, which cost most to read
+            self._wake_for_call()
+            return
         self._is_first_read = False
         self._received = len(data)
         try:
@@ -180,6 +190,9 @@ class ClientConnection:
             self._takes_more = False  # what follows the request is another protocol's
         except httptools.HttpParserError:
             self._unreadable()
+        else:
+            if is_between and len(data) <= KNOWN_BYTES:
+                self._remember(data)
         if self._in_head:
             self._measure_head()
         elif self._reading is not None:
@@ -261,6 +274,14 @@ class ClientConnection:
             if call.pieces is not None:
                 call.body, call.pieces = b"".join(call.pieces), None
             call.is_whole = True
+
+    def _remember(self, data: bytes) -> None:
+        """Keep a read that began between two requests, if it was one whole request and nothing else."""
+        ahead = self._ahead
+        if len(ahead) == 1 and not self._in_head:
+            call = ahead[0]
+            if isinstance(call, Call) and call.is_whole:
+                self._known_read, self._known_call = data, call
 
     def _stays_with_http(self) -> bool:
         """A request asked for another protocol: whether its body comes first, which the parser then has left out.

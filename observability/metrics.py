@@ -41,16 +41,18 @@ from observability.text import printable
 
 MOST_SERIES = 2000  # label sets of one family
 
+Bounds = tuple[float, ...]
+
 BREAKER_VALUES = {"closed": 0.0, "half_open": 1.0, "open": 2.0}  # what weir_breaker_state says
 
 # As the conventions have it: gen_ai.server.request.duration, .time_to_first_token, .time_per_output_token,
-# gen_ai.client.token.usage.
-_DURATION = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
-_FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
-_PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
-_TOKENS = tuple(float(4**power) for power in range(14))
+# gen_ai.client.token.usage. Of no fixed length: compiled, that would be made anew for each call.
+_DURATION: Bounds = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
+_FIRST_TOKEN: Bounds = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+_PER_TOKEN: Bounds = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+_TOKENS: Bounds = tuple(float(4**power) for power in range(14))
 # Ours: fine around the 70 us that a request should cost, coarse where it is an incident.
-_OVERHEAD = (25e-6, 5e-5, 75e-6, 1e-4, 15e-5, 25e-5, 5e-4, 1e-3, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
+_OVERHEAD: Bounds = (25e-6, 5e-5, 75e-6, 1e-4, 15e-5, 25e-5, 5e-4, 1e-3, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 
 Labels = tuple[str, ...]
 Cell = list[float]  # of a counter: [n]; of a histogram: one count per bucket, that of +Inf, and the sum
@@ -91,7 +93,7 @@ class _Counter:
 class _Histogram(_Counter):
     """A family of histograms. What is counted is added by `_add`."""
 
-    def __init__(self, name: str, text: str, *labels: str, bounds: tuple[float, ...]) -> None:
+    def __init__(self, name: str, text: str, *labels: str, bounds: Bounds) -> None:
         super().__init__(name, text, *labels)
         self._bounds = bounds
 
@@ -106,7 +108,7 @@ class _Histogram(_Counter):
         return [0.0] * (len(self._bounds) + 2)
 
 
-def _add(cell: Cell, bounds: tuple[float, ...], value: float) -> None:
+def _add(cell: Cell, bounds: Bounds, value: float) -> None:
     """Count a value in the cell of a histogram with these bounds."""
     at = 0
     for bound in bounds:  # most values are small: cheaper than bisecting

@@ -68,6 +68,70 @@ async def test_a_request_that_may_not_be_followed_closes() -> None:
     assert transport.closed == "close"
 
 
+POST = b"POST /y HTTP/1.1\r\nhost: a\r\ncontent-length: 3\r\n\r\nabc"
+CHUNKED = b"POST /z HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [
+        [GET, GET, GET],
+        [POST, POST, GET, POST],
+        [CHUNKED, CHUNKED],
+        [POST, POST[:-1] + b"d", POST],
+        [POST, POST[:-1], POST[-1:], POST],  # begins as one that is known
+        [POST, POST + GET[:20], GET[20:], POST],
+        [POST, GET + POST, POST],
+        [POST, POST[:-3], POST, b"c", GET],  # a body that looks like the request before
+        [POST[:-3], POST[-3:], POST, POST],
+        [POST.replace(b"3", b"5000"), b"a" * 5000, GET, GET],
+        [GET + b"\r\n", GET + b"\r\n", GET],
+    ],
+    ids=range(11),
+)
+@virtual_time
+async def test_reads_that_repeat_themselves_are_read_as_at_first(reads) -> None:
+    def told(call: Call) -> tuple[object, ...]:
+        return call.method, call.resource, call.version, call.lines, call.content_length, call.body, call.size
+
+    served: list[tuple[object, ...]] = []
+
+    async def tell(call: Call) -> bool:
+        await call.connection.receive_body(call, 10_000)
+        served.append(told(call))
+        return True
+
+    client, _ = Listener(tell).connect()
+    for read in reads:
+        client.data_received(read)
+        await settle()
+    at_once, served = served, []
+    client, _ = Listener(tell).connect()
+    for byte in b"".join(reads):
+        client.data_received(bytes([byte]))
+        await settle()
+    assert served == at_once
+
+
+@virtual_time
+async def test_a_request_that_is_known_again_is_one_of_its_own() -> None:
+    calls: list[Call] = []
+
+    async def keep(call: Call) -> bool:
+        calls.append(call)
+        return True
+
+    client, transport = Listener(keep).connect()
+    for _ in range(3):
+        client.data_received(POST)
+        await settle()
+    assert len(set(map(id, calls))) == 3
+    transport.lose()
+    client.data_received(POST)
+    await settle()
+    assert len(calls) == 3
+
+
 @virtual_time
 async def test_connections_beyond_the_limit_are_dropped_and_counted() -> None:
     listener = Listener(connections=2)
