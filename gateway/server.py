@@ -86,8 +86,9 @@ class ClientConnection:
     __slots__ = (
         "_ahead", "_alarm", "_arrival", "_body_wakeup", "_call", "_drained", "_framing_bytes", "_head_bytes",
         "_head_timer", "_hold", "_in_head", "_is_first_read", "_is_reading_paused", "_is_writing_paused", "_known",
-        "_known_call", "_known_lines", "_known_read", "_length", "_lines", "_outbox", "_parser", "_quiet_since", "_reading", "_received", "_server",
-        "_takes_more", "_target", "_task", "caller", "forwarded_lines", "loop", "relay", "transport",
+        "_known_call", "_known_lines", "_known_read", "_length", "_lines", "_outbox", "_parser", "_quiet_since",
+        "_reading", "_received", "_server", "_takes_more", "_target", "_task", "caller", "forwarded_lines", "loop",
+        "relay", "transport",
     )  # fmt: skip
 
     def __init__(self, server: DataServer, loop: asyncio.AbstractEventLoop) -> None:

@@ -52,7 +52,9 @@ _FIRST_TOKEN: Bounds = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0
 _PER_TOKEN: Bounds = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 _TOKENS: Bounds = tuple(float(4**power) for power in range(14))
 # Ours: fine around the 70 us that a request should cost, coarse where it is an incident.
-_OVERHEAD: Bounds = (25e-6, 5e-5, 75e-6, 1e-4, 15e-5, 25e-5, 5e-4, 1e-3, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
+_OVERHEAD: Bounds = (
+    25e-6, 5e-5, 75e-6, 1e-4, 15e-5, 25e-5, 5e-4, 1e-3, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0,
+)  # fmt: skip
 
 Labels = tuple[str, ...]
 Cell = list[float]  # of a counter: [n]; of a histogram: one count per bucket, that of +Inf, and the sum
