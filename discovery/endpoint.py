@@ -67,6 +67,7 @@ class Endpoint:
     max_concurrency: int | None = None
     health_path: str | None = None
     load_path: str | None = None
+    grpc_port: int | None = None  # of the same host, spoken to as `scheme` says; None: it speaks no gRPC
 
     @property
     def authority(self) -> str:
@@ -101,6 +102,7 @@ class Registration(msgspec.Struct, frozen=True, omit_defaults=True):
     max_concurrency: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] | None = None
     health: str | None = None  # path of the active health check; absent: the protocol's own
     load: str | None = None  # path at which it pushes reports of its load; absent: it does not
+    grpc_port: Annotated[int, msgspec.Meta(ge=1, le=65535)] | None = None  # where the url's host speaks gRPC
 
     def drained(self) -> Registration:
         """The same backend, telling that it wants no new requests."""
@@ -161,6 +163,7 @@ def decode(key: str, value: bytes) -> Candidate:
             max_concurrency=wire.max_concurrency,
             health_path=_plain_path("health", wire.health),
             load_path=_plain_path("load", wire.load),
+            grpc_port=wire.grpc_port,
         ),
         literal,
     )

@@ -580,7 +580,8 @@ def _translate(observe: events.Observer) -> heard.Observe:
 
 def _static(one: config.StaticBackend) -> StaticBackend:
     models = tuple(ModelEntry(name, one.version) for name in one.models)
-    return StaticBackend(one.service, Registration(one.url, models=models, weight=one.weight))
+    registration = Registration(one.url, models=models, weight=one.weight, grpc_port=one.grpc_port)
+    return StaticBackend(one.service, registration)
 
 
 def _cannot_listen(key: str, listen: Address, error: OSError) -> CannotRun:

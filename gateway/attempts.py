@@ -24,7 +24,6 @@ from policies.retry import Failure, RetryBudget, delay_before, may_retry
 from policies.routing import pick_target
 
 if TYPE_CHECKING:
-    from gateway.answer import AnswerHead
     from gateway.call import Call, Ids
     from gateway.trail import Trail
     from gateway.upstream.connection import Connection
@@ -64,7 +63,8 @@ class Forwarder:
         budget.deposit(trail.mark)
         hash_key = _hash_key(call, route, consumer) if route.balance.kind is _HASH else ""
         tried: tuple[Backend, ...] = ()
-        last: Relay | None = None
+        last: Ending | None = None
+        carry = call.connection.carry
         while True:
             try:  # each time with the fleet as it is now: who has left during an attempt gets no retry
                 lease = self._fleet.lease(self._group(call, trail, route, target), route, tried, hash_key)
@@ -74,12 +74,14 @@ class Forwarder:
                 raise _refusal(last, route) from None  # nobody is left to retry with: what the last one did stands
             trail.pick += trail.lap()
             with lease:
-                last = await self._attempt(lease, call, trail, route, consumer)
-            ending = last.ending
-            failure = ending.failure
+                if carry is None:
+                    last = await self._attempt(lease, call, trail, route, consumer)
+                else:
+                    last = await carry(lease, call, trail, route, consumer)
+            failure = last.failure
             if failure is None:
                 return
-            if ending.reason == "drain":
+            if last.reason == "drain":
                 raise errors.Draining("The gateway is shutting down.", retry_after=1.0)
             made = len(trail.attempts)
             if not may_retry(failure, route.retry, made, budget, self._clock()):
@@ -90,7 +92,7 @@ class Forwarder:
                 await asyncio.sleep(delay)
                 trail.queue += trail.lap()
 
-    async def _attempt(self, lease: Lease, call: Call, trail: Trail, route: Route, consumer: str) -> Relay:
+    async def _attempt(self, lease: Lease, call: Call, trail: Trail, route: Route, consumer: str) -> Ending:
         """One try at one backend. At its end breaker, balancer and trail hear how it ended, whatever happens."""
         started, connect_before, upstream_before = trail.mark, trail.connect, trail.upstream
         backend, timeout, span_id = lease.backend, route.timeout, self._ids.span()
@@ -108,27 +110,15 @@ class Forwarder:
                     await self._exchange(relay, connection, request)
         finally:
             ending, head = relay.ending, relay.head
-            lease.outcome = _outcome(ending, head, relay.overdue)
+            status = head.status if head is not None else 0
+            lease.outcome = outcome_of(ending, status, relay.overdue)
             if head is not None and head.load_report:
                 backend.hear_load(head.load_report, trail.mark)
-            if ending.failure is _BUSY:
-                backend.hear_busy(trail.mark)
-            elif ending.reason == "ok" and route.balance.kind is _PEAK_EWMA:
-                backend.ewma.observe(trail.upstream - upstream_before, trail.mark)
-            trail.end_reason = ending.reason
-            trail.attempts.append(
-                Attempt(
-                    backend.endpoint.id,
-                    backend.endpoint.service,
-                    started - trail.start,
-                    trail.connect - connect_before,
-                    trail.clock() - started,
-                    ending.reason,
-                    head.status if head is not None else 0,
-                    span_id,
-                )
-            )
-        return relay
+            note_attempt(lease, trail, route, ending, status, span_id, started, connect_before, upstream_before)
+        if ending.failure is None:
+            return ending
+        after = _retry_after(head.retry_after) if head is not None else None
+        return ending._replace(overdue=relay.overdue, status=status, retry_after=after)
 
     async def _connect(self, relay: Relay, pool: Pool) -> Connection | None:
         """A new connection; None: none could be made, and the relay has ended so."""
@@ -163,16 +153,20 @@ class Forwarder:
         if len(route.to) == 1:
             return route.to[0]
         fleet, model, version = self._fleet, call.model, call.resource.version
-        target = pick_target(route, self._rng, consumer, lambda one: fleet.group(one, model, version) is not None)
+        over_grpc = call.connection.carry is not None
+        target = pick_target(
+            route, self._rng, consumer, lambda one: fleet.group(one, model, version, over_grpc) is not None
+        )
         if target is None:
-            raise fleet.missing(route, model, version)
+            raise fleet.missing(route, model, version, over_grpc)
         return target
 
     def _group(self, call: Call, trail: Trail, route: Route, target: Target) -> Group:
         model, version = call.model, call.resource.version
-        group = self._fleet.group(target, model, version)
+        over_grpc = call.connection.carry is not None
+        group = self._fleet.group(target, model, version, over_grpc)
         if group is None:
-            raise self._fleet.missing(route, model, version)
+            raise self._fleet.missing(route, model, version, over_grpc)
         trail.service = target.service
         return group
 
@@ -189,33 +183,64 @@ def had_work(attempts: list[Attempt]) -> bool:
     return any(attempt.outcome not in _NO_WORK for attempt in attempts)
 
 
-def _outcome(ending: Ending, head: AnswerHead | None, overdue: Kind | None) -> Outcome:
+def note_attempt(
+    lease: Lease,
+    trail: Trail,
+    route: Route,
+    ending: Ending,
+    status: int,
+    span_id: str,
+    started: float,
+    connect_before: float,
+    upstream_before: float,
+) -> None:
+    """What balancer and trail hear of an attempt that has ended. The last three: the trail as it was before."""
+    backend = lease.backend
+    if ending.failure is _BUSY:
+        backend.hear_busy(trail.mark)
+    elif ending.reason == "ok" and route.balance.kind is _PEAK_EWMA:
+        backend.ewma.observe(trail.upstream - upstream_before, trail.mark)
+    trail.end_reason = ending.reason
+    trail.attempts.append(
+        Attempt(
+            backend.endpoint.id,
+            backend.endpoint.service,
+            started - trail.start,
+            trail.connect - connect_before,
+            trail.clock() - started,
+            ending.reason,
+            status,
+            span_id,
+        )
+    )
+
+
+def outcome_of(ending: Ending, status: int, overdue: Kind | None) -> Outcome:
     """What the breaker hears. 4xx, 429, clients that left and a backend that did not start count neither way.
 
     Nor does an answer that was on its way when the request's own time ran out: it was only long.
     """
     if ending.reason == "ok":
-        return _SUCCESS if head is None or head.status < 400 else _IGNORED
+        return _SUCCESS if status < 400 else _IGNORED
     if ending.failure in (_NOT_STARTED, _STALE):  # a stale connection is replaced, unless the client left
         return _IGNORED
-    if overdue is Kind.TOTAL and head is not None:
+    if overdue is Kind.TOTAL and status:
         return _IGNORED
     return _FAILURE if ending.reason in _FAILURES else _IGNORED
 
 
-def _refusal(relay: Relay, route: Route) -> errors.Refusal:
+def _refusal(ending: Ending, route: Route) -> errors.Refusal:
     """What the client is told when the last attempt failed."""
-    failure, head = relay.ending.failure, relay.head
-    after = _retry_after(head.retry_after) if head is not None else None
+    failure, after = ending.failure, ending.retry_after
     if failure in (Failure.CONNECT_FAIL, Failure.CONNECT_TIMEOUT):
         return errors.NoBackend("No backend of this route could be reached.", retry_after=1.0)
     if failure is _BUSY:
         rule = f"routes.{route.name}"
         return errors.BackendsBusy("The backends of this route are busy.", rule=rule, retry_after=after or 1.0)
-    if failure is _NOT_STARTED or (head is not None and head.status == 503 and after is not None):
+    if failure is _NOT_STARTED or (ending.status == 503 and after is not None):
         return errors.Overloaded("The backends of this route take no more requests now.", retry_after=after or 1.0)
     if failure is Failure.FIRST_BYTE_TIMEOUT:
-        overdue = relay.overdue or Kind.FIRST_BYTE
+        overdue = ending.overdue or Kind.FIRST_BYTE
         rule = f"routes.{route.name}.timeout.{overdue.value}"
         if overdue is Kind.TOTAL:
             return errors.DeadlineExceeded("The request took longer than its route allows.", rule=rule)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from policies.errors import BadRequest, BodyTooLarge, ClientTimeout
 
 if TYPE_CHECKING:
     from gateway.call import Call
+    from gateway.server import ClientConnection
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -26,7 +27,7 @@ def is_at_hand(call: Call, most: int) -> bool:
 
 async def read_body(call: Call, most: int, seconds: float) -> None:
     """Wait until `call.body` is whole. Raises BodyTooLarge, ClientTimeout, BadRequest."""
-    connection = call.connection
+    connection = cast("ClientConnection", call.connection)
     if call.head.expects_continue and not call.http10:
         connection.write(_CONTINUE)
     try:

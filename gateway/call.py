@@ -15,7 +15,9 @@ from gateway.resource import Resource, resource_of
 from policies import errors
 
 if TYPE_CHECKING:
-    from gateway.server import ClientConnection
+    from gateway.client import Client
+
+GRPC: Final = "grpc"  # in the place of a version of HTTP: whoever parsed it has looked at its framing
 
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _BODYLESS: Final = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})
@@ -59,12 +61,12 @@ class Call:
     sampled: bool
 
     def __init__(
-        self, connection: ClientConnection, method: str, target: bytes, version: str, lines: Lines, length: bytes
+        self, connection: Client, method: str, target: bytes, version: str, lines: Lines, length: bytes
     ) -> None:
         self.connection = connection
         self.method = method
         self.resource: Resource = resource_of(target)
-        self.version = version  # of HTTP
+        self.version = version  # of HTTP; GRPC for what is none
         self.lines = lines
         self.content_length = length  # as sent; empty without one
         self.http10 = version == "1.0"
@@ -152,6 +154,8 @@ def accept(call: Call) -> None:
 
 
 def _check_version(call: Call, head: Head) -> None:
+    if call.version == GRPC:
+        return
     if not call.http10:
         raise errors.BadRequest("Only HTTP/1.1 and HTTP/1.0 are spoken here.")
     if head.chunked:

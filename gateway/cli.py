@@ -165,9 +165,12 @@ def backends(etcd: str) -> None:
 @click.option("--service", required=True, metavar="S", help="The service that routes name.")
 @click.option("--url", required=True, metavar="U", help="Where gateways reach the backend.")
 @click.option("--model", "models", multiple=True, metavar="M", help="A model it serves; may be given again.")
+@click.option("--grpc-port", type=click.IntRange(1, 65535), metavar="P", help="Where its host speaks gRPC, if it does.")
 @etcd_option
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
-def register(service: str, url: str, models: tuple[str, ...], etcd: str, command: tuple[str, ...]) -> None:
+def register(
+    service: str, url: str, models: tuple[str, ...], grpc_port: int | None, etcd: str, command: tuple[str, ...]
+) -> None:
     """Keep a backend registered while COMMAND, or else this command, runs.
 
     COMMAND stands behind `--`. It gets the signals that this gets, and its exit code is returned.
@@ -177,7 +180,7 @@ def register(service: str, url: str, models: tuple[str, ...], etcd: str, command
     from discovery.endpoint import InvalidRegistration, ModelEntry, Registration
     from gateway import register as registering
 
-    registration = Registration(url=url, models=tuple(ModelEntry(model) for model in models))
+    registration = Registration(url=url, models=tuple(ModelEntry(model) for model in models), grpc_port=grpc_port)
     work = registering.register(_http_url(etcd), service, registration, command, rng=Random(), say=_say)  # noqa: S311  jitter
     try:
         sys.exit(asyncio.run(work))

@@ -27,6 +27,7 @@ from gateway.config_fields import (
     ListenAddress,
     OptionalText,
     PathFromHere,
+    Port,
     RedisUrl,
     TokenFromFile,
 )
@@ -126,13 +127,14 @@ def _need_both(cert: Path | None, key: Path | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class StaticBackend(Strict):
-    """A backend that is known without etcd. `version` is that of each of its models."""
+    """A backend that is known without etcd. `version` is that of each of its models, `grpc_port` of the url's host."""
 
     service: Name
     url: HttpUrl
     models: tuple[Text, ...] = ()
     version: OptionalText = ""
     weight: Positive = 1
+    grpc_port: Port | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,12 @@ def parse_address(text: str) -> Address:
     return Address(match["six"] or match["host"], int(match["port"]))
 
 
+def parse_port(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,5}", text) or not 1 <= int(text) <= 65535:
+        raise ValueError(f"{shown(text)} is not a port: expected a number from 1 to 65535")
+    return int(text)
+
+
 def parse_network(text: str) -> Network:
     try:
         return ipaddress.ip_network(text)
@@ -121,6 +127,7 @@ def _read_token(value: object, info: ValidationInfo) -> str:
     return token
 
 
+Port = Annotated[int, reader(parse_port, "a port")]
 ListenAddress = Annotated[Address, reader(parse_address, "an address")]
 AllowedNetwork = Annotated[Network, reader(parse_network, "a network")]
 HttpUrl = Annotated[str, reader(parse_http_url, "an http(s) URL")]

@@ -39,31 +39,37 @@ class LocalAnswers:
         """Health, for anybody: no token, no limit."""
         trail.route, trail.path = "gateway", call.resource.path
         if call.resource.path in ("/v2", "/v2/"):
-            _write(call, trail, 200, {"name": "weir", "version": self._version, "extensions": []})
+            _tell(call, trail, 200, {"name": "weir", "version": self._version, "extensions": []})
         elif call.resource.path == "/v2/health/ready":
             ready = self._is_ready()
-            _write(call, trail, 200 if ready else 503, {"ready": ready})
+            _tell(call, trail, 200 if ready else 503, {"ready": ready})
         else:
-            _write(call, trail, 200, {"live": True})
+            _tell(call, trail, 200, {"live": True})
 
     def answer_caller(self, call: Call, trail: Trail, in_force: InForce, principal: Principal) -> None:
         """The models that this caller may use, from discovery. Raises ModelNotFound for one that is not among them."""
         trail.route, trail.path = "gateway", _MODELS
         names = access.visible_models(in_force.policy.routes, principal, self._fleet.offered())
         if call.resource.path == _MODELS:
-            _write(call, trail, 200, {"object": "list", "data": [_model(name) for name in names]})
+            _tell(call, trail, 200, {"object": "list", "data": [_model(name) for name in names]})
             return
         name = call.resource.path.removeprefix(_MODELS + "/")
         if name not in names:
             raise errors.ModelNotFound("There is no such model, or it is not for this caller.", param="model")
-        _write(call, trail, 200, _model(name))
+        _tell(call, trail, 200, _model(name))
 
 
 def _model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "weir"}
 
 
-def _write(call: Call, trail: Trail, status: int, document: dict[str, Any]) -> None:
+def _tell(call: Call, trail: Trail, status: int, document: dict[str, Any]) -> None:
+    trail.status, trail.end_reason = status, "ok"
+    trail.bytes_out = call.connection.answer(call, trail, status, document)
+
+
+def answer_bytes(call: Call, trail: Trail, status: int, document: dict[str, Any]) -> bytes:
+    """An answer of ours over HTTP."""
     body = msgspec.json.encode(document)
     head = b"%bcontent-type: application/json\r\ncontent-length: %d\r\n%b%b%b%b%b" % (
         STATUS_LINES[status],
@@ -74,6 +80,4 @@ def _write(call: Call, trail: Trail, status: int, document: dict[str, Any]) -> N
         trail.server_timing(),
         b"\r\n" if call.keep_alive else b"connection: close\r\n\r\n",
     )
-    answer = head if call.method == "HEAD" else head + body
-    trail.status, trail.end_reason, trail.bytes_out = status, "ok", len(answer)
-    call.connection.write(answer)
+    return head if call.method == "HEAD" else head + body

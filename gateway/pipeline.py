@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from gateway.attempts import Forwarder, had_work
-from gateway.body import is_at_hand, read_body
+from gateway.body import is_at_hand
 from gateway.call import Call, Ids, accept
 from gateway.meter import UNKNOWN
 from gateway.peek import peek
-from gateway.rescue import refusal_bytes
 from gateway.trail import Trail
 from policies import access, errors
 from policies.policy import Policy
@@ -27,9 +26,9 @@ from policies.routing import Router
 
 if TYPE_CHECKING:
     from gateway.admission import Admission
+    from gateway.client import Client
     from gateway.identify import Identifier
     from gateway.local_answers import LocalAnswers
-    from gateway.server import ClientConnection
     from gateway.upstream.fleet import Fleet
     from observability.events import RequestObserver
 
@@ -169,7 +168,7 @@ class Pipeline:
             # Read what is asked for. Only now: who may not send makes us read nothing.
             if not is_at_hand(call, settings.body_bytes):
                 try:
-                    await read_body(call, settings.body_bytes, settings.body_timeout)
+                    await connection.read(call, settings.body_bytes, settings.body_timeout)
                 except errors.ClientTimeout:
                     account.refund()
                     raise
@@ -183,7 +182,7 @@ class Pipeline:
             call.model, call.stream = asked.model, asked.stream is True
             trail.model = self._fleet.known_model(call.model)
             route = in_force.router.route(resource.path, call.model, call.header)
-            trail.route, trail.path = route.name, resource.path if resource.protocol != "http" else "other"
+            trail.route, trail.path = route.name, resource.shown
             access.check(route, entry.principal, call.model)
 
             # Balance, guard, forward: choose a backend that its breaker lets through, relay its answer, or try another.
@@ -195,7 +194,7 @@ class Pipeline:
                 raise
             return None
 
-    def reject(self, connection: ClientConnection, refusal: errors.Refusal) -> None:
+    def reject(self, connection: Client, refusal: errors.Refusal) -> None:
         """Answer what never became a request."""
         in_force = self.in_force
         trail = Trail(self._clock, self._wall(), in_force.policy.version, in_force.line)
@@ -231,20 +230,14 @@ class Pipeline:
         self,
         refusal: errors.Refusal,
         trail: Trail,
-        connection: ClientConnection,
+        connection: Client,
         protocol: str,
         request_id: str,
         *,
         close: bool,
         head_only: bool,
     ) -> None:
-        lines = b"x-request-id: %b\r\n%b%b%b" % (
-            request_id.encode(),
-            trail.policy_line,
-            trail.limit_lines,
-            trail.server_timing(),
-        )
-        answer = refusal_bytes(protocol, refusal, request_id, lines, self._rng, close=close, head_only=head_only)
         trail.status, trail.code, trail.rule = refusal.status, refusal.code, refusal.rule or refusal.check
-        trail.bytes_out = len(answer)
-        connection.write(answer)
+        trail.bytes_out = connection.refuse(
+            refusal, trail, protocol, request_id, self._rng, close=close, head_only=head_only
+        )

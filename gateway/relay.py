@@ -15,7 +15,7 @@ here, and an error event can always be placed. The bytes of the body are the bac
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import msgspec
 
@@ -31,6 +31,7 @@ from policies.retry import Failure
 
 if TYPE_CHECKING:
     from gateway.call import Call
+    from gateway.server import ClientConnection
     from gateway.trail import Trail
     from gateway.upstream.connection import Connection
     from policies.policy import Timeouts
@@ -41,10 +42,16 @@ _KEEP_ALIVE = b": still working\n\n"
 
 
 class Ending(NamedTuple):
-    """How an answer ended. `reason` is one of observability.events.END_REASONS."""
+    """How an answer ended. `reason` is one of observability.events.END_REASONS.
+
+    What follows `failure` is filled in where there is one.
+    """
 
     reason: str
     failure: Failure | None = None  # set while nothing has gone out
+    overdue: Kind | None = None  # which timeout has run out
+    status: int = 0  # what the backend answered; 0: it did not
+    retry_after: float | None = None  # seconds, as it said
 
 
 LEFT = Ending("client_abort")  # the ending of every answer until it has another
@@ -82,7 +89,7 @@ class Relay(Wakeup):
     _connection: Connection  # once it is started
 
     def __init__(self, call: Call, trail: Trail, timeouts: Timeouts, name_line: bytes) -> None:
-        self._client = client = call.connection
+        self._client = client = cast("ClientConnection", call.connection)
         super().__init__(client.loop)
         self.call = call
         self.trail = trail

@@ -33,13 +33,14 @@ _known: dict[bytes, Resource] = {}
 class Resource:
     """What a target names. Not changed once it is made: requests share it."""
 
-    __slots__ = ("encoded", "model", "needs_model", "path", "problem", "protocol", "target", "version")
+    __slots__ = ("encoded", "model", "needs_model", "path", "problem", "protocol", "shown", "target", "version")
 
     def __init__(self, encoded: bytes) -> None:
         self.encoded = encoded  # as received, path and query
         self.target = target = encoded.decode("latin-1")
         self.path = path = target.partition("?")[0]
         self.protocol = protocol = _protocol_of(path)  # openai | anthropic | oip | http
+        self.shown = path if protocol != "http" else "other"  # what records call it
         self.needs_model = path in _OPENAI_JSON or protocol == "anthropic"  # it takes JSON with a `model`, nothing else
         self.model: str | None = None  # where the path names one, and its version
         self.version: str | None = None

@@ -11,19 +11,25 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import httptools
 
+from gateway.body import read_body
 from gateway.call import Call
+from gateway.client import Client
 from gateway.head import Head, Lines
+from gateway.local_answers import answer_bytes
 from gateway.outbox import outbox_of
+from gateway.rescue import refusal_bytes
 from gateway.wakeup import Wakeup
 from policies.errors import BadRequest, ClientTimeout, HeaderTooLarge, LoopDetected, Refusal
 
 if TYPE_CHECKING:
-    from gateway.identify import Entry
+    from random import Random
+
     from gateway.relay import Relay
+    from gateway.trail import Trail
 
 WRITE_HIGH_BYTES: Final = 64 * 1024
 WRITE_LOW_BYTES: Final = 16 * 1024
@@ -80,23 +86,21 @@ class DataServer:
             connection.abort()
 
 
-class ClientConnection:
+class ClientConnection(Client):
     """One client's connection, an asyncio protocol. `relay` is whoever is writing an answer to it."""
 
     __slots__ = (
         "_ahead", "_alarm", "_arrival", "_body_wakeup", "_call", "_drained", "_framing_bytes", "_head_bytes",
         "_head_timer", "_hold", "_in_head", "_is_first_read", "_is_reading_paused", "_is_writing_paused", "_known",
         "_known_call", "_known_lines", "_known_read", "_length", "_lines", "_outbox", "_parser", "_quiet_since",
-        "_reading", "_received", "_server", "_takes_more", "_target", "_task", "caller", "forwarded_lines", "loop",
-        "relay", "transport",
+        "_reading", "_received", "_server", "_takes_more", "_target", "_task", "loop", "relay", "transport",
     )  # fmt: skip
 
     def __init__(self, server: DataServer, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__()
         self.loop = loop
         self.transport: asyncio.Transport | None = None
         self.relay: Relay | None = None
-        self.forwarded_lines = b""
-        self.caller: Entry | None = None  # of the last request, as long as its header lines are repeated
         self._server = server
         self._outbox = outbox_of(loop)
         self._parser = httptools.HttpRequestParser(self)
@@ -408,6 +412,35 @@ class ClientConnection:
                 raise LoopDetected("This request has come by before: a backend is registered that leads back here.")
             self._known_lines = lines
         return self._known
+
+    def read(self, call: Call, most: int, seconds: float) -> Awaitable[None]:
+        return read_body(call, most, seconds)
+
+    def answer(self, call: Call, trail: Trail, status: int, document: dict[str, Any]) -> int:
+        answer = answer_bytes(call, trail, status, document)
+        self.write(answer)
+        return len(answer)
+
+    def refuse(
+        self,
+        refusal: Refusal,
+        trail: Trail,
+        protocol: str,
+        request_id: str,
+        rng: Random,
+        *,
+        close: bool,
+        head_only: bool,
+    ) -> int:
+        lines = b"x-request-id: %b\r\n%b%b%b" % (
+            request_id.encode(),
+            trail.policy_line,
+            trail.limit_lines,
+            trail.server_timing(),
+        )
+        answer = refusal_bytes(protocol, refusal, request_id, lines, rng, close=close, head_only=head_only)
+        self.write(answer)
+        return len(answer)
 
     async def receive_body(self, call: Call, most: int) -> None:
         """Until the body is whole, broken or larger than `most`."""

@@ -46,6 +46,7 @@ def _backend(backend: Backend) -> dict[str, Any]:
         "service": endpoint.service,
         "id": endpoint.id,
         "url": f"{endpoint.scheme}://{endpoint.authority}{endpoint.base_path}",
+        "grpc_port": endpoint.grpc_port,
         "models": [{"name": model.name, "version": model.version} for model in endpoint.models],
         "state": "draining" if endpoint.draining else "serving",
         "healthy": backend.healthy is True,

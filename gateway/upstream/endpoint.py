@@ -9,7 +9,7 @@ import ssl
 from collections.abc import Callable, Collection
 from random import Random
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from discovery.endpoint import Endpoint
 from gateway.certificates import system_context
@@ -24,12 +24,19 @@ _IGNORED, _FAILURE = Outcome.IGNORED, Outcome.FAILURE  # looking a member up in 
 REPORT_SECONDS = 2.0  # how long a backend's own word about its load counts
 
 
+class Channel(Protocol):
+    """A connection over gRPC, as `gateway/rpc/` makes them."""
+
+    def close(self) -> None:
+        """Take no new calls; end with the last one under way."""
+
+
 class Backend(Candidate):
     """A backend in service."""
 
     __slots__ = (
-        "_breakers", "_on_breaker", "_reported_until", "_rng", "base_path", "endpoint", "head_lines", "healthy",
-        "name_line", "pool",
+        "_breakers", "_on_breaker", "_reported_until", "_rng", "base_path", "channel", "endpoint", "head_lines",
+        "healthy", "name_line", "pool",
     )  # fmt: skip
 
     def __init__(
@@ -44,6 +51,7 @@ class Backend(Candidate):
         self.endpoint = endpoint
         self.healthy: bool | None = None  # None: not probed yet
         self.pool = Pool(endpoint, tls)
+        self.channel: Channel | None = None  # to its gRPC port, once somebody asked for it
         self._breakers: dict[str, Breaker] = {}
         self._rng = rng
         self._on_breaker = on_breaker
@@ -83,6 +91,21 @@ class Backend(Candidate):
         """Forget the breakers under other rules. Who holds a ticket of one still gives it back."""
         self._breakers = {key: breaker for key, breaker in self._breakers.items() if key in keys}
 
+    def renew_connections(self) -> None:
+        """No new request on what is connected now."""
+        self.pool = self.pool.successor()
+        self._close_channel()
+
+    def close(self) -> None:
+        """It is gone: what is under way may end."""
+        self.pool.close()
+        self._close_channel()
+
+    def _close_channel(self) -> None:
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
+
     def _breaker_changed(self, state: State) -> None:
         self._on_breaker(self, state)
 
@@ -115,8 +138,8 @@ class Backend(Candidate):
         self._reported_until = now + REPORT_SECONDS
 
 
-def _place(endpoint: Endpoint) -> tuple[str, str, str, int]:
-    return endpoint.scheme, endpoint.host, endpoint.address, endpoint.port
+def _place(endpoint: Endpoint) -> tuple[str, str, str, int, int | None]:
+    return endpoint.scheme, endpoint.host, endpoint.address, endpoint.port, endpoint.grpc_port
 
 
 class Lease:

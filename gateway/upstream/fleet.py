@@ -23,6 +23,9 @@ from policies.policy import BreakerRule, Route, Target
 _UNLISTED: Final = "\0"  # stands for all models that no registration names, so that clients cannot invent groups
 
 
+Groups = dict[tuple[str, str | None, str | None], "Group"]
+
+
 class Group:
     """Backends that are alike for a request: same service, version and model. `usable` leaves the unhealthy out."""
 
@@ -53,7 +56,8 @@ class Fleet:
         self._tls = tls
         self._tell_breaker = on_breaker
         self.backends: dict[str, Backend] = {}
-        self._groups: dict[tuple[str, str | None, str | None], Group] = {}
+        self._groups: Groups = {}
+        self._grpc_groups: Groups = {}  # of those that speak gRPC
         self._models: frozenset[str] = frozenset()
         self._services: frozenset[str] = frozenset()
         self._versions: frozenset[str] = frozenset()
@@ -68,12 +72,12 @@ class Fleet:
         """Take in a whole new snapshot."""
         now = self._clock()
         for key in self.backends.keys() - endpoints.keys():
-            self.backends.pop(key).pool.close()
+            self.backends.pop(key).close()
         for key, endpoint in endpoints.items():
             old = self.backends.get(key)
             if old is None or not old.adopt(endpoint):
                 if old is not None:
-                    old.pool.close()
+                    old.close()
                 self.backends[key] = Backend(endpoint, now, self._rng, self._breaker_changed, self._tls)
         self._changed()
 
@@ -85,7 +89,7 @@ class Fleet:
         if healthy:
             backend.since = self._clock()
         backend.healthy = healthy
-        self._groups = {}
+        self._groups, self._grpc_groups = {}, {}
 
     def hear_load(self, key: str, report: bytes) -> None:
         """A health check brought a load report along."""
@@ -103,7 +107,7 @@ class Fleet:
         """Others are believed, or another certificate is shown: no new request on what was connected before."""
         for backend in self.backends.values():
             if backend.endpoint.scheme == "https":
-                backend.pool = backend.pool.successor()
+                backend.renew_connections()
 
     def keep_breakers(self, rules: Iterable[BreakerRule]) -> None:
         """A new policy is in force: forget the breakers under other rules, which nobody would close any more."""
@@ -115,10 +119,10 @@ class Fleet:
     def close(self) -> None:
         """Close all idle connections."""
         for backend in self.backends.values():
-            backend.pool.close()
+            backend.close()
 
     def _changed(self) -> None:
-        self._groups = {}
+        self._groups, self._grpc_groups = {}, {}
         endpoints = [backend.endpoint for backend in self.backends.values()]
         self._models = frozenset(model.name for endpoint in endpoints for model in endpoint.models)
         self._versions = frozenset(model.version for endpoint in endpoints for model in endpoint.models)
@@ -147,31 +151,48 @@ class Fleet:
                 for model in backend.endpoint.models:
                     yield backend.endpoint.service, model.name, model.version
 
-    def group(self, target: Target, model: str | None, asked_version: str | None = None) -> Group | None:
+    def group(
+        self, target: Target, model: str | None, asked_version: str | None = None, over_grpc: bool = False
+    ) -> Group | None:
         """Who can serve this; None when nobody does. Unhealthy ones are in it, draining ones are not."""
         version = target.version or asked_version
         if asked_version is not None and version != asked_version:
             return None
-        group = self._groups.get((target.service, version, model)) or self._group_of(target.service, version, model)
+        groups = self._grpc_groups if over_grpc else self._groups
+        group = groups.get((target.service, version, model))
+        if group is None:
+            group = self._group_of(target.service, version, model, over_grpc)
         return group if group is not None and group.serving else None
 
-    def _group_of(self, service: str, version: str | None, model: str | None) -> Group | None:
+    def _group_of(self, service: str, version: str | None, model: str | None, over_grpc: bool) -> Group | None:
         """The group, made and remembered, unless for a version that nobody has: clients invent them without end."""
         if version is not None and version not in self._versions:
             return None
         if model is not None and model not in self._models:
             model = _UNLISTED
         key = (service, version, model)
-        group = self._groups.get(key)
+        groups = self._grpc_groups if over_grpc else self._groups
+        group = groups.get(key)
         if group is None:
-            serving = (b for b in self.backends.values() if not b.endpoint.draining)
+            serving = (
+                b
+                for b in self.backends.values()
+                if not b.endpoint.draining and not (over_grpc and b.endpoint.grpc_port is None)
+            )
             group = Group(tuple(b for b in serving if _offers(b.endpoint, service, model, version)))
             if group.serving or version is None:
-                self._groups[key] = group
+                groups[key] = group
         return group
 
-    def missing(self, route: Route, model: str | None, version: str | None = None) -> errors.Refusal:
+    def missing(
+        self, route: Route, model: str | None, version: str | None = None, over_grpc: bool = False
+    ) -> errors.Refusal:
         """Why no target of a route has a backend for this model. One that only drains will be back: that is no 404."""
+        if over_grpc and any(self.group(target, model, version) is not None for target in route.to):
+            return errors.NoBackend(
+                "No backend of this route speaks gRPC: none is registered with a `grpc_port`.",
+                rule=f"routes.{route.name}.to",
+            )
         if (
             model is None
             or not any(target.service in self._services for target in route.to)

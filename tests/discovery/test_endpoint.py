@@ -40,6 +40,7 @@ def test_what_a_backend_writes_is_what_the_gateway_reads():
         max_concurrency=8,
         health="/ping?full=1",
         load="/load/stream",
+        grpc_port=9001,
     )
     assert decode("chat/a", encode(registration)).at("10.1.2.3") == Endpoint(
         key="chat/a",
@@ -58,6 +59,7 @@ def test_what_a_backend_writes_is_what_the_gateway_reads():
         max_concurrency=8,
         health_path="/ping?full=1",
         load_path="/load/stream",
+        grpc_port=9001,
     )
 
 
@@ -191,6 +193,8 @@ def test_names_that_are_not(key, where):
         (value(weight=10**400), "$.weight"),
         (value(state="gone"), "$.state"),
         (value(max_concurrency=0), "$.max_concurrency"),
+        (value(grpc_port=65536), "$.grpc_port"),
+        (value(grpc_port="9001"), "$.grpc_port"),
         (value(protocols=[]), "$.protocols"),
         (value(protocols="openai"), "$.protocols"),
         (value(protocols=["open ai"]), "protocols[0]"),

@@ -81,8 +81,8 @@ def test_what_is_left_out_has_its_documented_default():
 
 
 def test_static_backends():
-    text = "policy: p\ndiscovery: {static: [{service: a, url: 'http://h:1', models: [m, no], version: 2, weight: 3}]}"
-    assert parse(text).discovery.static == (StaticBackend("a", "http://h:1", ("m", "no"), "2", 3),)
+    text = "policy: p\ndiscovery: {static: [{service: a, url: 'http://h:1', models: [m, no], version: 2, weight: 3, grpc_port: 9}]}"
+    assert parse(text).discovery.static == (StaticBackend("a", "http://h:1", ("m", "no"), "2", 3, 9),)
 
 
 def test_the_contract_s_own_example_is_read(base):

@@ -4,7 +4,9 @@ import asyncio
 from random import Random
 
 from gateway.call import Call, Ids, accept
+from gateway.client import Client
 from gateway.head import Head
+from gateway.local_answers import answer_bytes
 from gateway.trail import Trail
 from tests.support.http_message import parse
 
@@ -35,10 +37,11 @@ def trail_of(clock, started_at: float = 0.0) -> Trail:
     return Trail(clock, started_at, "p1", b"x-weir-policy: p1\r\n")
 
 
-class MemoryClient:
+class MemoryClient(Client):
     """What answers are written to in the place of a client's connection."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.relay = None
         self.forwarded_lines = b"x-forwarded-for: 10.0.0.9\r\nx-forwarded-proto: http\r\n"
         self.written = b""
@@ -53,6 +56,11 @@ class MemoryClient:
 
     def write(self, data: bytes) -> None:
         self.written += data
+
+    def answer(self, call, trail, status, document) -> int:
+        answer = answer_bytes(call, trail, status, document)
+        self.write(answer)
+        return len(answer)
 
     def cut(self) -> None:
         self.ended = self.ended or "cut"

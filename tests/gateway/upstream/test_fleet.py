@@ -12,6 +12,10 @@ from tests.support.upstream import connected, endpoint
 RULE = BreakerRule(failures=0.5, of_at_least=1, window=10.0, open=5.0, probes=1, eject_at_most=0.5, key="k")
 ROUTE = Route("chat", Match(), (Target("tiny"),), breaker=RULE, balance=Balance(BalanceKind.ROUND_ROBIN))
 TINY = Target("tiny")
+GRPC = pytest.mark.parametrize(
+    ("ports", "serving", "refusal"),
+    [({"a": None, "b": 9001}, ["b"], ""), ({"a": None, "b": None}, [], "none is registered with a `grpc_port`")],
+)
 
 
 class Clock:
@@ -48,6 +52,31 @@ class Story:
 
 
 # What discovery tells
+
+
+class Channel:
+    closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_channels_end_with_their_backend_its_place_or_its_certificates() -> None:
+    story = Story("tiny/a", "tiny/b", "tiny/c", "tiny/d", scheme="https", grpc_port=9001)
+    channels = {}
+    for key, backend in story.fleet.backends.items():
+        backend.channel = channels[key] = Channel()
+    story.show(
+        endpoint("tiny/a", scheme="https", grpc_port=9001, weight=5),
+        endpoint("tiny/b", scheme="https", grpc_port=9002),
+        endpoint("tiny/d", scheme="https", grpc_port=9001),
+    )
+    assert {key: channel.closed for key, channel in channels.items()} == {
+        "tiny/a": False, "tiny/b": True, "tiny/c": True, "tiny/d": False,
+    }  # fmt: skip
+    story.fleet.renew_connections()
+    assert channels["tiny/a"].closed
+    assert story.fleet.backends["tiny/a"].channel is None
 
 
 def test_other_certificates_end_the_use_of_tls_connections_and_of_no_others() -> None:
@@ -186,6 +215,19 @@ def test_who_serves_what(target, model, version, found) -> None:
         found = found and found | ({"any"} if version is None and target.version is None else set())
     group = story.fleet.group(target, model, version)
     assert (group and {backend.endpoint.id for backend in group.serving}) == found
+
+
+@GRPC
+def test_over_grpc_only_those_are_asked_that_speak_it(ports, serving, refusal) -> None:
+    story = Story()
+    story.show(*(endpoint(f"tiny/{name}", grpc_port=port) for name, port in ports.items()))
+    group = story.fleet.group(TINY, "tiny", over_grpc=True)
+    assert [backend.endpoint.id for backend in group.serving] == serving if serving else group is None
+    assert {backend.endpoint.id for backend in story.fleet.group(TINY, "tiny").serving} == set(ports)
+    assert type(story.fleet.missing(ROUTE, "none", None, over_grpc=True)) is errors.ModelNotFound
+    if refusal:
+        missing = story.fleet.missing(ROUTE, "tiny", None, over_grpc=True)
+        assert (type(missing), refusal in missing.message) == (errors.NoBackend, True)
 
 
 @pytest.mark.parametrize("models", [(), (Model("tiny", "1"),)])
