@@ -105,9 +105,12 @@ def _look_at(header: tuple[bytes, bytes]) -> tuple[int, bytes, bytes]:
 
 
 def _remember(header: tuple[bytes, bytes]) -> tuple[int, bytes, bytes]:
-    """Backends say the same few headers all day. Bounded: only short ones, and it starts anew when it is full."""
+    """Backends say the same few headers all day. Bounded: only short ones, and it starts anew when it is full.
+
+    A load report is another one each time.
+    """
     known = _look_at(header)
-    if len(header[0]) + len(header[1]) <= 256:
+    if known[0] != _LOAD_REPORT and len(header[0]) + len(header[1]) <= 256:
         if len(_known) >= 1024:
             _known.clear()
         _known[header] = known

@@ -53,7 +53,7 @@ from gateway.certificates import (
 from gateway.children import CannotRun
 from gateway.config import Config, Etcd
 from gateway.config_fields import Address
-from gateway.gauges import register_gauges, register_identity, register_load
+from gateway.gauges import register_gauges, register_identity, register_load, register_load_streams
 from gateway.handshake import TlsDoor
 from gateway.identify import Identifier
 from gateway.keys import KeyStore
@@ -66,6 +66,7 @@ from gateway.store import RedisStore
 from gateway.supply import check_supply
 from gateway.upstream.endpoint import Backend
 from gateway.upstream.fleet import Fleet
+from gateway.upstream.load_stream import STALE_SECONDS, LoadStreams
 from gateway.views import views
 from observability import events
 from observability.access_log import AccessLog
@@ -115,6 +116,7 @@ class Gateway:
         self.pipeline: Pipeline
         self.fleet: Fleet
         self.discovery: Discovery
+        self.load_streams: LoadStreams
         self.forwarder: Forwarder
         self.policy: PolicySource
         self.keys: KeyStore
@@ -196,6 +198,7 @@ class Gateway:
                 self.certificates.values(),
             )
             register_load(self.metrics, self.overload, self.memory)
+            register_load_streams(self.metrics, self.load_streams)
             register_identity(self.metrics, keys, identifier)
             await self._listen_admin(stack)
             listener = await self._bind_data(stack, server, observe)
@@ -343,11 +346,19 @@ class Gateway:
             allow_networks=settings.allow_networks,
             rng=self.rng,
             observe=_translate(observe),
-            on_load=lambda key, report: fleet.hear_load(key, report.encode("latin-1", "replace")),
+            on_load=lambda key, report: fleet.hear_header(key, report.encode("latin-1", "replace")),
+        )
+        self.load_streams = LoadStreams(
+            lambda key, report: fleet.hear_load(key, report, STALE_SECONDS),
+            fleet.forget_load,
+            self._backend_tls(),
+            self.rng,
         )
         discovery.store.subscribe(lambda snapshot: fleet.replace(snapshot.endpoints))
+        discovery.store.subscribe(lambda snapshot: self.load_streams.update(snapshot.endpoints))
         discovery.prober.subscribe(fleet.note_health)
         background(discovery.run())
+        background(self.load_streams.run())
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FIRST_LIST_SECONDS):
                 await discovery.wait_listed()

@@ -98,13 +98,13 @@ class Forwarder:
         backend, timeout, span_id = lease.backend, route.timeout, self._ids.span()
         deadline_ms = remaining_ms(timeout, trail.start, started)
         request = request_head(call, backend, consumer_line(consumer), span_id, deadline_ms) + call.body
-        relay = Relay(call, trail, timeout, backend.name_line)
+        relay = Relay(call, trail, timeout, backend)
         try:
             connection = backend.pool.take(started)
             if connection is not None:
                 await self._exchange(relay, connection, request)
             if connection is None or relay.ending.failure is _STALE:  # a dead pooled one is replaced once, for free
-                relay = Relay(call, trail, timeout, backend.name_line)
+                relay = Relay(call, trail, timeout, backend)
                 connection = await self._connect(relay, backend.pool)
                 if connection is not None:
                     await self._exchange(relay, connection, request)
@@ -112,8 +112,6 @@ class Forwarder:
             ending, head = relay.ending, relay.head
             status = head.status if head is not None else 0
             lease.outcome = outcome_of(ending, status, relay.overdue)
-            if head is not None and head.load_report:
-                backend.hear_load(head.load_report, trail.mark)
             note_attempt(lease, trail, route, ending, status, span_id, started, connect_before, upstream_before)
         if ending.failure is None:
             return ending

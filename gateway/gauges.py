@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gateway.server import DataServer
     from gateway.store import RedisStore
     from gateway.upstream.fleet import Fleet
+    from gateway.upstream.load_stream import LoadStreams
     from policies.overload import Overload
 
 Samples = Iterable[tuple[tuple[str, ...], float]]
@@ -94,6 +95,17 @@ def register_load(metrics: Metrics, overload: Overload, memory: Memory) -> None:
     )
     metrics.gauge(
         "weir_memory_used_ratio", "Share in use of the memory that the cgroup may use.", (), _one(memory.share)
+    )
+
+
+def register_load_streams(metrics: Metrics, streams: LoadStreams) -> None:
+    """Tell the metrics how well backends that push their load are heard."""
+    metrics.gauge("weir_load_streams", "Backends whose load stream is heard.", (), _one(lambda: streams.connected))
+    metrics.counter(
+        "weir_load_reports_total",
+        "Reports of their load that backends pushed: taken, old (a newer one was known) or nonsense.",
+        ("result",),
+        lambda: [((result,), float(count)) for result, count in streams.counts.items()],
     )
 
 

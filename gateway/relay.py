@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from gateway.server import ClientConnection
     from gateway.trail import Trail
     from gateway.upstream.connection import Connection
+    from gateway.upstream.endpoint import Backend
     from policies.policy import Timeouts
 
 KEEP_ALIVE_SECONDS = 15.0  # silence after which an event stream gets a comment, so that nobody between closes it
@@ -82,13 +83,13 @@ class Relay(Wakeup):
     """
 
     __slots__ = (
-        "_activity", "_client", "_connection", "_held", "_held_bytes", "_is_chunked", "_mode", "_name_line", "_out",
+        "_activity", "_backend", "_client", "_connection", "_held", "_held_bytes", "_is_chunked", "_mode", "_out",
         "_over", "_scanner", "_stalled_since", "call", "committed", "ending", "head", "overdue", "timeouts", "trail",
     )  # fmt: skip
 
     _connection: Connection  # once it is started
 
-    def __init__(self, call: Call, trail: Trail, timeouts: Timeouts, name_line: bytes) -> None:
+    def __init__(self, call: Call, trail: Trail, timeouts: Timeouts, backend: Backend) -> None:
         self._client = client = cast("ClientConnection", call.connection)
         super().__init__(client.loop)
         self.call = call
@@ -98,7 +99,7 @@ class Relay(Wakeup):
         self.committed = False  # the head has gone out: there is no second answer
         self.ending = LEFT
         self.overdue: Kind | None = None  # which timeout has run out
-        self._name_line = name_line  # the `x-weir-backend` header line
+        self._backend = backend  # who answers
         self._is_chunked = False  # the head has said that chunks follow
         self._mode: Mode | None = None
         self._scanner: sse.Scanner | None = None
@@ -135,6 +136,8 @@ class Relay(Wakeup):
         if self.ending is not LEFT:
             return
         self.head = head = AnswerHead(status, headers)
+        if head.load_report:
+            self._backend.hear_header(head.load_report, self.trail.clock())
         verdict = judge(self.call, head)
         if isinstance(verdict, Failure):
             self._fail(verdict)
@@ -281,7 +284,7 @@ class Relay(Wakeup):
         body = self._held[0] if len(self._held) == 1 else b"".join(self._held)
         trail = self.trail
         if head.status < 400:
-            trail.tokens_in, trail.tokens_out = usage_of(body)
+            trail.tokens_in, trail.tokens_out, trail.tokens_cached = usage_of(body)
         head.length, head.chunked = len(body), False
         self.committed = True
         answer = self._head_bytes() + body
@@ -304,7 +307,12 @@ class Relay(Wakeup):
         self._end(_ERRED if scanner.errored else _OK)
 
     def _note_tokens(self, scanner: sse.Scanner) -> None:
-        self.trail.tokens_in, self.trail.tokens_out = scanner.tokens_in, scanner.tokens_out
+        trail = self.trail
+        trail.tokens_in, trail.tokens_out, trail.tokens_cached = (
+            scanner.tokens_in, scanner.tokens_out, scanner.tokens_cached,
+        )  # fmt: skip
+        if scanner.load:
+            self._backend.hear_ended(scanner.load, trail.clock())
 
     def _break(self, reason: str) -> None:
         """The answer will never be whole."""
@@ -411,7 +419,7 @@ class Relay(Wakeup):
             b"x-accel-buffering: no\r\n" if self._scanner is not None else b"",
             call.id_line,
             trail.policy_line,
-            self._name_line,
+            self._backend.name_line,
             len(trail.attempts) + 1,
             trail.limit_lines,
             trail.server_timing(),

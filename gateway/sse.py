@@ -1,14 +1,15 @@
 r"""Server-sent events, looked into only as far as needed: where an event ends, and the few that say something to us.
 
-An event ends at an empty line; lines end with LF, CRLF or CR (WHATWG HTML, 9.2.6). Bytes are never changed. What has
-not ended is held back, so that a stream that breaks can be closed between two events.
+An event ends at an empty line; lines end with LF, CRLF or CR (WHATWG HTML, 9.2.6). Bytes are not changed, but for the
+`load` that we asked the backend for. What has not ended is held back, so that a stream that breaks can be closed
+between two events.
 """
 
 from __future__ import annotations
 
 import re
 
-from gateway.usage import usage_of
+from gateway.usage import load_in, usage_of
 
 MAX_EVENT_BYTES = 1024 * 1024
 
@@ -43,7 +44,9 @@ class Scanner:
         "_tail",
         "_terminal",
         "errored",
+        "load",
         "terminated",
+        "tokens_cached",
         "tokens_in",
         "tokens_out",
     )
@@ -56,7 +59,8 @@ class Scanner:
         self._last = (b"", b"")
         self.terminated = False  # the terminal event of this kind of stream has passed
         self.errored = False  # the backend reported an error inside the stream
-        self.tokens_in = self.tokens_out = -1
+        self.tokens_in = self.tokens_out = self.tokens_cached = -1
+        self.load = b""  # what the backend told of its load, beside the usage
 
     def __repr__(self) -> str:
         return f"<Scanner held={self._held_bytes} terminated={self.terminated} errored={self.errored}>"
@@ -71,6 +75,8 @@ class Scanner:
         # `find`, because `in` first tries whether what it looks for is a number, at five times the price
         if data.find(b'"usage"') >= 0:
             self._note_usage(data)
+            if data.find(b'"load"') >= 0:
+                data = self._without_load(data)
         self._note_end(data)
         if data.find(b"error") >= 0 and _TELLS_ERROR(data):
             self.errored = True
@@ -103,9 +109,19 @@ class Scanner:
     def _note_usage(self, data: bytes) -> None:
         for document in _DATA(data):
             if b'"usage"' in document:
-                tokens_in, tokens_out = usage_of(document)
+                tokens_in, tokens_out, tokens_cached = usage_of(document)
                 self.tokens_in = max(self.tokens_in, tokens_in)
                 self.tokens_out = max(self.tokens_out, tokens_out)
+                self.tokens_cached = max(self.tokens_cached, tokens_cached)
+
+    def _without_load(self, data: bytes) -> bytes:
+        """The one thing that is taken out of an event: it was for us, and how busy a backend is is the operator's."""
+        for document in _DATA(data):
+            load = load_in(document)
+            if load:
+                self.load = load
+                data = data.replace(b',"load":' + load, b"", 1)
+        return data
 
     def rest(self) -> bytes:
         """What was held back, once the framing has said that nothing more comes. Ends the scan."""

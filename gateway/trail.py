@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Trail(RequestEnded):
     """The record of one request. `start` and `mark` are readings of `clock`, a monotonic one, in seconds."""
 
-    __slots__ = ("call", "clock", "limit_lines", "mark", "payer", "policy_line", "start", "waited")
+    __slots__ = ("call", "clock", "limit_lines", "mark", "payer", "policy_line", "start", "tokens_cached", "waited")
 
     def __init__(self, clock: Callable[[], float], started_at: float, policy: str, policy_line: bytes) -> None:
         self.clock = clock
@@ -37,7 +37,7 @@ class Trail(RequestEnded):
         self.route = self.model = self.path = "other"
         self.status = self.bytes_out = 0
         self.end_reason = "internal"
-        self.tokens_in = self.tokens_out = -1
+        self.tokens_in = self.tokens_out = self.tokens_cached = -1
         self.attempts = []
 
     def lap(self) -> float:

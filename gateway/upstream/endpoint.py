@@ -13,7 +13,7 @@ from typing import Protocol, Self
 
 from discovery.endpoint import Endpoint
 from gateway.certificates import system_context
-from gateway.upstream.load_report import requests_in
+from gateway.upstream.load_report import LoadReport, of_document, of_header
 from gateway.upstream.pool import Pool
 from policies.balance import Candidate
 from policies.breaker import Breaker, Outcome, State
@@ -21,7 +21,7 @@ from policies.policy import BreakerRule
 
 _IGNORED, _FAILURE = Outcome.IGNORED, Outcome.FAILURE  # looking a member up in its Enum costs as much as a function
 
-REPORT_SECONDS = 2.0  # how long a backend's own word about its load counts
+REPORT_SECONDS = 2.0  # how long a backend's own word about its load counts, where it came with an answer
 
 
 class Channel(Protocol):
@@ -35,7 +35,7 @@ class Backend(Candidate):
     """A backend in service."""
 
     __slots__ = (
-        "_breakers", "_on_breaker", "_reported_until", "_rng", "base_path", "channel", "endpoint", "head_lines",
+        "_breakers", "_on_breaker", "_reported_until", "_rng", "_seq", "base_path", "channel", "endpoint", "head_lines",
         "healthy", "name_line", "pool",
     )  # fmt: skip
 
@@ -56,6 +56,7 @@ class Backend(Candidate):
         self._rng = rng
         self._on_breaker = on_breaker
         self._reported_until = 0.0  # when its own last word stops counting
+        self._seq = 0  # the number of that word
         self.head_lines = f"host: {endpoint.authority}\r\nendpoint-load-metrics-format: json\r\n".encode()
         self.base_path = endpoint.base_path.encode()
         self.name_line = f"x-weir-backend: {endpoint.id}\r\n".encode()
@@ -121,16 +122,38 @@ class Backend(Candidate):
 
     def tidy(self, now: float) -> None:
         """Now and then: forget a report that has grown old, close connections that idled too long."""
-        if now >= self._reported_until:
-            self.reported = 0.0
+        self.forget_load(now)
         self.pool.close_idle(now)
 
-    def hear_load(self, report: bytes, now: float) -> None:
+    def forget_load(self, now: float) -> None:
+        """A report that has grown old says nothing any more: only our own requests there count."""
+        if now >= self._reported_until:
+            self.reported = 0.0
+
+    def hear_header(self, value: bytes, now: float) -> None:
         """Take in an `endpoint-load-metrics` header. Nonsense is ignored: a backend may be hostile."""
-        total = requests_in(report)
-        if total is not None:
-            self.reported = max(0.0, total - self.inflight)
-            self._reported_until = now + REPORT_SECONDS
+        report = of_header(value)
+        if report is not None:
+            self.hear_load(report, now, REPORT_SECONDS)
+
+    def hear_ended(self, document: bytes, now: float) -> None:
+        """Take in what came with the end of an answer: that request is over there, though not yet here."""
+        report = of_document(document)
+        if report is not None:
+            self.hear_load(report._replace(requests=report.requests + 1), now, REPORT_SECONDS)
+
+    def hear_load(self, report: LoadReport, now: float, seconds: float) -> bool:
+        """Take in a report, which counts for so long; False if a newer one is known.
+
+        What others have there is what it has less what we have there now. From here on our own requests are counted
+        as they come and go, so that those sent since the report weigh at once: nobody herds after old news.
+        """
+        if report.seq and report.seq < self._seq and now < self._reported_until:
+            return False
+        self._seq = report.seq
+        self.reported = max(0.0, report.requests - self.inflight)
+        self._reported_until = now + seconds
+        return True
 
     def hear_busy(self, now: float) -> None:
         """It answered 429: count it as loaded for a while, so that its fast refusals do not draw more requests."""

@@ -15,6 +15,7 @@ from typing import Final
 from discovery.endpoint import Endpoint
 from gateway.certificates import system_context
 from gateway.upstream.endpoint import Backend, Lease
+from gateway.upstream.load_report import LoadReport
 from policies import errors
 from policies.balance import Chooser, panic
 from policies.breaker import State, may_eject
@@ -91,11 +92,22 @@ class Fleet:
         backend.healthy = healthy
         self._groups, self._grpc_groups = {}, {}
 
-    def hear_load(self, key: str, report: bytes) -> None:
+    def hear_header(self, key: str, value: bytes) -> None:
         """A health check brought a load report along."""
         backend = self.backends.get(key)
         if backend is not None:
-            backend.hear_load(report, self._clock())
+            backend.hear_header(value, self._clock())
+
+    def hear_load(self, key: str, report: LoadReport, seconds: float) -> bool:
+        """A backend has told its load, which counts for so long. False: it is gone, or newer is known."""
+        backend = self.backends.get(key)
+        return backend is not None and backend.hear_load(report, self._clock(), seconds)
+
+    def forget_load(self, key: str) -> None:
+        """A backend that tells its load has fallen silent."""
+        backend = self.backends.get(key)
+        if backend is not None:
+            backend.forget_load(self._clock())
 
     def tidy(self) -> None:
         """To be called each second or so."""

@@ -77,8 +77,8 @@ def test_what_is_found_is_there(stream) -> None:
     usages = [
         usage_of(line.partition(b":")[2]) for line in re.split(rb"\r\n|\n|\r", ended) if line.startswith(b"data:")
     ]
-    assert scanner.tokens_in == max([tokens_in for tokens_in, _ in usages], default=-1)
-    assert scanner.tokens_out == max([tokens_out for _, tokens_out in usages], default=-1)
+    assert scanner.tokens_in == max([tokens_in for tokens_in, _, _ in usages], default=-1)
+    assert scanner.tokens_out == max([tokens_out for _, tokens_out, _ in usages], default=-1)
 
 
 def unended(stream: bytes) -> bytes:

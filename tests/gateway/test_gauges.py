@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gateway.gauges import register_gauges, register_identity, register_load
+from gateway.gauges import register_gauges, register_identity, register_load, register_load_streams
 from gateway.upstream.fleet import Fleet
 from observability.metrics import Metrics
 from policies.breaker import Outcome
@@ -107,4 +107,16 @@ def test_what_is_known_of_issuers_and_callers() -> None:
         'weir_clock_skew_seconds{issuer="https://a"} -1.5',
         'weir_tokens_remembered{found="verified"} 3.0',
         'weir_tokens_remembered{found="refused"} 0.0',
+    ]
+
+
+def test_how_well_pushed_load_is_heard() -> None:
+    metrics = Metrics()
+    register_load_streams(metrics, SimpleNamespace(connected=2, counts={"taken": 9, "old": 1, "nonsense": 0}))
+    lines = metrics.render()[0].decode().splitlines()
+    assert [line for line in lines if line.startswith("weir_load_")] == [
+        "weir_load_streams 2.0",
+        'weir_load_reports_total{result="taken"} 9.0',
+        'weir_load_reports_total{result="old"} 1.0',
+        'weir_load_reports_total{result="nonsense"} 0.0',
     ]

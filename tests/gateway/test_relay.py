@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+from random import Random
 
 import pytest
 
 from gateway import relay as module
 from gateway.answer import HOLD_BYTES
 from gateway.relay import LEFT, Ending, Relay
+from gateway.upstream.endpoint import Backend
 from gateway.upstream.pool import Pool
 from policies.deadline import Kind
 from policies.policy import Timeouts
@@ -44,7 +46,8 @@ class Story:
         self.pool = Pool(endpoint())
         self.connection = connected(self.pool)
         self.connection.reused = reused
-        self.relay = Relay(self.call, self.trail, timeouts, b"x-weir-backend: a\r\n")
+        self.backend = Backend(endpoint(), 0.0, Random(1), lambda backend, state: None)
+        self.relay = Relay(self.call, self.trail, timeouts, self.backend)
         self.relay.start(self.connection, b"")
 
     def hear(self, *pieces: bytes) -> None:
@@ -67,6 +70,17 @@ class Story:
 
 
 # Answers that go well
+
+
+@virtual_time
+async def test_what_a_head_says_of_the_backends_load_counts_from_then_on() -> None:
+    story = Story()
+    report = b'endpoint-load-metrics: JSON {"named_metrics":{"num_requests_running":5}}\r\n\r\n'
+    story.hear(EVENTS[:-2] + report)
+    assert story.backend.reported == 5
+    story.hear(chunk(ONE + DONE) + END)
+    assert (await story.end()).reason == "ok"
+    assert b"endpoint-load" not in story.client.written
 
 
 @pytest.mark.parametrize(

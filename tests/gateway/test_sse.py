@@ -114,3 +114,28 @@ def test_what_a_model_writes_is_no_error() -> None:
     assert not fed([b'data: {"content":"event: error","error":null}\n\n'])[1].errored
     assert fed([b'event: error\ndata: {"error":{}}\n\n'])[1].errored
     assert fed([b"event: error\ndata: out of memory\n\n"])[1].errored
+
+
+LAST = (
+    b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":2,"prompt_tokens_details":{"cached_tokens":8}}'
+)
+LOAD = b'{"seq":7,"running":1,"waiting":0}'
+
+
+@pytest.mark.parametrize(
+    ("stream", "passes", "load"),
+    [
+        (LAST + b',"load":' + LOAD + b"}\n\n", LAST + b"}\n\n", LOAD),
+        (LAST + b"}\n\n", LAST + b"}\n\n", b""),
+        (
+            b'data: {"load":1}\n\n',
+            b'data: {"load":1}\n\n',
+            b"",
+        ),  # not beside a usage: whatever it is, it is the answer's
+        (b'data: {"usage":null,"text":",\\"load\\":1"}\n\n', b'data: {"usage":null,"text":",\\"load\\":1"}\n\n', b""),
+    ],
+)
+def test_a_load_beside_the_usage_is_heard_and_ends_here(stream, passes, load) -> None:
+    (passed,), scanner = fed([stream])
+    assert (passed, scanner.load) == (passes, load)
+    assert scanner.tokens_cached == (8 if LAST in stream else -1)

@@ -3,6 +3,7 @@ from random import Random
 import pytest
 
 from gateway.upstream.endpoint import REPORT_SECONDS, Backend, Lease
+from gateway.upstream.load_report import LoadReport
 from policies.breaker import Outcome, State
 from policies.policy import BreakerRule
 from tests.support.upstream import endpoint
@@ -65,17 +66,49 @@ def test_a_load_report_tells_what_others_have_there_and_nonsense_tells_nothing(r
     one = backend()
     one.inflight = 2
     one.reported = 1.0
-    one.hear_load(report, 0.0)
+    one.hear_header(report, 0.0)
     assert one.reported == reported
 
 
 def test_a_report_grows_old() -> None:
     one = backend()
-    one.hear_load(b'JSON {"named_metrics": {"num_requests_running": 5}}', 10.0)
+    one.hear_header(b'JSON {"named_metrics": {"num_requests_running": 5}}', 10.0)
     one.tidy(10.0 + REPORT_SECONDS - 0.1)
     assert one.reported == 5
     one.tidy(10.0 + REPORT_SECONDS)
     assert one.reported == 0
+
+
+def test_old_news_is_dropped_unless_nothing_newer_counts() -> None:
+    one = backend()
+    assert one.hear_load(LoadReport(5, seq=7), 10.0, 0.2)
+    assert not one.hear_load(LoadReport(1, seq=6), 10.1, 0.2)
+    assert one.hear_load(LoadReport(5, seq=7), 10.1, 0.2)  # nothing has changed: the same word counts longer
+    one.forget_load(10.25)
+    assert one.reported == 5
+    one.forget_load(10.3)
+    assert one.reported == 0
+    assert one.hear_load(LoadReport(2, seq=1), 10.4, 0.2)  # it has begun anew
+    assert one.hear_load(LoadReport(3), 10.4, 0.2)  # one that does not number its reports
+    assert one.reported == 3
+
+
+def test_at_the_end_of_an_answer_that_request_is_over_there_and_still_counted_here() -> None:
+    one = backend()
+    one.inflight = 2
+    one.hear_ended(b'{"running": 4, "waiting": 0, "seq": 3}', 0.0)
+    one.hear_ended(b"junk", 0.0)
+    assert one.reported == 3
+
+
+def test_own_requests_since_the_report_count_at_once() -> None:
+    one = backend()
+    one.inflight = 2
+    one.hear_load(LoadReport(6, seq=1), 0.0, 0.2)
+    one.inflight += 3
+    assert one.inflight + one.reported == 9
+    one.inflight -= 5
+    assert one.inflight + one.reported == 4
 
 
 def test_one_that_is_busy_looks_loaded_for_a_while() -> None:

@@ -1,9 +1,12 @@
+from collections import Counter
+from dataclasses import replace
 from random import Random
 
 import pytest
 
 from discovery.endpoint import Model
 from gateway.upstream.fleet import Fleet
+from gateway.upstream.load_report import LoadReport
 from policies import errors
 from policies.breaker import Outcome, State
 from policies.policy import Balance, BalanceKind, BreakerRule, Match, Route, Target
@@ -178,12 +181,44 @@ def test_who_comes_back_starts_slowly_and_news_of_strangers_is_dropped() -> None
 def test_a_probe_brings_a_load_report() -> None:
     story = Story("tiny/a")
     report = b'JSON {"named_metrics": {"num_requests_running": 5}}'
-    story.fleet.hear_load("tiny/a", report)
-    story.fleet.hear_load("tiny/stranger", report)
+    story.fleet.hear_header("tiny/a", report)
+    story.fleet.hear_header("tiny/stranger", report)
     assert story.fleet.backends["tiny/a"].reported == 5
     story.clock.now += 10
     story.fleet.tidy()
     assert story.fleet.backends["tiny/a"].reported == 0
+
+
+def test_pushed_load_counts_until_it_is_old() -> None:
+    story = Story("tiny/a")
+    a = story.fleet.backends["tiny/a"]
+    assert story.fleet.hear_load("tiny/a", LoadReport(5, seq=3), 0.2)
+    assert not story.fleet.hear_load("tiny/a", LoadReport(1, seq=2), 0.2)
+    assert not story.fleet.hear_load("tiny/stranger", LoadReport(1), 0.2)
+    story.fleet.forget_load("tiny/a")
+    story.fleet.forget_load("tiny/stranger")
+    assert a.reported == 5
+    story.clock.now += 0.3
+    story.fleet.forget_load("tiny/a")
+    assert a.reported == 0
+
+
+def test_a_burst_between_two_reports_does_not_herd_to_who_was_idle_in_the_last() -> None:
+    """Four gateways that hear the same report send 30 requests each before the next: spread, not all to the idle one."""
+    keys = [f"tiny/{number}" for number in range(4)]
+    route = replace(ROUTE, balance=Balance(BalanceKind.LEAST_LOAD))
+    received = Counter(dict.fromkeys(keys, 0))
+    for seed in range(4):
+        story = Story(*keys)
+        story.fleet._rng.seed(seed)
+        story.clock.now += 60  # nobody is new any more
+        for key in keys:
+            story.fleet.hear_load(key, LoadReport(0 if key == "tiny/0" else 5, seq=1), 0.2)
+        for _ in range(30):
+            received[story.lease(route).backend.key] += 1
+    assert sum(received.values()) == 120
+    assert received["tiny/0"] < 60  # with what it had: no more than a third above the mean
+    assert min(received.values()) > 15
 
 
 # Groups
