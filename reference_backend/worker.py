@@ -23,7 +23,7 @@ import msgspec
 
 from reference_backend.engine.config import ModelError
 from reference_backend.engine.frames import Abort, Ask, Ready, Refused, Start, Turn, Unframed, decode_for_server, framed
-from reference_backend.engine.request import Delta, Load, Sampling
+from reference_backend.engine.request import Delta, Load, Picture, Sampling
 
 WEDGED_AFTER = 60.0  # seconds without a finished step while there is something to do
 END_WITHIN = 5.0  # seconds for the process to see that its socket is closed
@@ -162,6 +162,7 @@ class Worker:
         priority: int,
         tenant: str,
         salt: bytes,
+        pictures: list[Picture] | None = None,
     ) -> int:
         """Hand over a request whose prompt and `max_tokens` fit the context. Returns its ticket.
 
@@ -173,7 +174,7 @@ class Worker:
             raise WorkerBusy
         self._tickets += 1
         self._link.waiting_for[self._tickets] = deliver
-        self._link.send(Ask(self._tickets, prompt, sampling, deadline, priority, tenant, salt))
+        self._link.send(Ask(self._tickets, prompt, sampling, deadline, priority, tenant, salt, pictures or []))
         self._change()
         return self._tickets
 

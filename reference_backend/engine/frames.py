@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
-from reference_backend.engine.request import Delta, Load, Sampling
+from reference_backend.engine.request import Delta, Load, Picture, Sampling
 
 LENGTH_BYTES = 4
 
@@ -34,6 +34,7 @@ class Ask(msgspec.Struct, tag=True, array_like=True, frozen=True):
     priority: int
     tenant: str
     salt: bytes
+    pictures: list[Picture] = []
 
 
 class Abort(msgspec.Struct, tag=True, array_like=True, frozen=True):

@@ -23,9 +23,12 @@ from hashlib import blake2b
 from reference_backend.engine.request import Sequence
 
 
-def block_name(parent: bytes, tokens: list[int]) -> bytes:
-    """The name of a full block behind the block named `parent` (for the first: the request's salt)."""
-    return blake2b(len(parent).to_bytes(2) + parent + array("q", tokens).tobytes(), digest_size=16).digest()
+def block_name(parent: bytes, tokens: list[int], shown: bytes = b"") -> bytes:
+    """The name of a full block behind the block named `parent` (for the first: the request's salt).
+
+    `shown`: what distinguishes it beside its tokens.
+    """
+    return blake2b(len(parent).to_bytes(2) + parent + array("q", tokens).tobytes() + shown, digest_size=16).digest()
 
 
 class BlockPool:
@@ -115,9 +118,9 @@ class BlockPool:
     def _names(self, sequence: Sequence, count: int) -> list[bytes]:
         size = self.block_size
         while len(sequence.keys) < count:
-            start = len(sequence.keys) * size
+            start, end = len(sequence.keys) * size, (len(sequence.keys) + 1) * size
             parent = sequence.keys[-1] if sequence.keys else sequence.salt
-            sequence.keys.append(block_name(parent, sequence.tokens[start : start + size]))
+            sequence.keys.append(block_name(parent, sequence.tokens[start:end], sequence.shown(start, end)))
         return sequence.keys[:count]
 
     def _unname(self, block: int) -> None:

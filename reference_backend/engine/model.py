@@ -28,11 +28,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from reference_backend.engine.config import ModelConfig, ModelError, read_config, read_json
+from reference_backend.engine.vision import Vision, load_vision
 
 Weights = dict[str, Tensor]
 # Layer, queries [tokens, heads, head_dim], keys and values [tokens, 2 * kv_heads, head_dim]; what was seen comes
 # back as [tokens, heads * head_dim].
 Attend = Callable[[int, Tensor, Tensor], Tensor]
+Seen = tuple[Tensor, Tensor]  # which of the tokens are pieces of pictures, and what stands there: [pieces, hidden]
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
@@ -79,6 +81,7 @@ class Llama:
     def __init__(self, config: ModelConfig, weights: Weights, device: torch.device, dtype: torch.dtype) -> None:
         self.config = config
         self.device, self.dtype = device, dtype
+        self.vision: Vision | None = None
         # A norm's root of the sum of squares needs no mean: the root of the size is in the weights.
         self._epsilon = torch.tensor(math.sqrt(config.norm_eps * config.hidden_size), device=device)
         self._head_epsilon = torch.tensor(math.sqrt(config.norm_eps * config.head_dim), device=device)
@@ -96,12 +99,14 @@ class Llama:
         """How many numbers it has learnt."""
         return sum(math.prod(shape) for _, shape in weight_shapes(self.config))
 
-    def hidden(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def hidden(self, tokens: Tensor, positions: Tensor, attend: Attend, seen: Seen | None = None) -> Tensor:
         """Hidden states [tokens, hidden] of tokens [tokens], which may belong to many sequences."""
         config = self.config
         rotated = config.heads + config.kv_heads
         turns = self._turns.index_select(0, positions)[:, None]
         x = self._embedding.index_select(0, tokens)
+        if seen is not None:
+            x.index_copy_(0, *seen)
         for index, layer in enumerate(self._layers):
             qkv = layer.qkv(self._norm(x)).view(-1, rotated + config.kv_heads, config.head_dim)
             if layer.qk_norm is not None:
@@ -226,7 +231,10 @@ def load_model(directory: Path, device: torch.device, dtype: torch.dtype = torch
             raise ModelError(
                 f"{directory}: weight {name} is {weights[name].dtype}; only unquantized weights are served"
             )
-    return Llama(config, weights, device, dtype)
+    model = Llama(config, weights, device, dtype)
+    vision = load_vision(directory, config.hidden_size)
+    model.vision = None if vision is None else vision.to(device, dtype)
+    return model
 
 
 def _read_weights(directory: Path) -> Weights:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
+from hashlib import blake2b
 from typing import Literal
 
 import msgspec
 
+PICTURE_SIDE, PICTURE_TOKENS = 32, 16  # pixels of a picture, and tokens that stand for it
 GREEDY_BELOW = 1e-5  # a smaller temperature divides by what float32 cannot hold
 
 # `failed`: this request met scores that are no numbers. `lost`: the worker that had it is gone.
@@ -74,6 +76,17 @@ class Delta(msgspec.Struct, array_like=True, frozen=True):
     cached_tokens: int = 0  # of the prompt, that were found in the cache
 
 
+class Picture(msgspec.Struct, array_like=True, frozen=True):
+    """What is to be seen from the token `start` of a prompt on: RGB, a byte each, row by row."""
+
+    start: int
+    pixels: bytes
+
+    @property
+    def digest(self) -> bytes:
+        return blake2b(self.pixels, digest_size=16).digest()
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One request inside the engine. `deadline` is in the seconds of the engine's clock.
@@ -89,6 +102,7 @@ class Sequence:
     priority: int = Priority.NORMAL
     tenant: str = ""  # who shares fairly with others
     salt: bytes = b""  # requests with different salts never share cached blocks
+    pictures: list[Picture] = field(default_factory=list)  # each in the place of PICTURE_TOKENS tokens of the prompt
 
     seed: int = 0
     arrival: int = 0
@@ -123,6 +137,11 @@ class Sequence:
         if self.drawn >= self.sampling.max_tokens:
             return 0
         return len(self.tokens) + self.pending - self.computed
+
+    def shown(self, start: int, end: int) -> bytes:
+        """What distinguishes the tokens from `start` to `end` beside their numbers: the pictures behind them."""
+        overlapping = (p for p in self.pictures if start < p.start + PICTURE_TOKENS and p.start < end)
+        return b"".join(picture.digest for picture in overlapping)
 
     def is_late(self, now: float) -> bool:
         return self.deadline is not None and now >= self.deadline

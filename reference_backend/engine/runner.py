@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from reference_backend.engine.attention import Group, PagedCache, attend, by_length
-from reference_backend.engine.model import Llama
-from reference_backend.engine.request import Logprobs, Sequence
+from reference_backend.engine.model import Llama, Seen
+from reference_backend.engine.request import PICTURE_TOKENS, Logprobs, Sequence
 from reference_backend.engine.sampler import Drawn, Rows, Sampler, told_logprobs
 from reference_backend.engine.scheduler import Work
+from reference_backend.engine.vision import Album
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ class Runner:
         self._cache = PagedCache(model.config, blocks, block_size, device, model.dtype)
         self._block_size = block_size
         self._shared = model.config.heads // model.config.kv_heads
+        self._album = None if model.vision is None else Album(model.vision)
         self._written = [0] * slots  # blocks in each row's table
         self._rows: tuple[list[Sequence], Rows] | None = None  # of the last step, most often those of the next
 
@@ -100,7 +102,8 @@ class Runner:
             at += work.tokens
             if work.samples:
                 ends.append(at - 1)
-        hidden = self._forward(_joined(tokens), _joined(positions), _joined(slots), groups)
+        seen = self._seen(chunks, len(decodes))
+        hidden = self._forward(_joined(tokens), _joined(positions), _joined(slots), groups, seen)
         if decodes:
             self._lengths.index_copy_(0, slots[0], positions[0] + 1)
         if not sequences:
@@ -111,10 +114,26 @@ class Runner:
         self._last_tokens.index_copy_(0, rows.slots, drawn.tokens)
         return Launched(sequences, drawn)
 
-    def _forward(self, tokens: Tensor, positions: Tensor, slots: Tensor, groups: list[Group]) -> Tensor:
+    def _seen(self, chunks: list[Work], at: int) -> Seen | None:
+        """The pieces of pictures among the tokens of prompts, the first of which is in row `at` of the step."""
+        rows: list[int] = []
+        pieces: list[Tensor] = []
+        for work in chunks:
+            for picture in work.sequence.pictures:
+                first = max(work.start, picture.start)
+                last = min(work.start + work.tokens, picture.start + PICTURE_TOKENS)
+                if self._album is not None and first < last:
+                    rows += range(at + first - work.start, at + last - work.start)
+                    pieces.append(self._album.look(picture)[first - picture.start : last - picture.start])
+            at += work.tokens
+        return (torch.tensor(rows, device=self._device), torch.cat(pieces)) if rows else None
+
+    def _forward(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, groups: list[Group], seen: Seen | None
+    ) -> Tensor:
         size = self._block_size
         places = self._tables[slots, positions // size] * size + positions % size
-        return self.model.hidden(tokens, positions, partial(attend, self._cache, groups, places))
+        return self.model.hidden(tokens, positions, partial(attend, self._cache, groups, places), seen)
 
     def _decoding_groups(self, decodes: list[Work], slots: Tensor, lengths: Tensor) -> list[Group]:
         widths = [_table_length(work) for work in decodes]

@@ -95,7 +95,7 @@ def serve(engine: Engine, line: Line, clock: Callable[[], float]) -> int:
 
 
 def _sequence(ask: Ask) -> Sequence:
-    return Sequence(ask.prompt, ask.sampling, ask.deadline, ask.priority, ask.tenant, ask.salt)
+    return Sequence(ask.prompt, ask.sampling, ask.deadline, ask.priority, ask.tenant, ask.salt, ask.pictures)
 
 
 def load(start: Start, clock: Callable[[], float]) -> Engine:

@@ -92,32 +92,6 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
 
-PATCH, GRID = 8, 4  # pixels of a piece of a picture, pieces in a row
-PATCHES = GRID * GRID
-
-
-def patches(pictures: Tensor) -> Tensor:
-    """Pixels, uint8 [pictures, 32, 32, 3], as pieces [pictures, 16, 192] of numbers from -1 to 1."""
-    cut = pictures.view(-1, GRID, PATCH, GRID, PATCH, 3).transpose(2, 3)
-    return cut.reshape(-1, PATCHES, PATCH * PATCH * 3).float() / 127.5 - 1.0
-
-
-class Vision(nn.Module):
-    """The whole eye: one matrix, and where a piece was, in two dimensions (as Fuyu-8B: patches are tokens)."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.patch = nn.Linear(PATCH * PATCH * 3, hidden_size)
-        self.row = nn.Parameter(torch.randn(GRID, hidden_size) * 0.02)
-        self.column = nn.Parameter(torch.randn(GRID, hidden_size) * 0.02)
-
-    def forward(self, pieces: Tensor) -> Tensor:
-        """What stands for the pieces [pictures, 16, 192] among the tokens: [pictures, 16, hidden]."""
-        place = (self.row[:, None] + self.column).flatten(0, 1)
-        result: Tensor = self.patch(pieces) + place
-        return result
-
-
 class Llama(nn.Module):
     """`forward` gives the final hidden states, `logits` turns those that matter into scores over the vocabulary."""
 
