@@ -22,8 +22,10 @@ import torch
 
 from reference_backend.engine.config import ModelConfig, ModelError
 from reference_backend.engine.engine import Engine, Settings
+from reference_backend.engine.flow import is_flow, load_flow
 from reference_backend.engine.frames import Abort, Ask, Ready, Refused, Start, Turn, Unframed, decode_for_worker, framed
 from reference_backend.engine.model import Llama, load_model
+from reference_backend.engine.painting import Studio
 from reference_backend.engine.request import Sampling, Sequence
 
 SMALL_PARAMETERS = 50_000_000  # below, a second thread costs more in waiting than it gives in arithmetic
@@ -61,7 +63,7 @@ class Line:
         return True
 
 
-def serve(engine: Engine, line: Line, clock: Callable[[], float]) -> int:
+def serve(engine: Engine | Studio, line: Line, clock: Callable[[], float]) -> int:
     """Take turns until the server is gone. Returns the exit code: 0, or 1 when the engine failed."""
     asked: dict[int, Sequence] = {}
     tickets: dict[Sequence, int] = {}
@@ -98,8 +100,14 @@ def _sequence(ask: Ask) -> Sequence:
     return Sequence(ask.prompt, ask.sampling, ask.deadline, ask.priority, ask.tenant, ask.salt, ask.pictures)
 
 
-def load(start: Start, clock: Callable[[], float]) -> Engine:
-    """Read the model and have it produce one token. Raises ModelError when it cannot be served."""
+def load(start: Start, clock: Callable[[], float]) -> Engine | Studio:
+    """Read the model and have it produce one token, or picture. Raises ModelError when it cannot be served."""
+    if is_flow(Path(start.model)):
+        torch.set_num_threads(1)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        studio = Studio(load_flow(Path(start.model), device), slots=start.slots, rng=random.SystemRandom())
+        warm(studio, clock())
+        return studio
     try:
         if torch.cuda.is_available():
             model = load_model(Path(start.model), torch.device("cuda"), torch.bfloat16)
@@ -141,7 +149,7 @@ def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     return 2 * config.layers * config.kv_heads * config.head_dim * dtype.itemsize
 
 
-def warm(engine: Engine, now: float) -> None:
+def warm(engine: Engine | Studio, now: float) -> None:
     """Have one token produced. Raises ModelError when the model does not compute with numbers."""
     engine.submit(Sequence([0], Sampling(max_tokens=1)))
     while engine.is_busy:
