@@ -17,8 +17,8 @@ import pytest
 from gateway.config_fields import Address
 from policies.identity import generate_signing_key, jwks_of, mint
 from tests.support.admin_client import scrape
+from tests.support.ports import free_ports
 from tests.support.raw_client import CHAT, Answer, RawClient, chat_request
-from tests.support.redis_server import free_port
 from tests.support.running_gateway import OPEN_POLICY, policy_with, until
 from tests.support.scripted_backend import BackendConnection, Hangup, ScriptedBackend
 
@@ -238,7 +238,7 @@ async def test_B08_connections_that_idle(row):
 
 async def test_B09_more_clients_than_files(row):
     """A process with 256 files: 64 connections, 64 files for their backends' side, the rest in reserve."""
-    data, admin = free_port(), free_port()
+    data, admin = free_ports(2)
     weir = SimpleNamespace(data_address=Address("127.0.0.1", data), admin_address=Address("127.0.0.1", admin))
     held = Held()
     async with ScriptedBackend(held) as backend:

@@ -15,8 +15,9 @@ from policies.identity import mint
 from tests.faults.conftest import ISSUER
 from tests.support.admin_client import scrape
 from tests.support.fault_proxy import FaultProxy
+from tests.support.ports import free_port
 from tests.support.raw_client import RawClient, chat_request
-from tests.support.redis_server import RedisServer, free_port
+from tests.support.redis_server import RedisServer
 from tests.support.running_gateway import OPEN_POLICY, until
 from tests.support.scripted_backend import ScriptedBackend
 from tests.support.traffic import Traffic

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import sys
 from types import SimpleNamespace
 
@@ -15,6 +14,7 @@ import pytest
 from gateway import children, workers
 from gateway.children import CannotRun, ChildFailed, Program
 from gateway.config_fields import Address
+from tests.support.ports import free_ports
 from tests.support.running_gateway import until
 
 pytestmark = pytest.mark.integration
@@ -39,22 +39,9 @@ asyncio.run(main())
 """
 
 
-def free_ports(count):
-    """Ports in a row, because worker i listens on the admin port + i."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as one:
-            first = one.getsockname()[1]
-        try:
-            for port in range(first, first + count):
-                socket.create_server(("127.0.0.1", port)).close()
-        except OSError:
-            continue
-        return first
-
-
 @pytest.fixture
 def config():
-    first = free_ports(3)
+    first = free_ports(3)[0]  # worker i listens on the admin port + i
     return SimpleNamespace(
         listen=Address("127.0.0.1", first), admin=SimpleNamespace(listen=Address("127.0.0.1", first + 1)), workers=2
     )

@@ -8,7 +8,7 @@ from gateway import config as configuration
 from gateway.app import Gateway
 from policies.problems import InvalidDocument
 from tests.support.admin_client import page, scrape
-from tests.support.etcd_server import free_ports
+from tests.support.ports import free_port
 from tests.support.raw_client import RawClient
 from tests.support.running_gateway import OPEN_POLICY, running_gateway, until
 from tests.support.scripted_backend import ScriptedBackend
@@ -141,7 +141,7 @@ async def test_the_admin_listener_is_on_loopback_unless_it_has_a_token(tmp_path)
 
 async def test_a_backend_that_is_registered_as_the_gateway_itself_ends_the_loop_at_once(tmp_path):
     """Else one request, or one health check, becomes thousands within its second."""
-    [port] = free_ports(1)
+    port = free_port()
     (tmp_path / "policy.yaml").write_text(CATCH_ALL)
     text = f"""
 listen: 127.0.0.1:{port}

@@ -20,7 +20,8 @@ from policies.lease import Ask, Limit
 from policies.policy import Plan, Rate, WhenStoreIsDown
 from tests.support.fault_proxy import FaultProxy
 from tests.support.lease_ledger import MICRO, Ledger
-from tests.support.redis_server import RedisServer, free_port
+from tests.support.ports import free_port
+from tests.support.redis_server import RedisServer
 
 pytestmark = pytest.mark.integration
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import socket
 import sys
 from pathlib import Path
 
@@ -13,14 +12,11 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from tests.support.ports import free_ports
+
 pytestmark = pytest.mark.integration
 
 README = Path(__file__).parent.parent.parent / "README.md"
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as one:
-        return one.getsockname()[1]
 
 
 async def healthy(request):
@@ -37,7 +33,7 @@ async def test_before_your_own_server(tmp_path):
     app = web.Application()
     app.router.add_get("/health", healthy)
     app.router.add_post("/v1/chat/completions", answer)
-    data, admin = free_port(), free_port()
+    data, admin = free_ports(2)
     async with TestServer(app) as server:
         assert config.count(":8000") == 1
         ports = f"listen: 127.0.0.1:{data}\nadmin: {{listen: '127.0.0.1:{admin}'}}\n"

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 
 from tests.support.certificates import Authority, client_tls
-from tests.support.etcd_server import free_ports
+from tests.support.ports import free_ports
 from tests.support.raw_client import CHAT
 from tests.support.redis_server import RedisServer
 from tests.support.running_gateway import OPEN_POLICY

@@ -9,7 +9,6 @@ import importlib.util
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,8 @@ from pathlib import Path
 import openai
 import pytest
 
+from tests.support.ports import free_ports
+
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.slow,
@@ -25,11 +26,6 @@ pytestmark = [
 ]
 
 WEIR = (sys.executable, "-m", "gateway.cli")
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as one:
-        return one.getsockname()[1]
 
 
 def until(condition, seconds=60.0):
@@ -45,7 +41,7 @@ class Up:
 
     def __init__(self, folder, *arguments):
         self.folder = folder
-        self.port, self.admin_port = free_port(), free_port()
+        self.port, self.admin_port = free_ports(2)
         self.output = folder / "output"
         ports = ("--port", str(self.port), "--admin-port", str(self.admin_port))
         with self.output.open("wb") as output:

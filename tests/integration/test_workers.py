@@ -20,7 +20,8 @@ from gateway import app
 from gateway import config as configuration
 from gateway.config_fields import Address
 from tests.support.certificates import Authority, client_tls, serial_at
-from tests.support.etcd_server import EtcdServer, free_ports
+from tests.support.etcd_server import EtcdServer
+from tests.support.ports import free_port, free_ports
 from tests.support.running_gateway import announced
 
 pytestmark = pytest.mark.integration
@@ -32,18 +33,6 @@ routes:
   - name: all
     to: [{service: llm}]
 """
-
-
-def ports_in_a_row(count):
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as one:
-            first = one.getsockname()[1]
-        try:
-            for port in range(first, first + count):
-                socket.create_server(("127.0.0.1", port)).close()
-        except OSError:
-            continue
-        return first
 
 
 def static(backend):
@@ -128,7 +117,7 @@ async def until_said(process, text, times=1):
 
 
 async def test_a_worker_that_dies_is_replaced_while_the_other_serves(tmp_path, backend):
-    port = ports_in_a_row(3)
+    port = free_ports(3)[0]
     fresh = aiohttp.TCPConnector(force_close=True)  # each request may meet either worker
     async with (
         asyncio.timeout(60),
@@ -149,7 +138,7 @@ async def test_a_worker_that_dies_is_replaced_while_the_other_serves(tmp_path, b
 
 
 async def test_a_worker_that_comes_back_while_etcd_is_away_leaves_requests_to_the_other(tmp_path, backend):
-    port = ports_in_a_row(3)
+    port = free_ports(3)[0]
     with EtcdServer(tmp_path) as etcd:
         fresh = aiohttp.TCPConnector(force_close=True)
         async with (
@@ -180,7 +169,7 @@ async def test_a_worker_that_comes_back_while_etcd_is_away_leaves_requests_to_th
 
 async def test_the_first_worker_to_know_nothing_says_so_to_clients(tmp_path, monkeypatch):
     monkeypatch.setattr(app, "FIRST_LIST_SECONDS", 0.05)
-    port, [nobody] = ports_in_a_row(3), free_ports(1)
+    port, nobody = free_ports(3)[0], free_port()
     (tmp_path / "policy.yaml").write_text(POLICY)
     text = config(f"etcd: {{endpoints: ['http://127.0.0.1:{nobody}']}}", port, port + 1)
     gateway = app.Gateway(configuration.parse(text.encode(), {}, base=tmp_path), worker=1)
@@ -203,7 +192,7 @@ async def wait_certificates_read(session, admin, count):
 
 
 async def test_every_worker_takes_a_renewed_certificate_at_once_and_at_sighup(tmp_path, backend):
-    port, authority = ports_in_a_row(3), Authority(tmp_path)
+    port, authority = free_ports(3)[0], Authority(tmp_path)
     pair, tls, data = authority.issue("gateway", ["127.0.0.1"]), client_tls(authority.cert), Address("127.0.0.1", port)
     more = f"tls: {{cert: {pair.cert}, key: {pair.key}}}\n"
     async with (
@@ -224,7 +213,7 @@ async def test_every_worker_takes_a_renewed_certificate_at_once_and_at_sighup(tm
 
 async def test_a_port_in_use_ends_all_of_it_with_3(tmp_path, backend):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        async with serve(tmp_path, static(backend), data=taken.getsockname()[1], admin=ports_in_a_row(2)) as process:
+        async with serve(tmp_path, static(backend), data=taken.getsockname()[1], admin=free_ports(2)[0]) as process:
             _, told = await process.communicate()
     assert process.returncode == 3
     assert b"is in use; stop what listens there, or set another `listen`" in told

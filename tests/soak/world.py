@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import urllib.request
@@ -35,9 +34,10 @@ from tests.soak.judgement import INTRUDER, LIMITED, NOMAD
 from tests.soak.schedule import SERVICES, Fault, Kind
 from tests.soak.vitals import Vitals, children_of, read_vitals
 from tests.support.admin_client import Scrape
-from tests.support.etcd_server import EtcdServer, free_ports
+from tests.support.etcd_server import EtcdServer
 from tests.support.fault_proxy import FaultProxy
 from tests.support.jwks_server import JwksServer, jwks_server, silence
+from tests.support.ports import free_ports
 from tests.support.redis_server import RedisServer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -80,7 +80,7 @@ class GatewayProcess:
     def __init__(self, name: str, folder: Path, workers: int, etcd: str, redis: str) -> None:
         self.name, self.folder, self.workers = name, folder, workers
         folder.mkdir()
-        first = _ports_in_a_row(1 + workers)
+        first = free_ports(1 + workers)[0]
         self.address, self.admin = Address(HOST, first), first + 1
         self.ready = asyncio.Event()
         self._process: asyncio.subprocess.Process | None = None
@@ -468,13 +468,3 @@ def _command_line(pid: int) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
-
-
-def _ports_in_a_row(count: int) -> int:
-    """The first of so many that nobody listens on, below those that the system gives to outgoing connections."""
-    while True:
-        first = Random().randrange(20_000, 32_000)
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            for port in range(first, first + count):
-                stack.enter_context(socket.create_server((HOST, port)))
-            return first

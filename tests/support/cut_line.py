@@ -6,6 +6,8 @@ import asyncio
 import socket
 from typing import Self
 
+from tests.support.ports import free_port
+
 
 class CutLine:
     """Forwards connections to `port` of loopback. Cut: those that stand are reset, new ones refused."""
@@ -14,7 +16,7 @@ class CutLine:
         self._target = port
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
-        self.port = 0
+        self.port = free_port()
 
     async def __aenter__(self) -> Self:
         await self.mend()
@@ -25,7 +27,6 @@ class CutLine:
 
     async def mend(self) -> None:
         self._server = await asyncio.start_server(self._forward, "127.0.0.1", self.port)
-        self.port = self._server.sockets[0].getsockname()[1]
 
     async def cut(self) -> None:
         server, self._server = self._server, None

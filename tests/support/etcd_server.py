@@ -19,7 +19,6 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import urllib.request
@@ -31,6 +30,8 @@ from types import TracebackType
 from typing import Self
 
 import pytest
+
+from tests.support.ports import free_ports
 
 READY_WITHIN = 20.0
 
@@ -53,18 +54,6 @@ def etcd_binary() -> str | None:
 def is_script(path: str) -> bool:
     with open(path, "rb") as file:
         return file.read(2) == b"#!"
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody listened on a moment ago, all different."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 class EtcdServer:

@@ -34,6 +34,8 @@ import struct
 from dataclasses import dataclass, field
 from typing import Literal, Self
 
+from tests.support.ports import free_port
+
 PIECE_BYTES = 64 * 1024
 
 
@@ -83,7 +85,7 @@ class FaultProxy:
         self.black_hole = False
         self._stands = False
         self.accepted = 0
-        self.port = 0
+        self.port = free_port()
         self._target = port
         self._buffer = buffer
         self._listener: socket.socket | None = None
@@ -168,7 +170,6 @@ class FaultProxy:
         if self._buffer is not None:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._buffer)  # what is accepted inherits it
         listener.bind(("127.0.0.1", self.port))
-        self.port = listener.getsockname()[1]
         return listener
 
     async def _accept(self, listener: socket.socket) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from gateway.config_fields import Address
-from tests.support.redis_server import free_port
+from tests.support.ports import free_port
 
 _NGINX = """
 daemon off;

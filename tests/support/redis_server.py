@@ -31,6 +31,8 @@ from typing import Self
 
 import pytest
 
+from tests.support.ports import free_port
+
 READY_WITHIN = 10.0
 
 Reply = bytes | int | list["Reply"] | None
@@ -52,16 +54,6 @@ def is_script(path: str) -> bool:
     """A script of a Python environment is a wrapper: killing it would leave the server alive."""
     with open(path, "rb") as file:
         return file.read(2) == b"#!"
-
-
-def free_port() -> int:
-    """A port of loopback that nobody listened on a moment ago, and low enough for Redis Cluster's bus (port + 10,000)."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port: int = probe.getsockname()[1]
-        if port < 55536:
-            return port
 
 
 class RedisError(RuntimeError):

@@ -13,6 +13,8 @@ import struct
 from collections.abc import Awaitable, Callable
 from typing import Self
 
+from tests.support.ports import free_port
+
 
 class Hangup(Exception):  # noqa: N818  it is an ending, not an error
     """Raised by a script to end its connection."""
@@ -103,7 +105,7 @@ class ScriptedBackend:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._accept, self.host, 0, ssl=self._tls)
+        self._server = await asyncio.start_server(self._accept, self.host, free_port(), ssl=self._tls)
         self.port = self._server.sockets[0].getsockname()[1]
         self.url = f"{'https' if self._tls else 'http'}://{self.host}:{self.port}"
         return self

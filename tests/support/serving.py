@@ -12,12 +12,12 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 from gateway.config_fields import Address
+from tests.support.ports import free_ports
 from tests.support.running_gateway import OPEN_POLICY
 
 _RUN = "from gateway.cli import main; main()"
@@ -104,26 +104,13 @@ async def serving(
 
 
 async def _start(home: Path, more: str, workers: int, setup: str, stdout: int) -> Weir:
-    data, *admin = ports_in_a_row(1 + workers)
+    data, *admin = free_ports(1 + workers)
     (home / "weir.yaml").write_text(f"listen: 127.0.0.1:{data}\nadmin: {{listen: '127.0.0.1:{admin[0]}'}}\n{more}")
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", f"{setup}\n{_RUN}", "serve", "--config", str(home / "weir.yaml"),
         stdout=stdout, stderr=asyncio.subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     return Weir(process, data, admin[0], workers)
-
-
-def ports_in_a_row(count: int) -> list[int]:
-    """Free ports, one after the other."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as one:
-            first = one.getsockname()[1]
-        try:
-            for port in range(first, first + count):
-                socket.create_server(("127.0.0.1", port)).close()
-        except (OSError, OverflowError):
-            continue
-        return list(range(first, first + count))
 
 
 async def _whole(stream: asyncio.StreamReader | None) -> str:
