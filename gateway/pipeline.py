@@ -120,6 +120,7 @@ class Pipeline:
             raise
         except Exception:  # noqa: BLE001  a bug of ours must cost one request and be seen
             self._log.exception("request failed", request_id=call.request_id)
+            trail.end_reason = "internal"
             self._refuse(errors.InternalError("Something went wrong in the gateway."), trail, call)
         finally:
             self.inflight -= 1

@@ -79,7 +79,8 @@ _BREAK_FAILURES = {
 class Relay(Wakeup):
     """One answer. Make it, `connection.start(relay, ...)`, `await relay`, `relay.release()` whatever happens.
 
-    Awaiting it ends when the answer has ended, back-pressure included.
+    Awaiting it ends when the answer has ended, back-pressure included. It raises what was raised where nothing more
+    would have come: a bug of ours costs its request, and leaves none waiting.
     """
 
     __slots__ = (
@@ -200,7 +201,11 @@ class Relay(Wakeup):
     def on_broken(self, reason: str) -> None:
         """The connection ended or sent what is not HTTP. `eof` is the clean end of the connection."""
         if self.ending is LEFT:
-            self._hear_end(reason)
+            try:
+                self._hear_end(reason)
+            except Exception as bug:  # noqa: BLE001  this was the last that the connection tells; the request logs it
+                self.fail(bug)
+                return
         if self._over:
             self.set()
 
@@ -234,8 +239,7 @@ class Relay(Wakeup):
     def drain(self) -> None:
         """The gateway ends and cannot wait any longer."""
         if self.ending is LEFT:
-            self._break("drain")
-            self.set()
+            self.on_broken("drain")
 
     # Time
 
@@ -243,7 +247,12 @@ class Relay(Wakeup):
         """See whether anything is overdue, now that time has passed."""
         if self._over:
             return
-        now = self.trail.clock()
+        try:
+            self._look_at_clock(self.trail.clock())
+        except Exception as bug:  # noqa: BLE001  no other alarm is set; the request logs it
+            self.fail(bug)
+
+    def _look_at_clock(self, now: float) -> None:
         if self.head is None:
             due, kind = next_due(Phase.WAITING, self.timeouts, self.trail.start, self.trail.mark)
         else:

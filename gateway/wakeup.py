@@ -18,12 +18,12 @@ from typing import Any
 class Wakeup:
     """Set at most once, awaited by at most one task."""
 
-    __slots__ = ("_asyncio_future_blocking", "_is_cancelled", "_loop", "_resume", "is_set")
+    __slots__ = ("_asyncio_future_blocking", "_failure", "_loop", "_resume", "is_set")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._resume: Callable[[Any], object] | None = None
-        self._is_cancelled = False
+        self._failure: BaseException | None = None
         self.is_set = False
 
     def set(self) -> None:
@@ -37,10 +37,17 @@ class Wakeup:
             except RuntimeError:  # a task is taking a step, and tasks do not nest
                 self._loop.call_soon(resume, self)
 
+    def fail(self, failure: BaseException) -> None:
+        """Let the waiting task go on with this error, as `set` lets it go on without."""
+        self._failure = failure
+        self.set()
+
     def __await__(self) -> Generator[Any, None, None]:
         if not self.is_set:
             self._asyncio_future_blocking = True
             yield self
+        elif self._failure is not None:
+            raise self._failure
 
     # What a task asks of what it waits for
 
@@ -51,10 +58,10 @@ class Wakeup:
         resume, self._resume = self._resume, None
         if resume is None:
             return False
-        self._is_cancelled = True
+        self._failure = asyncio.CancelledError()
         self._loop.call_soon(resume, self)
         return True
 
     def result(self) -> None:
-        if self._is_cancelled:
-            raise asyncio.CancelledError
+        if self._failure is not None:
+            raise self._failure

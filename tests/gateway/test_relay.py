@@ -14,7 +14,7 @@ from gateway.upstream.pool import Pool
 from policies.deadline import Kind
 from policies.policy import Timeouts
 from policies.retry import Failure
-from tests.support.call import call_of, trail_of
+from tests.support.call import MemoryClient, call_of, trail_of
 from tests.support.upstream import connected, endpoint
 from tests.support.virtual_clock import virtual_time
 
@@ -523,6 +523,26 @@ async def test_what_a_stream_had_told_of_its_tokens_is_recorded_when_the_client_
     with pytest.raises(asyncio.CancelledError):
         await ended
     assert (story.trail.tokens_in, story.trail.tokens_out) == (7, 2)
+
+
+class FailingClient(MemoryClient):
+    def write(self, data: bytes) -> None:
+        raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize("then", ["it is gone", "time passes", "the gateway ends"])
+@virtual_time
+async def test_a_bug_of_ours_ends_the_request_and_leaves_none_waiting(then) -> None:
+    story = Story(call_of(client=FailingClient()))
+    with pytest.raises(RuntimeError, match="a bug"):
+        story.hear(EVENTS + chunk(ONE))
+    if then == "it is gone":  # what the event loop does next, and nobody is told anything more
+        story.connection.transport.lose(RuntimeError("a bug"))
+    elif then == "the gateway ends":
+        story.relay.drain()
+    async with asyncio.timeout(1000):
+        with pytest.raises(RuntimeError, match="a bug"):
+            await story.end()
 
 
 @virtual_time

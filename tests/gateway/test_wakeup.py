@@ -56,6 +56,19 @@ async def test_what_is_set_already_is_not_waited_for() -> None:
     assert wakeup.is_set
 
 
+@pytest.mark.parametrize("waits", [False, True])
+@virtual_time
+async def test_a_failure_is_raised_to_who_waits(waits) -> None:
+    loop = asyncio.get_running_loop()
+    wakeup = Wakeup(loop)
+    if waits:
+        loop.call_later(1.0, wakeup.fail, ValueError("late"))
+    else:
+        wakeup.fail(ValueError("late"))
+    with pytest.raises(ValueError, match="late"):
+        await wakeup
+
+
 @pytest.mark.parametrize("then_set", [False, True])
 @virtual_time
 async def test_a_task_that_waits_can_be_cancelled(then_set) -> None:
