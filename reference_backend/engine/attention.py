@@ -1,10 +1,13 @@
 """Attention over a paged cache: write what is new into its blocks, then look at all that came before.
 
-Tokens of one step lie in one row of queries, sequence after sequence. They are looked at in groups of equally many
-queries: sequences that generate (one query each) by rough length, so that a short one is not padded to a long one;
-each chunk of a prompt by itself. Within a group the blocks of all sequences are gathered side by side, and one call
-computes the lot; the query heads that share a key-value head are treated as further queries of that head, so that
-keys are not repeated.
+Tokens of one step lie in one row of queries, sequence after sequence: first those of sequences that generate, one each,
+then chunks of prompts. There are two ways to look, which give the same:
+
+- `gathered`, in torch's own operations, and what the other is compared with. Sequences that generate are grouped by
+  rough length, so that a short one is not padded to a long one; each chunk of a prompt is a group. Within a group the
+  blocks of all sequences are gathered side by side, and one call computes the lot; the query heads that share a
+  key-value head are treated as further queries of that head, so that keys are not repeated.
+- `fused`, in the kernels of `paged_kernels.py`, which follow the tables themselves.
 
 Padding is block 0, and what stands behind a position is masked: a token at position p sees the keys at positions <= p
 of its own blocks, and nothing else.
@@ -12,29 +15,64 @@ of its own blocks, and nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from reference_backend.engine.config import ModelConfig
+from reference_backend.engine.operations import Fused, Operations, Rotary
 
+# Layer, what its projection gives as [tokens, heads + 2 * kv_heads, head_dim] (and may be overwritten), the gains of
+# its heads, positions; what was seen comes back as [tokens, heads * head_dim].
+Attend = Callable[[int, Tensor, Tensor | None, Rotary], Tensor]
 SHORT_BLOCKS = 16  # shorter tables are not told apart: another call costs more than their padding
+ROWS = 64  # queries and the heads that share a key, to a program that reads prompts
+PROGRAMS, MOST_SPLITS, KEYS_EACH = 264, 32, 128  # two for each multiprocessor of an H200; keys worth a split
+
+
+class Chunk(NamedTuple):
+    """A piece of a prompt: rows from `first` on, positions from `start` on."""
+
+    first: int
+    tokens: int
+    slot: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The tokens of a step: where each belongs, and what the host knows of it."""
+
+    slots: Tensor  # [tokens]
+    positions: Tensor  # [tokens]
+    widths: list[int]  # blocks of each sequence that generates, ascending
+    chunks: list[Chunk]
 
 
 class PagedCache:
     """Keys and values of all layers, in blocks: the first half of dimension 1 is keys, the second values."""
 
     def __init__(
-        self, config: ModelConfig, blocks: int, block_size: int, device: torch.device, dtype: torch.dtype
+        self, layers: int, kv_heads: int, head_dim: int, *, blocks: int, block_size: int, like: Tensor
     ) -> None:
         self.block_size = block_size
-        shape = (config.layers, 2 * config.kv_heads, blocks, block_size, config.head_dim)
+        shape = (layers, 2 * kv_heads, blocks, block_size, head_dim)
         # Zeroed rather than empty: masked garbage could be NaN, and zero times NaN is NaN. Pages are only
         # committed by the system once they are written.
-        self._pages = torch.zeros(shape, device=device, dtype=dtype)
+        self._pages = like.new_zeros(shape)
         self._layers = [layer.flatten(1, 2) for layer in self._pages]
+
+    def layer(self, layer: int) -> Tensor:
+        """[2 * kv_heads, blocks, block_size, head_dim]: a head's part of a block is in one piece."""
+        return self._pages[layer]
+
+    def places(self, tables: Tensor, step: Step) -> Tensor:
+        """Where the keys and values of a step's tokens belong: block * block_size + offset."""
+        size = self.block_size
+        return tables[step.slots, step.positions // size] * size + step.positions % size
 
     def write(self, layer: int, places: Tensor, keys_values: Tensor) -> None:
         """Put [tokens, 2 * kv_heads, head_dim] where the tokens belong: block * block_size + offset."""
@@ -88,13 +126,77 @@ def by_length(blocks: list[int]) -> list[tuple[int, int]]:
     return [*runs, (start, len(blocks))] if blocks else []
 
 
-def attend(
-    cache: PagedCache, groups: list[Group], places: Tensor, layer: int, q: Tensor, keys_values: Tensor
-) -> Tensor:
-    """Write what is new, then look. [tokens, heads, head_dim] in, [tokens, heads * head_dim] out."""
-    cache.write(layer, places, keys_values)
-    results = [_look(cache, group, layer, q) for group in groups]
-    return results[0] if len(results) == 1 else torch.cat(results)
+def gathered(cache: PagedCache, tables: Tensor, step: Step, shared: int) -> Attend:
+    """Attention for one step, over tables [slots, blocks]. `shared` is the query heads to a key-value head."""
+    size, dtype = cache.block_size, cache.layer(0).dtype
+    places = cache.places(tables, step)
+    groups = [
+        Group.of(
+            start,
+            tables[step.slots[start:end], : step.widths[end - 1]],
+            step.positions[start:end, None],
+            size,
+            shared,
+            dtype,
+        )
+        for start, end in by_length(step.widths)
+    ]
+    for first, tokens, slot, start in step.chunks:
+        table = tables[slot : slot + 1, : -(-(start + tokens) // size)]
+        groups.append(Group.of(first, table, step.positions[None, first : first + tokens], size, shared, dtype))
+
+    def attend(layer: int, qkv: Tensor, gains: Tensor | None, rotary: Rotary) -> Tensor:
+        q, keys_values = rotary.split(qkv, gains)
+        cache.write(layer, places, keys_values)
+        results = [_look(cache, group, layer, q) for group in groups]
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+    return attend
+
+
+def fused(cache: PagedCache, tables: Tensor, step: Step, shared: int) -> Attend:
+    """The same by kernels. What it takes from the host while a step is captured does not change with lengths."""
+    from reference_backend.engine import kernels, paged_kernels  # noqa: PLC0415  Triton is only there where it is used
+
+    places = cache.places(tables, step)
+    kv_heads, device = cache.layer(0).shape[0] // 2, step.slots.device
+    generating = len(step.widths)
+    firsts = torch.arange(generating, device=device)
+    ones = torch.ones_like(firsts)
+    splits = _splits(generating * kv_heads, tables.shape[1] * cache.block_size)
+    most = max(1, ROWS // shared)  # queries to a program
+    runs = [
+        (chunk.first + at, min(most, chunk.tokens - at)) for chunk in step.chunks for at in range(0, chunk.tokens, most)
+    ]
+    run_firsts, run_counts = torch.tensor(runs, device=device).t().contiguous() if runs else (None, None)
+
+    def attend(layer: int, qkv: Tensor, gains: Tensor | None, rotary: Rotary) -> Tensor:
+        pages = cache.layer(layer)
+        kernels.rotate_and_store(qkv, gains, rotary.table, rotary.positions, places, pages, rotary.epsilon)
+        q = qkv[:, : rotary.heads]
+        seen = q.new_empty(q.shape[0], rotary.heads * q.shape[2])
+        where = (pages, tables, step.slots, step.positions)
+        if generating:
+            mine = slice(0, generating)
+            paged_kernels.paged_attention(q[mine], *where, firsts, ones, seen[mine], most_queries=1, splits=splits)
+        if runs:
+            paged_kernels.paged_attention(q, *where, run_firsts, run_counts, seen, most_queries=most)
+        return seen
+
+    return attend
+
+
+def _splits(programs: int, keys: int) -> int:
+    """A power of two that gives the device enough programs, as far as there are keys for them."""
+    splits = 1
+    while splits < MOST_SPLITS and splits * programs < PROGRAMS and splits * KEYS_EACH < keys:
+        splits *= 2
+    return splits
+
+
+def attention_for(operations: Operations) -> Callable[[PagedCache, Tensor, Step, int], Attend]:
+    """The way to look that goes with the other operations."""
+    return fused if isinstance(operations, Fused) else gathered
 
 
 def _look(cache: PagedCache, group: Group, layer: int, q: Tensor) -> Tensor:

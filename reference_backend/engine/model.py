@@ -17,7 +17,7 @@ and the `llama3` frequency scaling as published with Llama 3.1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,13 +27,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
+from reference_backend.engine.attention import Attend
 from reference_backend.engine.config import ModelConfig, ModelError, read_config, read_json
+from reference_backend.engine.operations import Linear, Operations, Plain, Rotary, operations_for
+from reference_backend.engine.quant import Narrow, narrowed
+from reference_backend.engine.ranks import ALONE, Ranks
 from reference_backend.engine.vision import Vision, load_vision
 
 Weights = dict[str, Tensor]
-# Layer, queries [tokens, heads, head_dim], keys and values [tokens, 2 * kv_heads, head_dim]; what was seen comes
-# back as [tokens, heads * head_dim].
-Attend = Callable[[int, Tensor, Tensor], Tensor]
 Seen = tuple[Tensor, Tensor]  # which of the tokens are pieces of pictures, and what stands there: [pieces, hidden]
 
 
@@ -51,22 +52,6 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Linear:
-    """y = x W + b; the matrix is kept as [in, out]."""
-
-    matrix: Tensor
-    bias: Tensor | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return x @ self.matrix if self.bias is None else torch.addmm(self.bias, x, self.matrix)
-
-    def onto(self, residual: Tensor, x: Tensor) -> Tensor:
-        """The residual plus y."""
-        total = torch.addmm(residual, x, self.matrix)
-        return total if self.bias is None else total.add_(self.bias)
-
-
-@dataclass(frozen=True, slots=True)
 class Layer:
     qkv: Linear
     qk_norm: Tensor | None  # [heads + kv_heads, head_dim]
@@ -78,16 +63,31 @@ class Layer:
 class Llama:
     """`hidden` gives the final states, `logits` turns those that matter into scores over the vocabulary."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        quantize: Narrow | None = None,
+        ranks: Ranks = ALONE,
+        operations: Operations | None = None,
+    ) -> None:
         self.config = config
         self.device, self.dtype = device, dtype
         self.vision: Vision | None = None
+        self.operations = operations or operations_for(config, device, ranks)
+        self.heads, self.kv_heads = config.heads // ranks.size, config.kv_heads // ranks.size  # of this rank
+        self._ranks, self._quantize = ranks, quantize
         # A norm's root of the sum of squares needs no mean: the root of the size is in the weights.
-        self._epsilon = torch.tensor(math.sqrt(config.norm_eps * config.hidden_size), device=device)
-        self._head_epsilon = torch.tensor(math.sqrt(config.norm_eps * config.head_dim), device=device)
+        self._head_epsilon = config.norm_eps * config.head_dim
+        self._head_root = torch.tensor(math.sqrt(self._head_epsilon), device=device)
         self._embedding = weights["model.embed_tokens.weight"].to(device, dtype)
         head = self._embedding if config.tied else weights["lm_head.weight"].to(device, dtype)
-        self._head = head.t()
+        mine = head[ranks.share(config.vocab_size)]
+        missing = -(-config.vocab_size // ranks.size) - mine.shape[0]
+        self._head = functional.pad(mine, (0, 0, 0, missing)).t() if missing else mine.t()
         self._final_norm = self._scale(weights["model.norm.weight"]).to(device, dtype)
         self._layers = [self._layer(weights, f"model.layers.{index}.") for index in range(config.layers)]
         positions = torch.arange(config.context, dtype=torch.float32)
@@ -101,74 +101,58 @@ class Llama:
 
     def hidden(self, tokens: Tensor, positions: Tensor, attend: Attend, seen: Seen | None = None) -> Tensor:
         """Hidden states [tokens, hidden] of tokens [tokens], which may belong to many sequences."""
-        config = self.config
-        rotated = config.heads + config.kv_heads
+        do, heads = self.operations, self.heads + 2 * self.kv_heads
         turns = self._turns.index_select(0, positions)[:, None]
+        rotary = Rotary(self._turns, turns, positions, self.heads, self.kv_heads, self._head_epsilon, self._head_root)
         x = self._embedding.index_select(0, tokens)
         if seen is not None:
             x.index_copy_(0, *seen)
+        normed = do.norm(x)
         for index, layer in enumerate(self._layers):
-            qkv = layer.qkv(self._norm(x)).view(-1, rotated + config.kv_heads, config.head_dim)
-            if layer.qk_norm is not None:
-                qkv[:, :rotated] = self._head_norm(qkv[:, :rotated]) * layer.qk_norm
-            self._rotate(qkv[:, :rotated], turns)
-            x = layer.out.onto(x, attend(index, qkv[:, : config.heads], qkv[:, config.heads :]))
-            gate, up = layer.gate_up(self._norm(x)).chunk(2, dim=-1)
-            x = layer.down.onto(x, functional.silu(gate).mul_(up))
-        return self._norm(x) * self._final_norm
+            qkv = do.linear(normed, layer.qkv).view(-1, heads, self.config.head_dim)
+            x, normed = do.onto(x, attend(index, qkv, layer.qk_norm, rotary), layer.out)
+            x, normed = do.onto(x, do.silu_times(do.linear(normed, layer.gate_up)), layer.down)
+        return normed * self._final_norm
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores in float32, whatever the weights are kept in."""
-        return (hidden @ self._head).float()
-
-    def _norm(self, x: Tensor) -> Tensor:
-        norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        return (x / norms.hypot_(self._epsilon)).to(self.dtype)
-
-    def _head_norm(self, x: Tensor) -> Tensor:
-        norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        return (x / norms.hypot_(self._head_epsilon)).to(self.dtype)
-
-    @staticmethod
-    def _rotate(x: Tensor, turns: Tensor) -> None:
-        """Turn each pair by the angle of its position, in place."""
-        pairs = x.unflatten(-1, (-1, 2))
-        if x.dtype == torch.float32:
-            torch.view_as_complex(pairs).mul_(turns)
-        else:
-            pairs.copy_(torch.view_as_real(torch.view_as_complex(pairs.float()) * turns))
+        return self._ranks.side_by_side((hidden @ self._head).float())[:, : self.config.vocab_size]
 
     def _layer(self, weights: Weights, prefix: str) -> Layer:
-        config = self.config
+        config, ranks = self.config, self._ranks
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
         before_attention = self._scale(weights[prefix + "input_layernorm.weight"])
         before_mlp = self._scale(weights[prefix + "post_attention_layernorm.weight"])
+        inner = ranks.share(config.intermediate_size)
 
-        def paired(name: str, kind: str, heads: int) -> Tensor:
-            return _paired(weights[f"{attention}{name}.{kind}"], heads)
+        def heads(name: str, kind: str, count: int) -> Tensor:
+            """Rows of a projection that has so many heads in all: those of this rank."""
+            return weights[f"{attention}{name}.{kind}"][ranks.share(count * config.head_dim)]
 
         def qkv(kind: str) -> Tensor:
-            queries, keys = paired("q_proj", kind, config.heads), paired("k_proj", kind, config.kv_heads)
-            return torch.cat([queries, keys, weights[f"{attention}v_proj.{kind}"]])
+            queries = _paired(heads("q_proj", kind, config.heads), self.heads)
+            keys = _paired(heads("k_proj", kind, config.kv_heads), self.kv_heads)
+            return torch.cat([queries, keys, heads("v_proj", kind, config.kv_heads)])
 
         def gate_up(kind: str) -> Tensor:
-            return torch.cat([weights[f"{mlp}gate_proj.{kind}"], weights[f"{mlp}up_proj.{kind}"]])
+            return torch.cat([weights[f"{mlp}{name}.{kind}"][inner] for name in ("gate_proj", "up_proj")])
 
         qk_norm = None
         if config.qk_norm:
-            q_norm, k_norm = paired("q_norm", "weight", 1), paired("k_norm", "weight", 1)
-            both = torch.cat([q_norm.expand(config.heads, -1), k_norm.expand(config.kv_heads, -1)])
+            q_norm, k_norm = (_paired(weights[f"{attention}{name}.weight"], 1) for name in ("q_norm", "k_norm"))
+            both = torch.cat([q_norm.expand(self.heads, -1), k_norm.expand(self.kv_heads, -1)])
             qk_norm = (both.float() * math.sqrt(config.head_dim)).to(self.device, self.dtype)
         return Layer(
             qkv=self._linear(qkv("weight") * before_attention, qkv("bias") if config.qkv_bias else None),
             qk_norm=qk_norm,
             out=self._linear(
-                weights[attention + "o_proj.weight"],
+                weights[attention + "o_proj.weight"][:, ranks.share(config.heads * config.head_dim)],
                 weights[attention + "o_proj.bias"] if config.output_bias else None,
             ),
             gate_up=self._linear(gate_up("weight") * before_mlp, gate_up("bias") if config.mlp_bias else None),
             down=self._linear(
-                weights[mlp + "down_proj.weight"], weights[mlp + "down_proj.bias"] if config.mlp_bias else None
+                weights[mlp + "down_proj.weight"][:, inner],
+                weights[mlp + "down_proj.bias"] if config.mlp_bias else None,
             ),
         )
 
@@ -176,12 +160,14 @@ class Llama:
         return norm.float() * math.sqrt(self.config.hidden_size)
 
     def _linear(self, matrix: Tensor, bias: Tensor | None) -> Linear:
-        # Contiguous as [in, out] on a CPU, where it is the faster way round for few rows.
-        kept = matrix.to(self.device, self.dtype).t()
-        return Linear(
-            kept.contiguous() if self.device.type == "cpu" else kept,
-            None if bias is None else bias.to(self.device, self.dtype),
-        )
+        scale = None
+        if self._quantize is None:
+            matrix = matrix.to(self.device, self.dtype)
+        else:
+            matrix, scale = narrowed(matrix.to(self.device), self._quantize)
+        # Contiguous as [in, out] on a CPU, where torch is faster so with few rows.
+        matrix = matrix.t().contiguous() if isinstance(self.operations, Plain) else matrix.contiguous().t()
+        return Linear(matrix, None if bias is None else bias.to(self.device, self.dtype), scale)
 
 
 def _paired(rows: Tensor, heads: int) -> Tensor:
@@ -216,9 +202,22 @@ def weight_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield from ((f"{prefix}{name}.bias", (rows,)) for name, rows, _, has_bias in matrices if has_bias)
 
 
-def load_model(directory: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Llama:
-    """The model of a directory, ready to run. Raises ModelError."""
+def load_model(
+    directory: Path,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    quantize: Narrow | None = None,
+    ranks: Ranks = ALONE,
+) -> Llama:
+    """The model of a directory, or this rank's part of it, ready to run. Raises ModelError."""
     config = read_config(directory)
+    for name in ("heads", "kv_heads", "intermediate_size"):
+        if getattr(config, name) % ranks.size:
+            raise ModelError(
+                f"{directory}: {name} is {getattr(config, name)}, which {ranks.size} ranks cannot share evenly; "
+                "choose another --tensor-parallel"
+            )
     weights = _read_weights(directory)
     for name, shape in weight_shapes(config):
         if name not in weights:
@@ -231,7 +230,7 @@ def load_model(directory: Path, device: torch.device, dtype: torch.dtype = torch
             raise ModelError(
                 f"{directory}: weight {name} is {weights[name].dtype}; only unquantized weights are served"
             )
-    model = Llama(config, weights, device, dtype)
+    model = Llama(config, weights, device, dtype, quantize=quantize, ranks=ranks)
     vision = load_vision(directory, config.hidden_size)
     model.vision = None if vision is None else vision.to(device, dtype)
     return model

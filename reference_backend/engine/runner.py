@@ -8,12 +8,11 @@ step is read when `Launched.results` is called, not before, so that the next ste
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from reference_backend.engine.attention import Group, PagedCache, attend, by_length
+from reference_backend.engine.attention import Chunk, PagedCache, Step, attention_for
 from reference_backend.engine.model import Llama, Seen
 from reference_backend.engine.request import PICTURE_TOKENS, Logprobs, Sequence
 from reference_backend.engine.sampler import Drawn, Rows, Sampler, told_logprobs
@@ -58,9 +57,15 @@ class Runner:
         self._lengths = torch.zeros(slots, dtype=torch.int64, device=device)
         self._last_tokens = torch.zeros(slots, dtype=torch.int64, device=device)
         self._sampler = Sampler(slots, model.config.vocab_size, device)
-        self._cache = PagedCache(model.config, blocks, block_size, device, model.dtype)
-        self._block_size = block_size
-        self._shared = model.config.heads // model.config.kv_heads
+        self._cache = PagedCache(
+            model.config.layers,
+            model.kv_heads,
+            model.config.head_dim,
+            blocks=blocks,
+            block_size=block_size,
+            like=torch.empty(0, dtype=model.dtype, device=device),
+        )
+        self._attention = attention_for(model.operations)
         self._album = None if model.vision is None else Album(model.vision)
         self._written = [0] * slots  # blocks in each row's table
         self._rows: tuple[list[Sequence], Rows] | None = None  # of the last step, most often those of the next
@@ -79,14 +84,12 @@ class Runner:
         sequences = [work.sequence for work in sampling]
         rows = self._sampling_rows(sequences)
 
-        tokens, positions, slots, groups = [], [], [], []
+        tokens, positions, slots, pieces = [], [], [], []
         if decodes:
             decoding = rows.slots[: len(decodes)]
-            lengths = self._lengths.index_select(0, decoding)
             tokens.append(self._last_tokens.index_select(0, decoding))
-            positions.append(lengths)
+            positions.append(self._lengths.index_select(0, decoding))
             slots.append(decoding)
-            groups += self._decoding_groups(decodes, decoding, lengths)
         at = len(decodes)
         ends = list(range(at))
         for work in chunks:
@@ -96,14 +99,14 @@ class Runner:
             tokens.append(torch.tensor(known, device=self._device))
             positions.append(where)
             slots.append(torch.full_like(where, slot))
-            table = self._tables[slot : slot + 1, : -(-(work.start + work.tokens) // self._block_size)]
-            groups.append(self._group(at, table, where[None]))
+            pieces.append(Chunk(at, work.tokens, slot, work.start))
             self._lengths[slot] = work.start + work.tokens
             at += work.tokens
             if work.samples:
                 ends.append(at - 1)
-        seen = self._seen(chunks, len(decodes))
-        hidden = self._forward(_joined(tokens), _joined(positions), _joined(slots), groups, seen)
+        widths = [_table_length(work) for work in decodes]
+        step = Step(_joined(slots), _joined(positions), widths, pieces)
+        hidden = self._forward(_joined(tokens), step, self._seen(chunks, len(decodes)))
         if decodes:
             self._lengths.index_copy_(0, slots[0], positions[0] + 1)
         if not sequences:
@@ -128,22 +131,9 @@ class Runner:
             at += work.tokens
         return (torch.tensor(rows, device=self._device), torch.cat(pieces)) if rows else None
 
-    def _forward(
-        self, tokens: Tensor, positions: Tensor, slots: Tensor, groups: list[Group], seen: Seen | None
-    ) -> Tensor:
-        size = self._block_size
-        places = self._tables[slots, positions // size] * size + positions % size
-        return self.model.hidden(tokens, positions, partial(attend, self._cache, groups, places), seen)
-
-    def _decoding_groups(self, decodes: list[Work], slots: Tensor, lengths: Tensor) -> list[Group]:
-        widths = [_table_length(work) for work in decodes]
-        return [
-            self._group(start, self._tables[slots[start:end], : widths[end - 1]], lengths[start:end, None])
-            for start, end in by_length(widths)
-        ]
-
-    def _group(self, first: int, table: Tensor, positions: Tensor) -> Group:
-        return Group.of(first, table, positions, self._block_size, self._shared, self.model.dtype)
+    def _forward(self, tokens: Tensor, step: Step, seen: Seen | None) -> Tensor:
+        attend = self._attention(self._cache, self._tables, step, self.model.heads // self.model.kv_heads)
+        return self.model.hidden(tokens, step.positions, attend, seen)
 
     def _sampling_rows(self, sequences: list[Sequence]) -> Rows:
         if self._rows is None or self._rows[0] != sequences:

@@ -7,10 +7,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from reference_backend.engine.model import Llama
+from reference_backend.engine.operations import Rotary
 
 
-def dense(_layer: int, q: Tensor, keys_values: Tensor) -> Tensor:
+def dense(_layer: int, qkv: Tensor, gains: Tensor | None, rotary: Rotary) -> Tensor:
     """Causal attention of one whole text to itself."""
+    q, keys_values = rotary.split(qkv, gains)
     q, keys_values = q.transpose(0, 1)[None], keys_values.transpose(0, 1)[None]
     keys, values = keys_values.chunk(2, dim=1)
     seen = functional.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)

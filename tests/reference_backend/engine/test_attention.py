@@ -7,17 +7,23 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
 from torch.nn import functional  # noqa: E402
 
-from reference_backend.engine.attention import Group, PagedCache, attend, by_length  # noqa: E402
-from reference_backend.engine.config import ModelConfig  # noqa: E402
+from reference_backend.engine.attention import Chunk, PagedCache, Step, by_length, fused, gathered  # noqa: E402
+from reference_backend.engine.operations import Rotary  # noqa: E402
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
 
 
-def config(heads, kv_heads, head_dim, layers=1):
-    return ModelConfig(
-        "LlamaForCausalLM", 8, 8, 8, layers, heads, kv_heads, head_dim, 64, 1e-5, 1e4, None, False, False, False, False, True
-    )  # fmt: skip
+def cache_of(kv_heads, head_dim, *, blocks, block_size, layers=1, device=CPU):
+    return PagedCache(
+        layers, kv_heads, head_dim, blocks=blocks, block_size=block_size, like=torch.empty(0, device=device)
+    )
+
+
+def unturned(heads, kv_heads, head_dim, positions, device=CPU):
+    """Positions that turn nothing: what attention sees is what it was given."""
+    table = torch.ones(100, head_dim // 2, dtype=torch.complex64, device=device)
+    return Rotary(table, table[positions][:, None], positions, heads, kv_heads, 0.0, torch.tensor(0.0))
 
 
 def dense(q, keys, values):
@@ -31,6 +37,19 @@ def dense(q, keys, values):
 @pytest.mark.parametrize("seed", range(12))
 def test_paged_is_dense(seed):
     """Sequences of drawn lengths in scattered blocks; some have one new token, some several, in one step."""
+    found, expected = looked_both_ways(seed, gathered, CPU)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_paged_is_dense_in_kernels_too():
+    from tests.support.kernels import DEVICE  # noqa: PLC0415  skips without Triton
+
+    found, expected = looked_both_ways(1, fused, DEVICE)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+def looked_both_ways(seed, look, device):
+    """What is seen by a way to look at a paged cache, and in dense attention."""
     rng, generator = Random(seed), torch.Generator().manual_seed(seed)
     kv_heads, shared, size = rng.choice([1, 2, 3]), rng.choice([1, 2, 4]), rng.choice([1, 4, 16])
     heads, head_dim = kv_heads * shared, rng.choice([2, 8, 32])
@@ -43,46 +62,40 @@ def test_paged_is_dense(seed):
     tables = [[blocks.pop() for _ in range(count)] for count in counts]
     q = [torch.randn(length, heads, head_dim, generator=generator) for length in lengths]
     keys_values = [torch.randn(length, 2 * kv_heads, head_dim, generator=generator) for length in lengths]
-    cache = PagedCache(config(heads, kv_heads, head_dim), sum(counts) + 1, size, CPU, torch.float32)
+    cache = cache_of(kv_heads, head_dim, blocks=sum(counts) + 1, block_size=size, device=device)
 
     def places(sequence, start):
-        return torch.tensor([tables[sequence][p // size] * size + p % size for p in range(start, lengths[sequence])])
+        found = [tables[sequence][p // size] * size + p % size for p in range(start, lengths[sequence])]
+        return torch.tensor(found, device=device)
 
     for sequence, new in enumerate(fresh):  # what earlier steps have written
-        cache.write(0, places(sequence, 0)[: lengths[sequence] - new], keys_values[sequence][: lengths[sequence] - new])
+        old = keys_values[sequence][: lengths[sequence] - new]
+        cache.write(0, places(sequence, 0)[: lengths[sequence] - new], old.to(device))
 
-    def group(first, sequences):
-        width = max(len(tables[s]) for s in sequences)
-        table = torch.tensor([tables[s] + [0] * (width - len(tables[s])) for s in sequences])
-        positions = torch.stack([torch.arange(lengths[s] - fresh[s], lengths[s]) for s in sequences])
-        return Group.of(first, table, positions, size, shared, torch.float32)
-
-    groups = [group(start, range(start, end)) for start, end in by_length(counts[:4])]
-    groups += [group(4, [4]), group(4 + fresh[4], [5])]
-    found = attend(
-        cache,
-        groups,
-        torch.cat([places(s, lengths[s] - fresh[s]) for s in range(6)]),
-        0,
-        torch.cat([q[s][-fresh[s] :] for s in range(6)]),
-        torch.cat([keys_values[s][-fresh[s] :] for s in range(6)]),
-    )
+    rows = torch.tensor([table + [0] * (max(counts) - len(table)) for table in tables], device=device)
+    positions = [p for s in range(6) for p in range(lengths[s] - fresh[s], lengths[s])]
+    chunks = [Chunk(4, fresh[4], 4, lengths[4] - fresh[4]), Chunk(4 + fresh[4], fresh[5], 5, lengths[5] - fresh[5])]
+    slots = torch.tensor([s for s in range(6) for _ in range(fresh[s])], device=device)
+    step = Step(slots, torch.tensor(positions, device=device), counts[:4], chunks)
+    new = [torch.cat([q[s], keys_values[s]], dim=1)[-fresh[s] :] for s in range(6)]
+    rotary = unturned(heads, kv_heads, head_dim, step.positions, device)
+    found = look(cache, rows, step, shared)(0, torch.cat(new).to(device), None, rotary)
     expected = [dense(q[s][-fresh[s] :], *keys_values[s].chunk(2, dim=1)) for s in range(6)]
-    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-5)
+    return found, torch.cat(expected)
 
 
 def test_what_others_left_behind_is_not_seen():
     """Blocks full of large numbers, of which a sequence has overwritten the beginning."""
-    cache = PagedCache(config(2, 1, 4), 4, 4, CPU, torch.float32)
+    cache = cache_of(1, 4, blocks=4, block_size=4)
     cache._pages[:, :, 1:] = 1e4
-    q, keys_values = torch.randn(1, 2, 4), torch.randn(1, 2, 4)
-    group = Group.of(0, torch.tensor([[3, 2]]), torch.tensor([[0]]), 4, 2, torch.float32)
-    found = attend(cache, [group], torch.tensor([12]), 0, q, keys_values)
-    torch.testing.assert_close(found, keys_values[:, 1:].expand(1, 2, 4).flatten(1))
+    qkv, start = torch.randn(1, 4, 4), torch.tensor([0])
+    step = Step(torch.tensor([0]), start, [2], [])
+    found = gathered(cache, torch.tensor([[3, 2]]), step, 2)(0, qkv.clone(), None, unturned(2, 1, 4, start))
+    torch.testing.assert_close(found, qkv[:, 3:].expand(1, 2, 4).flatten(1))
 
 
 def test_layers_are_apart_and_blocks_can_be_cleared():
-    cache = PagedCache(config(1, 1, 2, layers=2), 3, 2, CPU, torch.float32)
+    cache = cache_of(1, 2, blocks=3, block_size=2, layers=2)
     cache.write(1, torch.tensor([2, 5]), torch.full((2, 2, 2), 7.0))
     assert cache.gather(0, torch.tensor([1, 2]), 1).abs().sum() == 0
     assert cache.gather(1, torch.tensor([1, 2]), 2)[:, 0, :, 0].tolist() == [[7, 0], [0, 7]]

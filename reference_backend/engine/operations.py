@@ -1,0 +1,181 @@
+"""What a layer is made of, in two ways: torch's own operations, and kernels that each do the work of several.
+
+`Plain` runs anywhere and is what the kernels are compared with. `Fused` runs on a GPU that Triton can write for. Which
+of the two a model gets is decided once, by `operations_for`.
+
+Matrices that are kept in eight bits have a scale for each output: y = (x W) * scale. Where no kernel widens them on the
+way, they are widened for each product, which costs more time than it saves: on a CPU they save memory alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from reference_backend.engine.config import ModelConfig
+from reference_backend.engine.ranks import Ranks
+
+MOST_ROWS = 128  # of x, for the kernel to take a product of eight bits: beyond, arithmetic is what costs
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """y = x W + b; the matrix is kept as [in, out]. One of eight bits has a scale [out]."""
+
+    matrix: Tensor
+    bias: Tensor | None
+    scale: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """The positions of a step's tokens, and what they do to queries and keys."""
+
+    table: Tensor  # [context, head_dim / 2], complex: the turn of each pair of dimensions
+    turns: Tensor  # [tokens, 1, head_dim / 2]: of these tokens
+    positions: Tensor  # [tokens]
+    heads: int
+    kv_heads: int
+    epsilon: float
+    root: Tensor  # of epsilon, where the positions are
+
+    def split(self, qkv: Tensor, gains: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Queries, and keys with values, of [tokens, heads + 2 * kv_heads, head_dim]; turned in place.
+
+        Heads that have gains [heads + kv_heads, head_dim] are normalised before.
+        """
+        rotated = qkv[:, : self.heads + self.kv_heads]
+        if gains is not None:
+            rotated.copy_(_over_norm(rotated, self.root) * gains)
+        pairs = rotated.unflatten(-1, (-1, 2))
+        if qkv.dtype == torch.float32:
+            torch.view_as_complex(pairs).mul_(self.turns)
+        else:
+            pairs.copy_(torch.view_as_real(torch.view_as_complex(pairs.float()) * self.turns))
+        return qkv[:, : self.heads], qkv[:, self.heads :]
+
+
+class Operations(Protocol):
+    """Rows are tokens; epsilons are those of the model."""
+
+    ranks: Ranks
+
+    def norm(self, x: Tensor) -> Tensor:
+        """X over its length; the root of the width is in the weights behind."""
+
+    def linear(self, x: Tensor, linear: Linear) -> Tensor:
+        """The product."""
+
+    def onto(self, residual: Tensor, x: Tensor, linear: Linear) -> tuple[Tensor, Tensor]:
+        """The residual plus the product, summed over all ranks; and its norm."""
+
+    def silu_times(self, gate_up: Tensor) -> Tensor:
+        """Gate and up side by side: silu of the gate, times up."""
+
+
+class Plain:
+    def __init__(self, config: ModelConfig, device: torch.device, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._root = torch.tensor(math.sqrt(config.norm_eps * config.hidden_size), device=device)
+
+    def norm(self, x: Tensor) -> Tensor:
+        return _over_norm(x, self._root)
+
+    def linear(self, x: Tensor, linear: Linear) -> Tensor:
+        if linear.scale is not None:
+            y = (x @ linear.matrix.to(x.dtype)).mul_(linear.scale)
+            return y if linear.bias is None else y.add_(linear.bias)
+        return x @ linear.matrix if linear.bias is None else torch.addmm(linear.bias, x, linear.matrix)
+
+    def onto(self, residual: Tensor, x: Tensor, linear: Linear) -> tuple[Tensor, Tensor]:
+        if self.ranks.rank:  # the first one adds what must be added once
+            total = self.linear(x, Linear(linear.matrix, None, linear.scale))
+        elif linear.scale is not None:
+            total = self.linear(x, linear).add_(residual)
+        else:
+            total = torch.addmm(residual, x, linear.matrix)
+            if linear.bias is not None:
+                total.add_(linear.bias)
+        self.ranks.add_up(total)
+        return total, self.norm(total)
+
+    def silu_times(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return functional.silu(gate).mul_(up)
+
+
+def _over_norm(x: Tensor, root: Tensor) -> Tensor:
+    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return (x / norms.hypot_(root)).to(x.dtype)
+
+
+class Fused:
+    """The kernels. `few_rows` says up to how many rows theirs is the faster product of a matrix [in, out]."""
+
+    def __init__(self, config: ModelConfig, ranks: Ranks) -> None:
+        from reference_backend.engine import kernels  # noqa: PLC0415  Triton is only there where it is used
+
+        self.ranks = ranks
+        self.few_rows: dict[tuple[int, ...], int] = {}
+        self._kernels = kernels
+        self._epsilon = config.norm_eps * config.hidden_size
+
+    def norm(self, x: Tensor) -> Tensor:
+        return self._kernels.norm(x, self._epsilon)
+
+    def linear(self, x: Tensor, linear: Linear) -> Tensor:
+        if self._is_skinny(x, linear):
+            return self._kernels.product(x, linear.matrix.t(), linear.scale, linear.bias)
+        matrix = linear.matrix
+        if linear.scale is not None:
+            matrix = (matrix.to(x.dtype) * linear.scale).to(x.dtype)
+        return x @ matrix if linear.bias is None else torch.addmm(linear.bias, x, matrix)
+
+    def onto(self, residual: Tensor, x: Tensor, linear: Linear) -> tuple[Tensor, Tensor]:
+        splits = 1
+        if self.ranks.size == 1 and self._is_skinny(x, linear):
+            splits = self._kernels.splits_for(linear.matrix.shape[1], linear.matrix.shape[0])
+        if splits > 1:
+            parts = self._kernels.product(x, linear.matrix.t(), linear.scale, None, splits=splits)
+        else:
+            parts = self.linear(x, Linear(linear.matrix, None, linear.scale))[None]
+            self.ranks.add_up(parts)
+        return self._kernels.add_and_norm(residual, parts, linear.bias, self._epsilon)
+
+    def silu_times(self, gate_up: Tensor) -> Tensor:
+        return self._kernels.silu_times(gate_up)
+
+    def _is_skinny(self, x: Tensor, linear: Linear) -> bool:
+        most = MOST_ROWS if linear.scale is not None else self.few_rows.get(tuple(linear.matrix.shape), 0)
+        return x.shape[0] <= most
+
+    def choose(self, linears: list[Linear], seconds: Callable[[Callable[[], Tensor]], float]) -> None:
+        """Time both products of each shape with as many rows as there may be, and remember who won.
+
+        `seconds` tells how long a call takes on the device.
+        """
+        for linear in {tuple(each.matrix.shape): each for each in linears if each.scale is None}.values():
+            shape = tuple(linear.matrix.shape)
+            for rows in (1, 4, 16, 64):
+                x = torch.randn(rows, shape[0], dtype=linear.matrix.dtype, device=linear.matrix.device)
+                ours = seconds(partial(self._kernels.product, x, linear.matrix.t(), None, None))
+                if ours >= seconds(partial(torch.mm, x, linear.matrix)):
+                    break
+                self.few_rows[shape] = rows
+
+
+def operations_for(config: ModelConfig, device: torch.device, ranks: Ranks) -> Operations:
+    """The faster ones that this device can run."""
+    if device.type == "cuda":
+        try:
+            return Fused(config, ranks)
+        except ImportError:
+            pass  # a torch without Triton
+    return Plain(config, device, ranks)

@@ -1,0 +1,121 @@
+"""Both ways to compute a layer, and whole models of kernels beside the same of torch's operations."""
+
+from pathlib import Path
+from random import Random
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
+from safetensors.torch import load_file  # noqa: E402
+
+from reference_backend.engine.config import read_config  # noqa: E402
+from reference_backend.engine.engine import Engine, Settings  # noqa: E402
+from reference_backend.engine.model import Llama, load_model  # noqa: E402
+from reference_backend.engine.operations import Fused, Linear, Plain, operations_for  # noqa: E402
+from reference_backend.engine.quant import KINDS, narrowed  # noqa: E402
+from reference_backend.engine.ranks import ALONE  # noqa: E402
+from reference_backend.engine.request import Sampling, Sequence  # noqa: E402
+
+torch.set_num_threads(1)
+GOLDEN = Path(__file__).parent.parent / "golden"
+CPU = torch.device("cpu")
+CONFIG = read_config(GOLDEN / "llama")
+
+
+def weights(name):
+    files = [path for path in (GOLDEN / name).glob("*.safetensors") if path.name != "golden.safetensors"]
+    return {key: value for path in files for key, value in load_file(path).items()}
+
+
+def fused(name, quantize=None):
+    """A golden model made of kernels."""
+    from tests.support.kernels import DEVICE  # noqa: PLC0415  skips without Triton
+
+    config = read_config(GOLDEN / name)
+    return Llama(config, weights(name), DEVICE, torch.float32, quantize=quantize, operations=Fused(config, ALONE))
+
+
+def texts(model):
+    """What an engine makes of prompts of several lengths, read in pieces while others generate."""
+    engine = Engine(
+        model,
+        Settings(slots=2, context=64, cache_tokens=192, block_size=4, step_tokens=4),
+        end_tokens=frozenset(),
+        rng=Random(1),
+    )
+    rng = Random(5)
+    asked = [
+        Sequence(
+            [rng.randrange(64) for _ in range(length)], Sampling(max_tokens=3, temperature=temperature, seed=length)
+        )
+        for length, temperature in [(1, 0.0), (6, 1.0)]
+    ]
+    for each in asked:
+        engine.submit(each)
+    while engine.is_busy:
+        engine.turn(0.0)
+    assert engine.scheduler.faults() == []
+    return [each.generated for each in asked]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "quantize"), [("qwen2", "int8"), ("qwen3", None)])
+def test_an_engine_of_kernels_says_the_same(name, quantize):
+    """The whole way: norms, products, positions, the cache, attention over it; several steps, all in kernels."""
+    plain = load_model(GOLDEN / name, CPU, quantize=quantize)
+    assert texts(fused(name, quantize)) == texts(plain)
+
+
+def test_without_a_gpu_nothing_is_asked_of_triton():
+    assert isinstance(operations_for(CONFIG, CPU, ALONE), Plain)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_plain_products_are_what_the_matrix_means(kind, has_bias):
+    """With and without eight bits, a bias and a residual."""
+    generator = torch.Generator().manual_seed(1)
+    x, matrix, residual = (torch.randn(shape, generator=generator) for shape in [(3, 24), (32, 24), (3, 32)])
+    bias = torch.randn(32, generator=generator) if has_bias else None
+    meant, scale = matrix, None
+    if kind is not None:
+        matrix, scale = narrowed(matrix, kind)
+        meant = matrix.float() * scale[:, None]
+    linear, plain = Linear(matrix.t(), bias, scale), Plain(CONFIG, CPU, ALONE)
+    expected = x @ meant.t() + (0 if bias is None else bias)
+    torch.testing.assert_close(plain.linear(x, linear), expected)
+    total, normed = plain.onto(residual, x, linear)
+    torch.testing.assert_close(total, residual + expected)
+    torch.testing.assert_close(normed, plain.norm(total))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "library", "few_rows"),
+    [(1.0, 2.0, 64), (2.0, 1.0, None), (1.0, 1.0, None)],
+)
+def test_the_faster_product_is_taken(kernel, library, few_rows):
+    """Which that is is measured; here the times are given."""
+    from tests.support.kernels import DEVICE  # noqa: PLC0415  skips without Triton
+
+    subject = Fused(CONFIG, ALONE)
+    matrix = torch.randn(32, 48, device=DEVICE).t()
+    subject.choose([Linear(matrix, None)], lambda call: library if call.func is torch.mm else kernel)
+    assert subject.few_rows.get((48, 32)) == few_rows
+    x = torch.randn(2, 48, device=DEVICE)
+    torch.testing.assert_close(subject.linear(x, Linear(matrix, None)), x @ matrix, rtol=1e-4, atol=1e-4)
+
+
+def test_small_batches_may_go_to_the_kernel_and_larger_ones_not():
+    from tests.support.kernels import DEVICE  # noqa: PLC0415  skips without Triton
+
+    subject = Fused(CONFIG, ALONE)
+    matrix = torch.randn(32, 48, device=DEVICE).t()
+    asked = []
+
+    def seconds(call):
+        asked.append((call.func is torch.mm, call.args[0].shape[0]))
+        return 1.0 if call.func is torch.mm else call.args[0].shape[0] / 8
+
+    subject.choose([Linear(matrix, None), Linear(matrix, None)], seconds)
+    assert subject.few_rows == {(48, 32): 4}
+    assert [rows for is_library, rows in asked if is_library] == [1, 4, 16]  # a shape is measured once
