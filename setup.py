@@ -18,7 +18,7 @@ COMPILED = """
     observability/fanout.py observability/line_writer.py observability/metrics.py observability/millis.py
     observability/recent.py observability/request.py observability/tail_sampling.py policies/access.py
     policies/balance.py policies/breaker.py policies/bucket.py policies/deadline.py policies/errors.py
-    policies/lease.py policies/retry.py policies/routing.py policies/window.py
+    policies/lease.py policies/prefix.py policies/retry.py policies/routing.py policies/window.py
 """.split()  # noqa: SIM905  a list of names that is read and edited as text
 
 

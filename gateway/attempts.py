@@ -20,6 +20,7 @@ from policies import errors
 from policies.breaker import Outcome
 from policies.deadline import Kind, Phase, next_due, remaining_ms
 from policies.policy import BalanceKind
+from policies.prefix import CHUNK_BYTES, chain_of
 from policies.retry import Failure, RetryBudget, delay_before, may_retry
 from policies.routing import pick_target
 
@@ -42,7 +43,7 @@ _TOO_LATE = Ending("upstream_timeout", Failure.FIRST_BYTE_TIMEOUT)
 # Looking a member up in its Enum costs as much as a short function.
 _STALE, _BUSY, _NOT_STARTED = Failure.STALE, Failure.BUSY, Failure.NOT_STARTED
 _SUCCESS, _FAILURE, _IGNORED = Outcome.SUCCESS, Outcome.FAILURE, Outcome.IGNORED
-_PEAK_EWMA, _HASH = BalanceKind.PEAK_EWMA, BalanceKind.HASH
+_PEAK_EWMA, _HASH, _PREFIX = BalanceKind.PEAK_EWMA, BalanceKind.HASH, BalanceKind.PREFIX
 
 
 class Forwarder:
@@ -61,24 +62,30 @@ class Forwarder:
         target = self._target(call, route, consumer)
         budget = self._budget(route)
         budget.deposit(trail.mark)
-        hash_key = _hash_key(call, route, consumer) if route.balance.kind is _HASH else ""
+        kind = route.balance.kind
+        hash_key = _hash_key(call, route, consumer) if kind is _HASH else ""
+        chain = chain_of(call.body, call.model or "") if kind is _PREFIX else ()
         tried: tuple[Backend, ...] = ()
         last: Ending | None = None
         carry = call.connection.carry
         while True:
             try:  # each time with the fleet as it is now: who has left during an attempt gets no retry
-                lease = self._fleet.lease(self._group(call, trail, route, target), route, tried, hash_key)
+                lease = self._fleet.lease(self._group(call, trail, route, target), route, tried, hash_key, chain)
             except errors.Refusal:
                 if last is None:
                     raise
                 raise _refusal(last, route) from None  # nobody is left to retry with: what the last one did stands
             trail.pick += trail.lap()
+            known = lease.backend.note_prompt(chain) if chain else 0
             with lease:
                 if carry is None:
                     last = await self._attempt(lease, call, trail, route, consumer)
                 else:
                     last = await carry(lease, call, trail, route, consumer)
             failure = last.failure
+            if chain:
+                expected = known * CHUNK_BYTES / len(call.body)
+                lease.backend.hear_cached(chain, expected, trail.tokens_in, trail.tokens_cached)
             if failure is None:
                 return
             if last.reason == "drain":

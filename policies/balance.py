@@ -9,6 +9,9 @@ least_load   The less loaded of two drawn at random: "the power of two choices" 
              Two are almost as good as all, and replicas that look at all of them run after the same one together.
              Load is what this gateway has in flight there and what the backend says of others, per weight.
 peak_ewma    The same draw, by latency times load (Finagle's and Linkerd's Peak EWMA).
+prefix       Who has seen most of the prompt's beginning (policies/prefix.py), unless it has more than a few requests
+             and is a quarter above the mean ("consistent hashing with bounded loads", Mirrokni et al., 2018: a prompt
+             that everybody sends is as a popular key is there). Else as least_load.
 hash         A ring (Karger et al., 1997; ketama): a key stays where it was unless its backend comes or goes.
 
 Slow start: a candidate that came into service less than 10 s ago counts with a part of its weight that grows from 10 %
@@ -26,6 +29,7 @@ from struct import Struct
 from typing import Final, Generic, TypeVar
 
 from policies.policy import Balance, BalanceKind
+from policies.prefix import Chain, PrefixIndex
 
 _SLOW_START_SECONDS: Final = 10.0
 _SLOW_START_LEAST: Final = 0.1
@@ -33,12 +37,15 @@ _DRAWS: Final = 8  # with nearly all candidates young, thinning out more would n
 _ROTATION_LENGTH: Final = 1024  # where weights add up to more, shares are rounded to one of so many turns
 _POINTS_OF_LIGHTEST: Final = 128  # a backend's share of the ring is then right to about 1 / sqrt(128) = 9 %
 _MOST_POINTS: Final = 32_768
+_AHEAD_OF_MEAN: Final = 1.25
+_FEW: Final = 3.0  # requests per weight: a batch of so few is hardly slower than one alone
 _PANIC_BELOW: Final = 0.5  # Envoy's healthy_panic_threshold
 _UNKNOWN_LATENCY_PENALTY: Final = 1e9
 
 _ROUND_ROBIN: Final = BalanceKind.ROUND_ROBIN  # looking a member up in its Enum costs as much as drawing one of two
 _LEAST_LOAD: Final = BalanceKind.LEAST_LOAD
 _PEAK_EWMA: Final = BalanceKind.PEAK_EWMA
+_PREFIX: Final = BalanceKind.PREFIX
 _EIGHT_POINTS: Final = Struct("<8Q")
 
 
@@ -77,7 +84,7 @@ class PeakEwma:
 class Candidate:
     """What a chooser reads of a backend, and never writes. A base class, so that reading it costs next to nothing."""
 
-    __slots__ = ("ewma", "inflight", "key", "max_concurrency", "reported", "since", "weight")
+    __slots__ = ("ewma", "inflight", "key", "max_concurrency", "prefixes", "reported", "since", "weight")
 
     def __init__(self, key: str, weight: int, max_concurrency: int | None, since: float) -> None:
         self.key = key  # its name: the same in every replica, never another's
@@ -87,6 +94,7 @@ class Candidate:
         self.inflight = 0  # requests that this gateway has there
         self.reported = 0.0  # requests that others have there, as far as it has told
         self.ewma = PeakEwma()
+        self.prefixes: PrefixIndex | None = None  # of prompts that were sent there; none while no route asks for it
 
 
 C = TypeVar("C", bound=Candidate)
@@ -105,9 +113,15 @@ class Chooser(Generic[C]):
         self._turn = -1
 
     def choose(
-        self, balance: Balance, rng: Random, now: float, hash_key: str = "", refused: Collection[C] = ()
+        self,
+        balance: Balance,
+        rng: Random,
+        now: float,
+        hash_key: str = "",
+        refused: Collection[C] = (),
+        chain: Chain = (),
     ) -> C | None:
-        """Return who gets the request, None when nobody can. `hash_key` is for hash alone."""
+        """Return who gets the request, None when nobody can. `hash_key` is for hash alone, `chain` for prefix."""
         candidates = self._candidates
         if len(candidates) < 2:
             return candidates[0] if candidates and _is_usable(candidates[0], refused) else None
@@ -120,7 +134,28 @@ class Chooser(Generic[C]):
             return self._cheaper_of_two(_peak_cost, rng, now, refused)
         if kind is _ROUND_ROBIN:
             return self._next_in_turn(rng, now, refused)
+        if kind is _PREFIX:
+            return self._acquainted(chain, rng, refused) or self._cheaper_of_two(_load, rng, now, refused)
         return self._owner(hash_key, refused)
+
+    def _acquainted(self, chain: Chain, rng: Random, refused: Collection[C]) -> C | None:
+        """Who knows most of the chain among those that are not too loaded; of equals the less loaded."""
+        candidates = self._candidates
+        weights = sum([candidate.weight for candidate in candidates])
+        total = sum([candidate.inflight + candidate.reported for candidate in candidates])
+        ceiling = max(_FEW, _AHEAD_OF_MEAN * (total + 1.0) / weights)
+        best, most, least = None, 1, 0.0
+        start = int(rng.random() * len(candidates))  # so that equals who are idle take turns
+        for i in range(start, start + len(candidates)):
+            candidate = candidates[i % len(candidates)]
+            index = candidate.prefixes
+            load = (candidate.inflight + candidate.reported) / candidate.weight
+            if index is None or load > ceiling or not _is_usable(candidate, refused):
+                continue
+            matched = index.matched(chain)
+            if matched > most or (matched == most and (best is None or load < least)):
+                best, most, least = candidate, matched, load
+        return best
 
     def _less_loaded(self, a: C, b: C, rng: Random, now: float) -> C | None:
         """`_cheaper_of_two` of the two that there are, for the commonest case: a fifth of its price."""

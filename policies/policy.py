@@ -111,6 +111,7 @@ class BalanceKind(Enum):
     LEAST_LOAD = "least_load"
     PEAK_EWMA = "peak_ewma"
     HASH = "hash"
+    PREFIX = "prefix"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from policies import policy
 from policies.fields import parse_header, parse_text, pattern, reader
 from policies.problems import did_you_mean, shown
 
-BALANCE_WORDS = ("round_robin", "least_load", "peak_ewma", "hash:consumer", "hash:header:NAME")
+BALANCE_WORDS = ("round_robin", "least_load", "peak_ewma", "prefix", "hash:consumer", "hash:header:NAME")
 ALLOW_WORDS = ("group", "consumer", "scope", "model")
 
 
@@ -27,9 +27,7 @@ def _parse_balance(text: str) -> policy.Balance:
         return policy.Balance(policy.BalanceKind.HASH, parse_header(text.removeprefix("hash:header:")))
     if text == "hash:consumer":
         return policy.Balance(policy.BalanceKind.HASH)
-    if text == "prefix":
-        raise ValueError("`prefix` is not available in this version")
-    if text not in BALANCE_WORDS[:3]:
+    if text not in BALANCE_WORDS[:4]:
         raise ValueError(f"unknown value {shown(text)}{did_you_mean(text, BALANCE_WORDS) or _expected(BALANCE_WORDS)}")
     return policy.Balance(policy.BalanceKind(text))
 
@@ -86,7 +84,7 @@ Algorithm = Annotated[
 Balance = Annotated[
     policy.Balance,
     reader(_parse_balance, "a way to balance"),
-    pattern("round_robin|least_load|peak_ewma|hash:consumer|hash:header:[A-Za-z0-9-]+"),
+    pattern("round_robin|least_load|peak_ewma|prefix|hash:consumer|hash:header:[A-Za-z0-9-]+"),
 ]
 Jwks = Annotated[str, reader(_parse_jwks, "a URL or a path"), pattern(".+")]
 PathGlob = Annotated[str, reader(_parse_path, "a path"), pattern("[/*][^?#]*")]

@@ -18,6 +18,7 @@ from gateway.upstream.pool import Pool
 from policies.balance import Candidate
 from policies.breaker import Breaker, Outcome, State
 from policies.policy import BreakerRule
+from policies.prefix import Chain, PrefixIndex
 
 _IGNORED, _FAILURE = Outcome.IGNORED, Outcome.FAILURE  # looking a member up in its Enum costs as much as a function
 
@@ -35,8 +36,8 @@ class Backend(Candidate):
     """A backend in service."""
 
     __slots__ = (
-        "_breakers", "_on_breaker", "_reported_until", "_rng", "_seq", "base_path", "channel", "endpoint", "head_lines",
-        "healthy", "name_line", "pool",
+        "_breakers", "_cache_tokens", "_on_breaker", "_reported_until", "_rng", "_seq", "base_path", "channel",
+        "endpoint", "head_lines", "healthy", "name_line", "pool",
     )  # fmt: skip
 
     def __init__(
@@ -57,6 +58,7 @@ class Backend(Candidate):
         self._on_breaker = on_breaker
         self._reported_until = 0.0  # when its own last word stops counting
         self._seq = 0  # the number of that word
+        self._cache_tokens = 0  # that its cache holds; 0: not told
         self.head_lines = f"host: {endpoint.authority}\r\nendpoint-load-metrics-format: json\r\n".encode()
         self.base_path = endpoint.base_path.encode()
         self.name_line = f"x-weir-backend: {endpoint.id}\r\n".encode()
@@ -153,7 +155,22 @@ class Backend(Candidate):
         self._seq = report.seq
         self.reported = max(0.0, report.requests - self.inflight)
         self._reported_until = now + seconds
+        if report.cache_tokens and report.cache_tokens != self._cache_tokens:
+            self._cache_tokens = report.cache_tokens
+            if self.prefixes is not None:
+                self.prefixes.fit(report.cache_tokens)
         return True
+
+    def note_prompt(self, chain: Chain) -> int:
+        """A prompt with this chain is sent there. Returns how many of its chunks it should have cached."""
+        if self.prefixes is None:
+            self.prefixes = PrefixIndex(self._cache_tokens)
+        return self.prefixes.note(chain)
+
+    def hear_cached(self, chain: Chain, expected: float, prompt_tokens: int, cached_tokens: int) -> None:
+        """An answer tells how much of its prompt was cached, or does not (-1). The share `expected` was."""
+        if self.prefixes is not None and cached_tokens >= 0 and prompt_tokens > 0:
+            self.prefixes.learn(chain, expected, cached_tokens / prompt_tokens)
 
     def hear_busy(self, now: float) -> None:
         """It answered 429: count it as loaded for a while, so that its fast refusals do not draw more requests."""

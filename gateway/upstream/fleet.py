@@ -20,6 +20,7 @@ from policies import errors
 from policies.balance import Chooser, panic
 from policies.breaker import State, may_eject
 from policies.policy import BreakerRule, Route, Target
+from policies.prefix import Chain
 
 _UNLISTED: Final = "\0"  # stands for all models that no registration names, so that clients cannot invent groups
 
@@ -218,7 +219,7 @@ class Fleet:
             return errors.NoBackend("No backend is in service for this route.", rule=f"routes.{route.name}.to")
         return errors.ModelNotFound("No backend of this route serves the model.", param="model")
 
-    def lease(self, group: Group, route: Route, tried: tuple[Backend, ...], hash_key: str) -> Lease:
+    def lease(self, group: Group, route: Route, tried: tuple[Backend, ...], hash_key: str, chain: Chain = ()) -> Lease:
         """Balance and guard: choose a backend and own a place in it, in one step without waiting.
 
         Raises CircuitOpen when breakers keep all of them shut, Overloaded when all are full, NoBackend when every one
@@ -229,7 +230,7 @@ class Fleet:
         refused: tuple[Backend, ...] = tried
         if self._open_breakers:
             refused += tuple(b for b in group.usable if not b.breaker(rule).is_available(now))
-        backend = group.chooser.choose(route.balance, self._rng, now, hash_key, refused)
+        backend = group.chooser.choose(route.balance, self._rng, now, hash_key, refused, chain)
         if backend is None:
             raise self._no_choice(group, route, tried, refused, now)
         breaker = backend.breaker(rule)

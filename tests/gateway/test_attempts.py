@@ -1,6 +1,8 @@
 """Attempts before backends that answer from memory, in virtual time."""
 
 import asyncio
+import json
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -351,3 +353,35 @@ async def test_one_who_left_is_recorded_as_such() -> None:
 )
 def test_a_long_answer_is_no_failure_of_its_backend(overdue, status, outcome) -> None:
     assert outcome_of(Ending("upstream_timeout"), status, overdue) is outcome
+
+
+def cached(cached_tokens: int) -> bytes:
+    usage = {"prompt_tokens": 100, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": cached_tokens}}
+    body = json.dumps({"usage": usage}).encode()
+    return b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+
+
+@virtual_time
+async def test_a_prompt_goes_where_it_went_before_and_the_answers_correct_what_is_thought_of_it() -> None:
+    story = Story(*[cached(90)] * 4)
+    story.route = replace(story.route, balance=Balance(BalanceKind.PREFIX))
+    prompts = [json.dumps({"model": "tiny", "prompt": letter * 2000}).encode() for letter in "xyzuvw"]
+    went = [[(await story.ask(call_of(body=body))).attempts[0].backend for body in prompts] for _ in range(3)]
+    assert went[0] == went[1] == went[2]
+    index = next(b.prefixes for b in story.fleet.backends.values() if b.prefixes)
+    assert repr(index).endswith("of 8192 chunks, at most 8192>")
+    for transport in story.transports:
+        transport.answers = [cached(0)]
+    await story.ask(call_of(body=prompts[0]))
+    sizes = [repr(b.prefixes).split()[3] for b in story.fleet.backends.values() if b.prefixes]
+    assert sizes.count("7168") == 1  # an eighth less where it was thought to be
+    story.assert_given_back()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BalanceKind if kind is not BalanceKind.PREFIX])
+@virtual_time
+async def test_prompts_are_looked_into_for_no_other_balance(kind) -> None:
+    story = Story(cached(90), cached(90))
+    story.route = replace(story.route, balance=Balance(kind))
+    await story.ask(call_of(body=b'{"prompt":"%b"}' % (b"x" * 500)))
+    assert [backend.prefixes for backend in story.fleet.backends.values()] == [None, None]

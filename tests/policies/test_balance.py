@@ -10,7 +10,7 @@ from policies.balance import Candidate, Chooser, PeakEwma, panic
 from policies.policy import Balance, BalanceKind
 
 KINDS = list(BalanceKind)
-ROUND_ROBIN, LEAST_LOAD, PEAK_EWMA, HASH = (Balance(kind) for kind in KINDS)
+ROUND_ROBIN, LEAST_LOAD, PEAK_EWMA, HASH, _PREFIX = (Balance(kind) for kind in KINDS)
 NOW = 1000.0
 
 

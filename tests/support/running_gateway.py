@@ -90,10 +90,16 @@ def _gateway(home: Path, config: str, place: str = "policy.yaml") -> Gateway:
 
 @contextlib.asynccontextmanager
 async def announced(
-    etcd: str, key: str, url: str, prefix: str = DEFAULT_PREFIX, *, models: tuple[str, ...] = ("tiny",)
+    etcd: str,
+    key: str,
+    url: str,
+    prefix: str = DEFAULT_PREFIX,
+    *,
+    models: tuple[str, ...] = ("tiny",),
+    load: str | None = None,
 ) -> AsyncIterator[Announcement]:
     """A backend "service/id" that etcd knows of, as `weir register` would make it known."""
-    registration = Registration(url, models=tuple(map(ModelEntry, models)))
+    registration = Registration(url, models=tuple(map(ModelEntry, models)), load=load)
     client = EtcdClient(EtcdSettings((etcd,)))
     announcement = backend_announcement(client, key, registration, rng=Random(0), prefix=prefix)
     async with client, announcement:

@@ -111,6 +111,21 @@ def test_own_requests_since_the_report_count_at_once() -> None:
     assert one.inflight + one.reported == 4
 
 
+def test_the_size_of_its_cache_follows_from_its_report() -> None:
+    one, chain = backend(), tuple(range(2000))
+    one.hear_load(LoadReport(0, seq=1, cache_tokens=16_000), 0.0, 0.2)
+    assert one.note_prompt(chain) == 0
+    assert len(one.prefixes) == 1000
+    one.hear_load(LoadReport(0, seq=2, cache_tokens=8_000), 0.0, 0.2)
+    assert len(one.prefixes) == 500
+    one.hear_cached(chain, 0.9, 100, 0)
+    assert len(one.prefixes) == 438
+    for told in ((0, 0), (-1, 50), (100, -1)):  # nothing to divide by, or not told
+        one.hear_cached(chain, 0.9, *told)
+    one.hear_load(LoadReport(0, seq=3, cache_tokens=8_000), 0.0, 0.2)  # as before: what was learnt stays
+    assert len(one.prefixes) == 438
+
+
 def test_one_that_is_busy_looks_loaded_for_a_while() -> None:
     one = backend()
     one.hear_busy(0.0)
