@@ -13,27 +13,38 @@ Source: Virtual Token Counter, "Fairness in Serving Large Language Models" (OSDI
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-
-from reference_backend.engine.request import Sequence
+from collections.abc import Callable, Iterator
+from typing import Generic, Protocol, TypeVar
 
 OUTPUT_WEIGHT = 4.0  # what a generated token costs, in tokens read
 REMEMBERED = 4096  # tenants whose counter is kept while they have nothing waiting
 
 
-class FairQueue:
+class Waiting(Protocol):
+    """What the queue must know of a request. `arrival` is its number, `arrived_at` when that was, in seconds."""
+
+    tenant: str
+    priority: int
+    arrival: int
+    arrived_at: float
+
+
+Item = TypeVar("Item", bound=Waiting)
+
+
+class FairQueue(Generic[Item]):
     """Requests that wait. Bounds are the business of whoever fills it."""
 
     def __init__(self, age_seconds: float) -> None:
         self.age_seconds = age_seconds
-        self._lines: dict[tuple[str, int], deque[Sequence]] = {}  # by tenant and class
+        self._lines: dict[tuple[str, int], deque[Item]] = {}  # by tenant and class
         self._served: dict[str, float] = {}
         self._last_left = ""  # the tenant who was the last to have nothing waiting any more
 
     def __len__(self) -> int:
         return sum(map(len, self._lines.values()))
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[Item]:
         for line in self._lines.values():
             yield from line
 
@@ -41,23 +52,26 @@ class FairQueue:
         """The tenant's counter."""
         return self._served.get(tenant, 0.0)
 
-    def push(self, request: Sequence) -> None:
+    def push(self, request: Item) -> None:
         if not self._has_waiting(request.tenant):
             floor = min((self.served(tenant) for tenant, _ in self._lines), default=self.served(self._last_left))
             self._served[request.tenant] = max(self.served(request.tenant), floor)
             self._forget_some()
         self._lines.setdefault((request.tenant, request.priority), deque()).append(request)
 
-    def head(self, now: float) -> Sequence | None:
-        """The one that goes next. Does not take it."""
-        heads = (line[0] for line in self._lines.values())
+    def head(self, now: float, may_go: Callable[[Item], bool] = lambda _: True) -> Item | None:
+        """The one that goes next, of those that may and have nobody of their tenant and class before them.
+
+        Does not take it.
+        """
+        heads = (line[0] for line in self._lines.values() if may_go(line[0]))
         return min(heads, key=lambda each: self._rank(each, now), default=None)
 
-    def risen_class(self, request: Sequence, now: float) -> float:
+    def risen_class(self, request: Item, now: float) -> float:
         """The class of a request after the time that it has waited; smaller goes first."""
         return request.priority - (now - request.arrived_at) // self.age_seconds
 
-    def remove(self, request: Sequence) -> None:
+    def remove(self, request: Item) -> None:
         """Take one out: it goes on, or is not wanted any more."""
         key = (request.tenant, request.priority)
         self._lines[key].remove(request)
@@ -70,7 +84,7 @@ class FairQueue:
         """Count what a tenant was served, in tokens."""
         self._served[tenant] = self.served(tenant) + read + OUTPUT_WEIGHT * generated
 
-    def _rank(self, request: Sequence, now: float) -> tuple[float, float, int]:
+    def _rank(self, request: Item, now: float) -> tuple[float, float, int]:
         return self.risen_class(request, now), self.served(request.tenant), request.arrival
 
     def _has_waiting(self, tenant: str) -> bool:

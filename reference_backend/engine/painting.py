@@ -36,7 +36,7 @@ class Studio:
         self.context = network.config.longest
         self._network, self._slots, self._rng = network, slots, rng
         self._device = network.place.device
-        self._queue = FairQueue(AGE_SECONDS)
+        self._queue: FairQueue[Sequence] = FairQueue(AGE_SECONDS)
         self._arrived: list[Sequence] = []
         self._painted: list[Painting] = []
         self._arrivals = 0

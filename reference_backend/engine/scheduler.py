@@ -39,7 +39,7 @@ class Work(NamedTuple):
 class Scheduler:
     """Sequences that run, in order of admission, and those that wait."""
 
-    def __init__(self, pool: BlockPool, queue: FairQueue, *, slots: int, step_tokens: int) -> None:
+    def __init__(self, pool: BlockPool, queue: FairQueue[Sequence], *, slots: int, step_tokens: int) -> None:
         self.pool = pool
         self.queue = queue
         self.slots = slots
