@@ -17,13 +17,13 @@ import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from statistics import median
+from typing import Protocol
 
 import msgspec
 from aiohttp import web
 
 from reference_backend.engine.request import Load
 from reference_backend.protocol import ApiError
-from reference_backend.worker import Worker
 
 PATH = "/load/stream"
 FORMAT_HEADER = "endpoint-load-metrics-format"
@@ -65,14 +65,28 @@ class LoadReport(msgspec.Struct, frozen=True):
         return bool(self.running or self.waiting)
 
 
+class Source(Protocol):
+    """What has a load: the server's end of a worker."""
+
+    @property
+    def bound(self) -> int: ...
+
+    @property
+    def changes(self) -> int: ...
+
+    def load(self) -> Load: ...
+
+    async def wait_change(self, seen: int) -> None: ...
+
+
 class Reporter:
     """Makes reports of what the worker says and the server sees."""
 
-    def __init__(self, worker: Worker, wall: Callable[[], float], is_draining: Callable[[], bool]) -> None:
+    def __init__(self, source: Source, wall: Callable[[], float]) -> None:
         self.rejects = 0
-        self._worker = worker
+        self.draining = False
+        self.source = source
         self._wall = wall
-        self._is_draining = is_draining
         self._firsts: deque[float] = deque(maxlen=RECENT)
         self._gaps: deque[float] = deque(maxlen=RECENT)
         self.listeners = 0
@@ -85,15 +99,15 @@ class Reporter:
 
     def report(self) -> LoadReport:
         """The load now."""
-        worker, load = self._worker, self._worker.load()
+        source, load = self.source, self.source.load()
         return LoadReport(
-            seq=worker.changes,
+            seq=source.changes,
             t=self._wall(),
             waiting=load.waiting,
             waiting_tokens=load.waiting_tokens,
             running=load.running,
             max_running=load.slots,
-            free_slots=max(0, worker.bound - load.running - load.waiting),
+            free_slots=max(0, source.bound - load.running - load.waiting),
             kv_used=load.kv_used,
             kv_blocks=load.kv_blocks,
             block_size=load.block_size,
@@ -108,7 +122,7 @@ class Reporter:
             hit_rate=round(load.cached_tokens / load.prompt_tokens, 4) if load.prompt_tokens else 0.0,
             preemptions=load.preemptions,
             rejects=self.rejects,
-            draining=self._is_draining(),
+            draining=self.draining,
         )
 
     async def reports(self) -> AsyncIterator[LoadReport]:
@@ -120,7 +134,7 @@ class Reporter:
             longest = SIGN_SECONDS if report.is_busy else HEARTBEAT_SECONDS
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(longest - APART_SECONDS):
-                    await self._worker.wait_change(report.seq)
+                    await self.source.wait_change(report.seq)
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         """The handler of `/load/stream`."""
@@ -138,17 +152,25 @@ class Reporter:
             self.listeners -= 1
         return response
 
-    def in_band(self, request: web.Request) -> dict[str, str]:
-        """The header of an answer, for a request that asks for it."""
-        form = request.headers.get(FORMAT_HEADER, "").strip().lower()
-        if form not in ("json", "text"):
-            return {}
-        return {"endpoint-load-metrics": orca(self._worker.load(), self._worker.changes, form)}
-
     def beside_usage(self, request: web.Request) -> dict[str, LoadReport]:
         """What is added to the last chunk of a stream, for a request that asks for it."""
         asks = request.headers.get(FORMAT_HEADER, "").strip().lower() == "json"
         return {"load": self.report()} if asks else {}
+
+
+def in_band(request: web.Request, sources: Sequence[Source]) -> dict[str, str]:
+    """The header of an answer that is about these, for a request that asks for it."""
+    form = request.headers.get(FORMAT_HEADER, "").strip().lower()
+    if form not in ("json", "text"):
+        return {}
+    report = orca(together([source.load() for source in sources]), sum(source.changes for source in sources), form)
+    return {"endpoint-load-metrics": report}
+
+
+def together(loads: Sequence[Load]) -> Load:
+    """The load of several as that of one: their requests, and the fullest cache."""
+    running, waiting = sum(load.running for load in loads), sum(load.waiting for load in loads)
+    return Load(running, waiting, max((load.kv_usage for load in loads), default=0.0))
 
 
 def orca(load: Load, seq: int, form: str) -> str:
@@ -177,23 +199,31 @@ METRICS = (
 )
 
 
-def metrics_page(load: Load, report: LoadReport, model: str) -> str:
-    """Load and report in the text format of Prometheus. Counters begin again with each worker."""
-    label = model.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    lines = [
-        f"# HELP vllm:{name} {meaning}\n# TYPE vllm:{name} {kind}\n"
-        f'vllm:{name}{{model_name="{label}"}} {getattr(load, field)}\n'
-        for name, kind, meaning, field in METRICS
+def metrics_page(told: Sequence[tuple[str, Load, LoadReport]]) -> str:
+    """Load and report of each model in the text format of Prometheus. Counters begin again with each worker."""
+    labels = [f'model_name="{_escaped(model)}"' for model, _, _ in told]
+    lines = []
+    for name, kind, meaning, place in METRICS:
+        lines.append(f"# HELP vllm:{name} {meaning}\n# TYPE vllm:{name} {kind}\n")
+        lines += [
+            f"vllm:{name}{{{label}}} {getattr(load, place)}\n" for label, (_, load, _) in zip(labels, told, strict=True)
+        ]
+    lines.append("# HELP vllm:cache_config_info The key-value cache\n# TYPE vllm:cache_config_info gauge\n")
+    lines += [
+        f'vllm:cache_config_info{{{label},block_size="{load.block_size}",num_gpu_blocks="{load.kv_blocks}"}} 1\n'
+        for label, (_, load, _) in zip(labels, told, strict=True)
     ]
-    lines.append(
-        "# HELP vllm:cache_config_info The key-value cache\n# TYPE vllm:cache_config_info gauge\n"
-        f'vllm:cache_config_info{{model_name="{label}",block_size="{load.block_size}",'
-        f'num_gpu_blocks="{load.kv_blocks}"}} 1\n'
-    )
-    for field, value in msgspec.structs.asdict(report).items():
-        name = f"weir_backend_load_{field}"
-        lines.append(f'# TYPE {name} gauge\n{name}{{model_name="{label}"}} {float(value)}\n')
+    for place in LoadReport.__struct_fields__:
+        lines.append(f"# TYPE weir_backend_load_{place} gauge\n")
+        lines += [
+            f"weir_backend_load_{place}{{{label}}} {float(getattr(report, place))}\n"
+            for label, (_, _, report) in zip(labels, told, strict=True)
+        ]
     return "".join(lines)
+
+
+def _escaped(label: str) -> str:
+    return label.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
 def _ms(seconds: float) -> float:

@@ -1,8 +1,7 @@
-"""One reference backend as a process: options, model, listener, registration, end.
+"""The reference backend as a process: options, listener, models, registrations, end.
 
-LOADING (nothing listens) => SERVING => DRAINING (told to end: the registration says so, new requests are still taken
-while that gets around) => FINISHING (new requests are refused, old ones end) => exit 0. The model runs in a process of
-its own; when that is gone, the registration is withdrawn, another one is started, and registered when it is ready.
+It listens from the start, and is not ready until its models are. Told to end (SIGTERM, SIGINT, `POST /drain`) it lets
+each of them drain as `served.py` says, and exits with 0.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 import random
-import secrets
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -28,25 +26,27 @@ from discovery.announce import Announcement, backend_announcement
 from discovery.endpoint import InvalidRegistration, ModelEntry, Registration
 from discovery.etcd import EtcdClient, EtcdSettings
 from observability.tracing import SpanExporter, otlp_export
-from reference_backend.engine.config import ModelError, read_config
-from reference_backend.engine.frames import Start
+from reference_backend import repository
+from reference_backend.engine.config import ModelError
+from reference_backend.language import Language, Sizes
 from reference_backend.load_report import PATH as LOAD_PATH
-from reference_backend.server import Api, Phase
+from reference_backend.pool import Pool
+from reference_backend.repository import Entry
+from reference_backend.served import Model, Service, State, first_of
+from reference_backend.server import Api
 from reference_backend.spans import span_middleware
-from reference_backend.tokenizer import Tokenizer
-from reference_backend.worker import Worker
 
-ACCEPT_WHILE_DRAINING = 0.5  # seconds: about twice what a watcher needs to hear of it
-FINISH_WITHIN = 60.0  # seconds for what is in flight
-FIRST_RESTART, LAST_RESTART = 0.1, 10.0  # seconds before a lost worker is replaced; doubled each time in between
 log = logging.getLogger(__name__)
+LAST_WORDS = 5.0  # seconds for answers that are on their way when all models are gone
 WILDCARDS = ("", "0.0.0.0", "::")  # noqa: S104  they are what is looked for
 MODELS = Path(__file__).parent / "models"
 EPILOG = """\
-example:
+examples:
   python -m reference_backend --model tiny --port 9000 --etcd http://127.0.0.1:2379
   curl -N http://127.0.0.1:9000/v1/chat/completions -H 'content-type: application/json' \\
     -d '{"model": "tiny", "stream": true, "messages": [{"role": "user", "content": "What is a KV cache?"}]}'
+
+  python -m reference_backend --repository models/ --serve chat@latest-2 --serve embed
 """
 
 
@@ -58,18 +58,17 @@ class CannotStartError(Exception):
 class Options:
     """The command line, judged."""
 
-    model: Path
-    name: str
+    model: Path | None
     version: str
-    service: str
+    repository: Path | None
+    serve: dict[str, str]  # names of models, and which of their versions
+    sleep_after: float | None
+    service: str | None
     host: str
     port: int
     etcd: str | None
     announce_url: str | None
-    max_running: int
-    max_waiting: int
-    context: int | None
-    cache_tokens: int | None
+    sizes: Sizes
     otlp: str | None
 
 
@@ -77,13 +76,30 @@ def parse(arguments: Sequence[str]) -> Options:
     """Read the command line. Exits with 2 and a line that says why when it is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m reference_backend",
-        description="Serve one model over the OpenAI API.",
+        description="Serve models over the OpenAI API and the Open Inference Protocol.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", required=True, metavar="NAME_OR_PATH", help="`tiny`, or a Hugging Face directory")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", metavar="NAME_OR_PATH", help="`tiny`, or the directory of one model")
+    source.add_argument("--repository", type=Path, metavar="DIR", help="serve the models in DIR/NAME/VERSION/")
+    parser.add_argument("--version", default="", metavar="V", help="version of --model to register (default: none)")
+    parser.add_argument(
+        "--serve",
+        action="append",
+        default=[],
+        type=_serve,
+        metavar="NAME[@WHICH]",
+        help="a model of the repository, and which versions: all, latest (default), latest-N, or like 1,3 "
+        "(default: the latest of each model)",
+    )
+    parser.add_argument(
+        "--sleep-after",
+        type=_positive,
+        metavar="SECONDS",
+        help="end the process of a model that nobody asked for so long",
+    )
     parser.add_argument("--service", help="service to register under (default: the model's name)")
-    parser.add_argument("--version", default="", metavar="V", help="version of the model to register (default: none)")
     parser.add_argument("--etcd", type=_url, metavar="URL", help="register there (default: do not register)")
     parser.add_argument(
         "--announce-url", type=_url, metavar="URL", help="where gateways reach this backend, if elsewhere"
@@ -102,23 +118,42 @@ def parse(arguments: Sequence[str]) -> Options:
     given = parser.parse_args(arguments)
     if given.etcd and not given.announce_url and given.host in WILDCARDS:
         parser.error(f"gateways cannot reach {given.host}: say with --announce-url where this backend is")
-    is_known = given.model in {path.name for path in MODELS.iterdir()}
-    model = MODELS / given.model if is_known else Path(given.model)
+    if given.repository is None and given.serve:
+        parser.error("--serve names models of a --repository")
+    if given.repository is not None and given.version:
+        parser.error("the versions of a repository are its directories; choose with --serve NAME@VERSION")
     return Options(
-        model=model,
-        name=model.resolve().name,
+        model=None if given.model is None else _directory(given.model),
         version=given.version,
-        service=given.service or model.resolve().name,
+        repository=given.repository,
+        serve=dict(given.serve),
+        sleep_after=given.sleep_after,
+        service=given.service,
         host=given.host,
         port=given.port,
         etcd=given.etcd,
         announce_url=given.announce_url,
-        max_running=given.max_running,
-        max_waiting=given.max_waiting,
-        context=given.context,
-        cache_tokens=given.cache_tokens,
+        sizes=Sizes(given.max_running, given.max_waiting, given.context, given.cache_tokens),
         otlp=given.otlp,
     )
+
+
+def _directory(model: str) -> Path:
+    return MODELS / model if model in own_models() else Path(model)
+
+
+def own_models() -> list[str]:
+    """The models that come with the backend."""
+    return sorted(path.name for path in MODELS.iterdir() if path.is_dir())
+
+
+def _serve(text: str) -> tuple[str, str]:
+    name, which = repository.split_id(text)
+    try:
+        repository.wanted(which or "latest")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return name, which or "latest"
 
 
 def _count(text: str) -> int:
@@ -149,77 +184,82 @@ def _url(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r} is not a URL like http://127.0.0.1:2379")
 
 
-def load(options: Options) -> Tokenizer:
-    """What of the model this process needs itself. Raises ModelError, CannotStartError."""
-    if not options.model.is_dir():
-        known = ", ".join(sorted(path.name for path in MODELS.iterdir()))
-        raise CannotStartError(
-            f"no model at {options.model}; --model takes a Hugging Face directory, or one of: {known}"
-        )
-    config, tokenizer = read_config(options.model), Tokenizer(options.model)
-    if tokenizer.largest_token >= config.vocab_size:
-        raise ModelError(
-            f"{options.model}: the tokenizer knows token {tokenizer.largest_token}, the model only "
-            f"{config.vocab_size} of them; tokenizer.json and config.json do not belong together"
-        )
-    return tokenizer
+def entries(options: Options, name: str) -> list[Entry]:
+    """The versions of a model that are to be served."""
+    if options.repository is not None:
+        return repository.wanted(options.serve.get(name, "latest"))(repository.versions(options.repository, name))
+    entry = only_entry(options)
+    return [entry] if entry.name == name else []
 
 
-async def serve(options: Options, tokenizer: Tokenizer, clock: Callable[[], float], wall: Callable[[], float]) -> int:
-    """Serve until a signal; returns the exit code. Raises CannotStartError, ModelError, InvalidRegistration."""
+def only_entry(options: Options) -> Entry:
+    """What --model names: a directory with a model, or one with versions of it. Raises CannotStartError."""
+    directory = options.model or Path()
+    if not directory.is_dir():
+        known = ", ".join(own_models())
+        raise CannotStartError(f"no model at {directory}; --model takes a Hugging Face directory, or one of: {known}")
+    place = directory.resolve()
+    found = repository.versions(place.parent, place.name)
+    if not found or (directory / "config.json").exists():
+        return Entry(place.name, options.version, directory)
+    chosen = [entry for entry in found if options.version in ("", entry.version)]
+    if not chosen:
+        numbers = ", ".join(entry.version for entry in found)
+        raise CannotStartError(f"{directory} has no version {options.version}; it has {numbers}")
+    return chosen[-1]
+
+
+def names(options: Options) -> list[str]:
+    """The models to load at the start. Raises CannotStartError, ModelError."""
+    if options.repository is None:
+        return [only_entry(options).name]
+    there = repository.names(options.repository)
+    for name in options.serve:
+        if not entries(options, name):
+            raise CannotStartError(f"{options.repository} has no model {name} in a version that --serve asks for")
+    return list(options.serve) or there
+
+
+async def serve(options: Options, clock: Callable[[], float], wall: Callable[[], float]) -> int:
+    """Serve until told to end; returns the exit code. Raises CannotStartError, ModelError, InvalidRegistration."""
     ending = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ending.set)
-    worker = Worker(options.max_running + options.max_waiting, clock)
-    api = Api(worker, tokenizer, model=options.name, wall=wall)
-    start = Start(
-        str(options.model), sorted(tokenizer.end_tokens), options.max_running, options.context, options.cache_tokens
-    )
-    key = f"{options.service}/{secrets.token_hex(6)}"
+    wanted = names(options)
     async with contextlib.AsyncExitStack() as stack:
-        async with worker.running(start):
-            url = await stack.enter_async_context(listening(api, options, wall))
-            said = f"serving {options.name} at {url}"
-            if await serve_until(ending, api, worker, options, url, key, said):
-                return 0
-        delay = FIRST_RESTART
-        while True:
-            log.error("the worker is gone; another one is started in %.1f s", delay)
-            if await is_set_within(ending, delay):
-                return 0
-            delay = min(2 * delay, LAST_RESTART)
-            try:
-                async with worker.running(start):
-                    delay = FIRST_RESTART
-                    if await serve_until(ending, api, worker, options, url, key, f"{said} again"):
-                        return 0
-            except ModelError as error:
-                log.error("it cannot be started: %s", error)  # noqa: TRY400  what to do is in the message
+        registry = Registry(options)
+        if options.etcd is not None:
+            registry.client = await stack.enter_async_context(EtcdClient(EtcdSettings(endpoints=(options.etcd,))))
+        service = Service(
+            lambda entry: Language.read(entry, options.sizes, clock, wall), registry.announced, options.sleep_after
+        )
+        pool = Pool(service, lambda name: entries(options, name))
+        api = Api(pool, wall=wall, end=ending.set)
+        registry.url = url = await stack.enter_async_context(listening(api, options, wall))
+        async with pool.running():
+            loading = asyncio.ensure_future(load(pool, wanted, url))
+            await first_of(ending.wait(), asyncio.wait({loading}))
+            failure = loading.result() if loading.done() else None
+            if failure is None:
+                await ending.wait()
+            loading.cancel()
+        if failure is not None:
+            raise failure
+        await first_of(api.in_flight.wait_idle(), asyncio.sleep(LAST_WORDS))
+    return 0
 
 
-async def serve_until(
-    ending: asyncio.Event, api: Api, worker: Worker, options: Options, url: str, key: str, said: str
-) -> bool:
-    """Serve with this worker. Returns True after draining, False when the worker is lost."""
-    async with announced(options, url, key) as announcement:
-        print(said, flush=True)  # noqa: T201  the one line that a caller waits for
-        waits = [asyncio.ensure_future(ending.wait()), asyncio.ensure_future(worker.wait_lost())]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for each in waits:
-                each.cancel()
-        if ending.is_set():
-            await drain(api, announcement)
-        return ending.is_set()
-
-
-async def is_set_within(event: asyncio.Event, seconds: float) -> bool:
-    """Wait for an event, but not for ever."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    return event.is_set()
+async def load(pool: Pool, wanted: Sequence[str], url: str) -> Exception | None:
+    """Load what is there at the start, and say so. Gives a failure when there was nothing but failures."""
+    served = [each for name in wanted for each in await pool.load(name)]
+    failures = [each.failure for each in served if each.failure is not None]
+    ready = ", ".join(str(each.entry) for each in served if each.state is State.READY)
+    if failures and not ready:
+        return failures[0]
+    for failure in failures:
+        log.error("cannot be served: %s", failure)
+    print(f"serving {ready or 'nothing'} at {url}", flush=True)  # noqa: T201  the one line that a caller waits for
+    return None
 
 
 @contextlib.asynccontextmanager
@@ -230,7 +270,7 @@ async def listening(api: Api, options: Options, wall: Callable[[], float]) -> As
         if options.otlp:
             exporter = SpanExporter(otlp_export(options.otlp, "weir-backend", "0.1.0"))
             stack.callback(exporter.close)
-            middlewares.append(span_middleware(exporter, options.name, wall))
+            middlewares.append(span_middleware(exporter, wall))
         # Without handler_cancellation a client that left would be generated for to the end.
         runner = web.AppRunner(
             api.application(*middlewares), handler_cancellation=True, access_log=None, shutdown_timeout=0.0
@@ -251,35 +291,31 @@ async def listening(api: Api, options: Options, wall: Callable[[], float]) -> As
             await runner.cleanup()
 
 
-@contextlib.asynccontextmanager
-async def announced(options: Options, url: str, key: str) -> AsyncIterator[Announcement | None]:
-    """The registration in etcd, if one is wanted. Raises InvalidRegistration."""
-    if options.etcd is None:
-        yield None
-        return
-    registration = Registration(
-        url=options.announce_url or url,
-        models=(ModelEntry(options.name, options.version),),
-        max_concurrency=options.max_running + options.max_waiting,
-        load=LOAD_PATH,
-    )
-    async with (
-        EtcdClient(EtcdSettings(endpoints=(options.etcd,))) as client,
-        backend_announcement(client, key, registration, rng=random.SystemRandom()) as announcement,
-    ):
-        yield announcement
+class Registry:
+    """How the versions that are served are told to gateways, if they are: each under a key of its own in etcd."""
 
+    def __init__(self, options: Options) -> None:
+        self.client: EtcdClient | None = None
+        self.url = ""
+        self._options = options
 
-async def drain(api: Api, announcement: Announcement | None) -> None:
-    """Tell that this backend is going, let the news get around, then refuse, then wait for what is in flight."""
-    api.phase = Phase.DRAINING
-    if announcement is not None:
-        await announcement.drain()
-    await asyncio.sleep(ACCEPT_WHILE_DRAINING)
-    api.phase = Phase.CLOSED
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(FINISH_WITHIN):
-            await api.in_flight.wait_idle()
+    @contextlib.asynccontextmanager
+    async def announced(self, entry: Entry, id_: str, model: Model) -> AsyncIterator[Announcement | None]:
+        """The registration of one version. Raises InvalidRegistration."""
+        if self.client is None:
+            yield None
+            return
+        options = self._options
+        path = f"/models/{entry.name}/{entry.version}" if options.repository is not None else ""
+        registration = Registration(
+            url=(options.announce_url or self.url) + path,
+            models=(ModelEntry(entry.name, entry.version),),
+            max_concurrency=model.bound,
+            load=path + LOAD_PATH,
+        )
+        key = f"{options.service or entry.name}/{id_}"
+        async with backend_announcement(self.client, key, registration, rng=random.SystemRandom()) as announcement:
+            yield announcement
 
 
 def main(arguments: Sequence[str], *, clock: Callable[[], float], wall: Callable[[], float]) -> int:
@@ -287,7 +323,7 @@ def main(arguments: Sequence[str], *, clock: Callable[[], float], wall: Callable
     options = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
-        return uvloop.run(serve(options, load(options), clock, wall))
+        return uvloop.run(serve(options, clock, wall))
     except InvalidRegistration as error:
         print(f"reference_backend: cannot be registered: {error}", file=sys.stderr)  # noqa: T201
         return 2

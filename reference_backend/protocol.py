@@ -55,6 +55,13 @@ def loading() -> ApiError:
     return not_started(503, "loading", "this backend's model is being loaded")
 
 
+def draining() -> ApiError:
+    """The connection is closed, too, so that a client's next request finds another backend."""
+    refusal = not_started(503, "draining", "this backend is ending and takes no new requests")
+    refusal.headers |= {"x-draining": "true", "connection": "close"}
+    return refusal
+
+
 def worker_lost() -> ApiError:
     """No byte has gone out, and whatever was computed is gone: another backend may have the request."""
     return not_started(503, "engine_restarted", "the model's process ended while it worked on this request")

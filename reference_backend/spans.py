@@ -10,13 +10,14 @@ from aiohttp.typedefs import Handler, Middleware
 
 from observability.traceparent import parse_traceparent
 from observability.tracing import SpanExporter
-from reference_backend.server import USAGE
+from reference_backend.incoming import SERVED
+from reference_backend.openai_api import USAGE
 
 OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion"}
 LEFT = 499  # the client went away before there was a status
 
 
-def span_middleware(exporter: SpanExporter, model: str, wall: Callable[[], float]) -> Middleware:
+def span_middleware(exporter: SpanExporter, wall: Callable[[], float]) -> Middleware:
     """Emits a span when a generation has ended, however it ended.
 
     A caller that does not keep its trace gets no span; without a caller's trace, a span begins one of its own.
@@ -24,7 +25,7 @@ def span_middleware(exporter: SpanExporter, model: str, wall: Callable[[], float
 
     @web.middleware
     async def trace(request: web.Request, handler: Handler) -> web.StreamResponse:
-        operation = OPERATIONS.get(request.path)
+        operation = next((name for path, name in OPERATIONS.items() if request.path.endswith(path)), None)
         parent = parse_traceparent(request.headers.get("traceparent", ""))
         if operation is None or (parent is not None and not parent.flags & 1):
             return await handler(request)
@@ -34,8 +35,10 @@ def span_middleware(exporter: SpanExporter, model: str, wall: Callable[[], float
             status = response.status
             return response
         finally:
+            served = request.get(SERVED)
+            model = str(served.entry) if served is not None else ""
             exporter.emit(
-                f"{operation} {model}",
+                f"{operation} {model}".rstrip(),
                 trace_id=parent.trace_id if parent else secrets.token_hex(16),
                 span_id=secrets.token_hex(8),
                 parent_id=parent.parent_id if parent else "",
@@ -52,10 +55,10 @@ def _attributes(request: web.Request, operation: str, model: str, status: int) -
     attributes: dict[str, str | int | float | bool] = {
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": "weir",
-        "gen_ai.request.model": model,
-        "gen_ai.response.model": model,
         "http.response.status_code": status,
     }
+    if model:
+        attributes |= {"gen_ai.request.model": model, "gen_ai.response.model": model}
     usage = request.get(USAGE)
     if usage is not None:
         attributes["gen_ai.usage.input_tokens"] = usage.prompt_tokens

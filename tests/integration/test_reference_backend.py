@@ -34,7 +34,7 @@ async def backend(*arguments):
     try:
         async with asyncio.timeout(60):  # the import of torch takes seconds on a busy machine
             line = (await process.stdout.readline()).decode()
-        assert line.startswith("serving tiny at http://"), line
+        assert line.startswith(("serving tiny at http://", "serving tiny@2 at http://")), line
         yield process, line.split()[-1]
         if process.returncode is None:
             process.send_signal(signal.SIGTERM)

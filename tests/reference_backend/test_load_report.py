@@ -31,7 +31,9 @@ class Played(Worker):
 
 def reporter(load=BUSY, draining=False):
     worker = Played(load)
-    return worker, Reporter(worker, lambda: 1000.0, lambda: draining)
+    made = Reporter(worker, lambda: 1000.0)
+    made.draining = draining
+    return worker, made
 
 
 def test_a_report_has_what_the_worker_says_and_what_the_server_has_seen():
@@ -93,7 +95,7 @@ async def first(count, reports):
 
 def test_metrics_can_be_scraped():
     _, subject = reporter()
-    page = metrics_page(BUSY, subject.report(), 'a "b"\\c')
+    page = metrics_page([('a "b"\\c', BUSY, subject.report())])
     families = {family.name: family for family in text_string_to_metric_families(page)}
     values = {sample.name: sample.value for family in families.values() for sample in family.samples}
     assert {name: value for name, value in values.items() if name.startswith("vllm:")} == {

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
 
 from reference_backend import process as command  # noqa: E402
+from reference_backend.repository import Entry  # noqa: E402
 from tests.support.tiny_model import DIRECTORY  # noqa: E402
 
 
@@ -25,7 +26,8 @@ def test_the_server_does_without_torch():
 
 def test_tiny_is_known_by_name():
     options = command.parse(["--model", "tiny"])
-    assert (options.model, options.name, options.service) == (DIRECTORY, "tiny", "tiny")
+    assert (options.model, options.service) == (DIRECTORY, None)
+    assert command.only_entry(options) == Entry("tiny", "", DIRECTORY)
     assert (options.host, options.port, options.version, options.etcd) == ("127.0.0.1", 0, "", None)
 
 
@@ -33,7 +35,7 @@ def test_a_path_is_a_model_named_after_its_directory(tmp_path, monkeypatch):
     (tmp_path / "Llama-3").mkdir()
     monkeypatch.chdir(tmp_path / "Llama-3")
     options = command.parse(["--model", ".", "--service", "chat", "--version", "2"])
-    assert (options.name, options.service, options.version) == ("Llama-3", "chat", "2")
+    assert (str(command.only_entry(options)), options.service) == ("Llama-3@2", "chat")
 
 
 @pytest.mark.parametrize(
@@ -47,6 +49,10 @@ def test_a_path_is_a_model_named_after_its_directory(tmp_path, monkeypatch):
         (["--model", "tiny", "--etcd", "http://[::1"], "is not a URL"),
         (["--model", "tiny", "--etcd", "http://e:2379", "--host", "0.0.0.0"], "--announce-url"),
         (["--model", "tiny", "--wizard"], "unrecognized arguments: --wizard"),
+        (["--model", "tiny", "--repository", "models"], "not allowed with argument"),
+        (["--model", "tiny", "--serve", "tiny"], "--serve names models of a --repository"),
+        (["--repository", "models", "--version", "2"], "choose with --serve NAME@VERSION"),
+        (["--repository", "models", "--serve", "tiny@newest"], "'newest' is none of: all, latest"),
     ],
 )
 def test_wrong_use_is_exit_code_2(arguments, message, capsys):
@@ -68,6 +74,47 @@ def test_a_model_that_is_not_there_is_exit_code_3(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "gone; --model takes a Hugging Face directory, or one of: tiny" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("which", "expected"), [("", "3"), ("1", "1"), ("2", "it has 1, 3")], ids=["latest", "named", "absent"]
+)
+def test_a_directory_of_versions_is_one_of_them(tmp_path, which, expected):
+    for version in ("1", "3"):
+        (tmp_path / "chat" / version).mkdir(parents=True)
+    options = command.parse(["--model", str(tmp_path / "chat"), "--version", which])
+    if which == "2":
+        with pytest.raises(command.CannotStartError, match=expected):
+            command.only_entry(options)
+    else:
+        assert command.only_entry(options) == Entry("chat", expected, tmp_path / "chat" / expected)
+
+
+@pytest.fixture
+def store(tmp_path):
+    for place in ("chat/1", "chat/2", "embed/7"):
+        (tmp_path / place).mkdir(parents=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("serve", "expected"),
+    [
+        ([], {"chat": ["2"], "embed": ["7"]}),
+        (["chat@all"], {"chat": ["1", "2"]}),
+        (["embed", "chat@1"], {"embed": ["7"], "chat": ["1"]}),
+        (["chat@3"], "no model chat in a version that --serve asks for"),
+        (["gone"], "no model gone"),
+    ],
+)
+def test_a_repository_serves_what_is_asked_for(store, serve, expected):
+    options = command.parse(["--repository", str(store), *(word for each in serve for word in ("--serve", each))])
+    if isinstance(expected, str):
+        with pytest.raises(command.CannotStartError, match=expected):
+            command.names(options)
+        return
+    found = {name: [entry.version for entry in command.entries(options, name)] for name in command.names(options)}
+    assert found == expected
 
 
 @pytest.mark.parametrize(

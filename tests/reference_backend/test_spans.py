@@ -28,7 +28,7 @@ class Spans:
 async def spans_of(path="/v1/chat/completions", body=QUESTION, **headers):
     spans = Spans()
     ticks = iter(range(1000, 2000))
-    trace = span_middleware(spans, "tiny", lambda: float(next(ticks)))
+    trace = span_middleware(spans, lambda: float(next(ticks)))
     async with running_api(trace) as backend, aiohttp.ClientSession() as session:
         await session.post(backend.url + path, json=body, headers=headers)
     return spans.found
@@ -69,13 +69,13 @@ async def test_who_gets_a_span(path, headers, count):
 
 async def test_a_refusal_has_a_span_without_tokens():
     [(name, fields)] = await spans_of("/v1/completions", {"model": "gpt-7", "prompt": "a"}, traceparent=KEPT)
-    assert (name, fields["attributes"]["http.response.status_code"]) == ("text_completion tiny", 404)
+    assert (name, fields["attributes"]["http.response.status_code"]) == ("text_completion", 404)
     assert "gen_ai.usage.output_tokens" not in fields["attributes"]
 
 
 async def test_a_client_that_leaves_has_a_span_too():
     spans = Spans()
-    trace = span_middleware(spans, "tiny", lambda: 0.0)
+    trace = span_middleware(spans, lambda: 0.0)
     async with running_api(trace) as backend, aiohttp.ClientSession() as session:
         body = QUESTION | {"max_tokens": 400}
         leaving = asyncio.ensure_future(session.post(f"{backend.url}/v1/chat/completions", json=body))

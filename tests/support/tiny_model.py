@@ -17,10 +17,15 @@ import torch
 from aiohttp import web
 
 import reference_backend
+from reference_backend.engine.config import ModelError
 from reference_backend.engine.engine import Engine, Settings
 from reference_backend.engine.frames import Ready, Start, framed
 from reference_backend.engine.model import Llama, load_model
 from reference_backend.engine.service import Line, serve
+from reference_backend.language import Language
+from reference_backend.pool import Pool
+from reference_backend.repository import Entry
+from reference_backend.served import Served, Service
 from reference_backend.server import Api
 from reference_backend.tokenizer import Tokenizer
 from reference_backend.worker import Worker
@@ -45,6 +50,8 @@ def tiny_engine(*, slots: int = 4, context: int = 512) -> Engine:
 class Running:
     url: str
     api: Api
+    served: Served
+    language: Language
     worker: Worker
     engine: Engine
 
@@ -78,20 +85,48 @@ async def running_api(
     if start:
         thread.start()
     worker = Worker(engine.settings.slots + max_waiting, clock)
-    api = Api(worker, tiny()[1], model="tiny", wall=lambda: CREATED)
+    language = InThread(worker, tiny()[1], ours)
+    pool = Pool(
+        Service(lambda _entry: language, unregistered, grace=0.0, finish_within=0.0),
+        lambda name: [Entry(name, "", DIRECTORY)],
+    )
+    api = Api(pool, wall=lambda: CREATED, end=lambda: None)
     runner = web.AppRunner(api.application(*middlewares), handler_cancellation=True, shutdown_timeout=0.0)
     try:
-        async with worker.linked(ours, Start("tiny", [], 0, None, None)):
+        async with pool.running():
+            [served] = await pool.load("tiny")
             await runner.setup()
             try:
                 await web.TCPSite(runner, "127.0.0.1", 0).start()
-                yield Running(f"http://127.0.0.1:{runner.addresses[0][1]}", api, worker, engine)
+                url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+                yield Running(url, api, served, language, worker, engine)
             finally:
                 await runner.cleanup()
     finally:
         if start:
             await asyncio.to_thread(thread.join)
         theirs.close()
+
+
+class InThread(Language):
+    """A language model whose worker is at the other end of a socket already; it has one life."""
+
+    def __init__(self, worker: Worker, tokenizer: Tokenizer, connection: socket.socket) -> None:
+        super().__init__(worker, tokenizer, Start("tiny", [], 0, None, None), lambda: CREATED)
+        self._connection: socket.socket | None = connection
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        connection, self._connection = self._connection, None
+        if connection is None:
+            raise ModelError("it had its one life")
+        async with self.worker.linked(connection, self._start):
+            yield
+
+
+@contextlib.asynccontextmanager
+async def unregistered(*_args: object) -> AsyncIterator[None]:
+    yield None
 
 
 def _serve(engine: Engine, connection: socket.socket, clock) -> None:

@@ -1,0 +1,67 @@
+"""A language model in service: its tokenizer here, its engine in a worker process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from reference_backend.engine.config import ModelError, read_config
+from reference_backend.engine.frames import Start
+from reference_backend.load_report import Reporter
+from reference_backend.repository import Entry, Kind
+from reference_backend.tokenizer import Tokenizer
+from reference_backend.worker import Worker
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How large the engine is made; None: what is sensible."""
+
+    max_running: int = 16
+    max_waiting: int = 16
+    context: int | None = None
+    cache_tokens: int | None = None
+
+
+class Language:
+    kind: Kind = "language"
+
+    def __init__(self, worker: Worker, tokenizer: Tokenizer, start: Start, wall: Callable[[], float]) -> None:
+        self.worker = worker
+        self.reporter = Reporter(worker, wall)
+        self.tokenizer = tokenizer
+        self.bound = worker.bound
+        self._start = start
+
+    @classmethod
+    def read(cls, entry: Entry, sizes: Sizes, clock: Callable[[], float], wall: Callable[[], float]) -> Language:
+        """What of the model the server needs itself. Raises ModelError."""
+        tokenizer = read_tokenizer(entry)
+        start = Start(
+            str(entry.directory),
+            sorted(tokenizer.end_tokens),
+            sizes.max_running,
+            sizes.context,
+            sizes.cache_tokens,
+        )
+        return cls(Worker(sizes.max_running + sizes.max_waiting, clock), tokenizer, start, wall)
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        async with self.worker.running(self._start):
+            yield
+
+    async def wait_lost(self) -> None:
+        await self.worker.wait_lost()
+
+
+def read_tokenizer(entry: Entry) -> Tokenizer:
+    """The tokenizer of a directory that the engine can serve. Raises ModelError."""
+    config, tokenizer = read_config(entry.directory), Tokenizer(entry.directory)
+    if tokenizer.largest_token >= config.vocab_size:
+        raise ModelError(
+            f"{entry.directory}: the tokenizer knows token {tokenizer.largest_token}, the model only "
+            f"{config.vocab_size} of them; tokenizer.json and config.json do not belong together"
+        )
+    return tokenizer

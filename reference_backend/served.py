@@ -1,0 +1,216 @@
+"""One version of a model in service: its state, from loading to gone.
+
+    LOADING => READY      it is loaded, has run once, and is registered
+    LOADING => FAILED     it cannot be loaded; `failure` says why. The first time that is its end
+    READY => LOADING      its process is gone: what was in flight has been told so, the registration is withdrawn, and
+                          another process is started, at once and then after delays that double
+    READY => ASLEEP       nobody asked for so long: its process has ended, its registration stays
+    ASLEEP => LOADING     somebody asked
+    any => DRAINING       told to end: the registration says so, new requests are still taken while that gets around
+    DRAINING => CLOSED    new requests are refused, old ones end, the rest is aborted
+
+Whoever uses it counts as in flight by a `with`, to the last byte.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol, TypeVar
+
+from discovery.announce import Announcement
+from discovery.endpoint import InvalidRegistration
+from reference_backend import protocol
+from reference_backend.engine.config import ModelError
+from reference_backend.in_flight import InFlight
+from reference_backend.load_report import Reporter
+from reference_backend.protocol import ApiError
+from reference_backend.repository import Entry, Kind
+
+ACCEPT_WHILE_DRAINING = 0.5  # seconds: about twice what a watcher needs to hear of it
+FINISH_WITHIN = 60.0  # seconds for what is in flight
+FIRST_RESTART, LAST_RESTART = 0.1, 10.0  # seconds before a lost process is replaced; doubled each time in between
+log = logging.getLogger(__name__)
+
+
+class State(Enum):
+    LOADING = "loading"
+    READY = "ready"
+    ASLEEP = "asleep"
+    FAILED = "failed"
+    DRAINING = "draining"
+    CLOSED = "closed"
+
+    @property
+    def is_useful(self) -> bool:
+        """Whether requests should be sent: to one that sleeps, too, or it would never wake."""
+        return self in (State.READY, State.ASLEEP)
+
+
+class Model(Protocol):
+    """A model of any kind, as far as loading and ending it goes."""
+
+    kind: Kind
+    bound: int  # requests that it takes at a time
+    reporter: Reporter
+
+    def running(self) -> AbstractAsyncContextManager[None]:
+        """One life of it, from when it has run once. Raises ModelError on entering. May be entered again."""
+        ...
+
+    async def wait_lost(self) -> None:
+        """Until this life is over by itself."""
+        ...
+
+
+M = TypeVar("M", bound=Model)
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What is the same for all versions that a process serves."""
+
+    make: Callable[[Entry], Model]  # reads what of it the server needs itself, which takes a while. Raises ModelError
+    announce: Callable[[Entry, str, Model], AbstractAsyncContextManager[Announcement | None]]
+    """Registers it under an id. Raises InvalidRegistration on entering."""
+    sleep_after: float | None = None  # seconds
+    grace: float = ACCEPT_WHILE_DRAINING
+    finish_within: float = FINISH_WITHIN
+
+
+class Served:
+    """See above. `run` is its life."""
+
+    def __init__(self, entry: Entry, service: Service) -> None:
+        self.entry = entry
+        self.state = State.LOADING
+        self.failure: ModelError | InvalidRegistration | None = None
+        self.in_flight = InFlight()
+        self.model: Model | None = None
+        self._service = service
+        self._id = secrets.token_hex(6)
+        self._ending = asyncio.Event()
+        self._wanted = asyncio.Event()
+        self._settled = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return f"<Served {self.entry} {self.state.value}, {self.in_flight.count} in flight>"
+
+    @property
+    def reason(self) -> str:
+        """Why it is not ready, where something went wrong."""
+        return str(self.failure) if self.failure is not None else ""
+
+    @contextlib.contextmanager
+    def use(self, kind: type[M]) -> Iterator[M]:
+        """Have it for one request. Raises ApiError: 503 where it is not ready, 400 where it is of another kind."""
+        if self.state is State.CLOSED:
+            raise protocol.draining()
+        if self.state not in (State.READY, State.DRAINING) or self.model is None:
+            self._wanted.set()
+            raise protocol.loading()
+        if not isinstance(self.model, kind):
+            message = f"model {self.entry} is of the kind {self.model.kind!r}, which this path is not for"
+            raise ApiError(400, "wrong_kind", message, param="model")
+        with self.in_flight:
+            self._wanted.set()
+            yield self.model
+
+    async def wait_settled(self) -> None:
+        """Until it is known whether it can be served."""
+        await self._settled.wait()
+
+    def end(self) -> None:
+        """Have it drain and go; `run` ends then."""
+        self._ending.set()
+
+    async def run(self) -> None:
+        """From loading to gone."""
+        try:
+            self.model = await asyncio.to_thread(self._service.make, self.entry)
+            await self._live(self.model)
+        except (ModelError, InvalidRegistration) as error:
+            self.state, self.failure = State.FAILED, error
+        finally:
+            self._settled.set()
+
+    async def _live(self, model: Model) -> None:
+        """One life after another, until told to end. Raises ModelError, InvalidRegistration in the first."""
+        delay, announcement = 0.0, None
+        async with contextlib.AsyncExitStack() as published:
+            while not self._ending.is_set():
+                try:
+                    async with model.running():
+                        if announcement is None:
+                            announcement = await published.enter_async_context(
+                                self._service.announce(self.entry, self._id, model)
+                            )
+                        await self._serve(model)
+                        if self._ending.is_set():
+                            await self._drain(announcement)
+                    delay = 0.0
+                except ModelError as error:
+                    if not self._settled.is_set():
+                        raise
+                    self.failure = error
+                    log.error("%s cannot be started: %s", self.entry, error)  # noqa: TRY400  the message says it all
+                if self.state is State.ASLEEP:
+                    await first_of(self._ending.wait(), self._wanted.wait())
+                    self.state = State.LOADING
+                elif self.state is State.LOADING:
+                    announcement = None
+                    await published.aclose()
+                    delay = min(2 * delay, LAST_RESTART) or FIRST_RESTART
+                    log.error("the process of %s is gone; another one is started in %.1f s", self.entry, delay)
+                    await first_of(self._ending.wait(), asyncio.sleep(delay))
+        self.state = State.CLOSED
+
+    async def _serve(self, model: Model) -> None:
+        """READY => DRAINING, LOADING or ASLEEP."""
+        self.state, self.failure = State.READY, None
+        self._settled.set()
+        log.info("%s is ready", self.entry)
+        await first_of(self._ending.wait(), model.wait_lost(), self._fall_asleep())
+        if self._ending.is_set():
+            self.state, model.reporter.draining = State.DRAINING, True
+        elif self.state is State.READY:
+            self.state = State.LOADING
+
+    async def _fall_asleep(self) -> None:
+        """READY => ASLEEP, when nobody was there for so long. In one step with seeing it: nobody comes in between."""
+        while True:
+            await self.in_flight.wait_idle()
+            self._wanted.clear()
+            try:
+                async with asyncio.timeout(self._service.sleep_after):
+                    await self._wanted.wait()
+            except TimeoutError:
+                break
+        self._wanted.clear()
+        self.state = State.ASLEEP
+
+    async def _drain(self, announcement: Announcement | None) -> None:
+        """DRAINING => CLOSED. What is not over by then is aborted by whoever ends the model's life."""
+        if announcement is not None:
+            await announcement.drain()
+        await asyncio.sleep(self._service.grace)
+        self.state = State.CLOSED
+        await first_of(self.in_flight.wait_idle(), asyncio.sleep(self._service.finish_within))
+
+
+async def first_of(*acts: Coroutine[object, object, object]) -> None:
+    """Wait for one of them; the others are cancelled. Raises what it raises."""
+    tasks = [asyncio.ensure_future(act) for act in acts]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
