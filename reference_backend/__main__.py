@@ -6,7 +6,7 @@ import importlib.util
 import sys
 import time
 
-NEEDED = ("torch", "safetensors", "tokenizers", "jinja2", "numpy")
+NEEDED = ("torch", "safetensors", "tokenizers", "jinja2", "llguidance", "numpy")
 
 
 def main() -> int:

@@ -42,6 +42,7 @@ DOORS = {
     "prometheus_client": ("observability/metrics.py",),
     "opentelemetry": ("observability/tracing.py",),
     "torch": ("reference_backend/",),
+    "llguidance": ("reference_backend/engine/grammar.py",),
 }
 
 # What policies/ may not touch: they decide on what they are given. `from random import Random` names a type.

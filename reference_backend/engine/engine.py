@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from random import Random
 
 from reference_backend.admission import FairQueue
+from reference_backend.engine.grammar import Grammars
 from reference_backend.engine.kv_cache import BlockPool
 from reference_backend.engine.model import Llama
 from reference_backend.engine.pace import NEW, Pace
@@ -57,12 +58,20 @@ class Engine:
     """
 
     def __init__(
-        self, model: Llama, settings: Settings, *, end_tokens: frozenset[int], rng: Random, overlap: bool = False
+        self,
+        model: Llama,
+        settings: Settings,
+        *,
+        end_tokens: frozenset[int],
+        rng: Random,
+        overlap: bool = False,
+        grammars: Grammars | None = None,
     ) -> None:
         self.settings = settings
         self.end_tokens = end_tokens
         self._rng = rng
         self._overlap = overlap
+        self._grammars = grammars
         self.runner = Runner(
             model,
             slots=settings.slots,
@@ -129,6 +138,8 @@ class Engine:
         sequence.arrival = self._arrivals
         seed = sequence.sampling.seed
         sequence.seed = self._rng.randrange(SEEDS) if seed is None else seed
+        if sequence.sampling.grammar is not None and self._grammars is not None:
+            sequence.constraint = self._grammars.begin(sequence.sampling.grammar)
         self._arrived.append(sequence)
 
     def abort(self, sequence: Sequence) -> None:
@@ -177,6 +188,9 @@ class Engine:
         sequence = result.sequence
         if sequence.is_over:
             return []
+        if sequence.constraint is not None and sequence.constraint.is_broken:
+            self._end(sequence)
+            return [(sequence, Delta(None, "grammar"))]
         if not result.is_sound:
             # Whatever it has put into the cache may be no number either, and must not be met by others.
             self.runner.clear(self.scheduler.pool.forget(sequence.blocks))
@@ -192,6 +206,8 @@ class Engine:
     def _judge(self, sequence: Sequence, result: Result) -> Delta:
         if result.token in self.end_tokens and not sequence.sampling.ignore_eos:
             return Delta(None, "stop", cached_tokens=sequence.cached_tokens)
+        if sequence.constraint is not None and sequence.constraint.take(result.token):
+            return Delta(result.token, "stop", result.logprobs, sequence.cached_tokens)
         is_last = len(sequence.tokens) - len(sequence.prompt) >= sequence.sampling.max_tokens
         return Delta(result.token, "length" if is_last else None, result.logprobs, sequence.cached_tokens)
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import IntEnum
 from hashlib import blake2b
-from typing import Literal
+from typing import Literal, Protocol
 
 import msgspec
 
 PICTURE_SIDE, PICTURE_TOKENS = 32, 16  # pixels of a picture, and tokens that stand for it
 GREEDY_BELOW = 1e-5  # a smaller temperature divides by what float32 cannot hold
 
-# `failed`: this request met scores that are no numbers. `lost`: the worker that had it is gone.
-Finish = Literal["stop", "length", "deadline", "failed", "lost"]
+# `failed`: this request met scores that are no numbers. `grammar`: its grammar cannot be followed any further.
+# `lost`: the worker that had it is gone.
+Finish = Literal["stop", "length", "deadline", "failed", "grammar", "lost"]
 
 
 class Priority(IntEnum):
@@ -31,8 +32,9 @@ class Sampling:
     The candidates are the `top_k` likeliest (0: all), of those the likeliest that together have `top_p` of their
     probability, and of those the ones at least `min_p` times as likely as the likeliest. Penalties come before all
     that: `presence` and `frequency` are subtracted from the logits of what was generated (once, and each time),
-    `repetition` divides the logits of what was generated or asked. `logprobs` is the number of alternatives to tell
-    with each token; None tells nothing.
+    `repetition` divides the logits of what was generated or asked. `bias` is added to the logits of tokens. Where there
+    is a `grammar`, only tokens that keep to it are candidates, and the answer is over when it is complete. `logprobs`
+    is the number of alternatives to tell with each token; None tells nothing.
     """
 
     max_tokens: int
@@ -46,6 +48,8 @@ class Sampling:
     seed: int | None = None
     logprobs: int | None = None
     ignore_eos: bool = False
+    bias: tuple[tuple[int, float], ...] = ()
+    grammar: str | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -88,6 +92,19 @@ class Picture(msgspec.Struct, array_like=True, frozen=True):
         return blake2b(self.pixels, digest_size=16).digest()
 
 
+class Constraint(Protocol):
+    """The grammar of one answer, as far as the answer has come. `is_broken`: it cannot be followed any further."""
+
+    @property
+    def is_broken(self) -> bool: ...
+
+    def mask(self) -> bytes:
+        """A bit for each token that may come next, the first in the lowest, in whole words of 32. None when broken."""
+
+    def take(self, token: int) -> bool:
+        """Go on by a token. Returns whether the answer is complete, and nothing can follow."""
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One request inside the engine. `deadline` is in the seconds of the engine's clock.
@@ -106,6 +123,7 @@ class Sequence:
     pictures: list[Picture] = field(default_factory=list)  # each in the place of PICTURE_TOKENS tokens of the prompt
 
     seed: int = 0
+    constraint: Constraint | None = None
     arrival: int = 0
     arrived_at: float = 0.0
     aborted: bool = False
@@ -134,8 +152,11 @@ class Sequence:
 
     @property
     def uncomputed(self) -> int:
-        """Tokens that a step could work on; none when the last token that may be generated is on its way."""
-        if self.drawn >= self.sampling.max_tokens:
+        """Tokens that a step could work on; none when the last token that may be generated is on its way.
+
+        None, too, while what may come next under a grammar depends on a token that the host has not seen.
+        """
+        if self.drawn >= self.sampling.max_tokens or (self.constraint is not None and self.pending):
             return 0
         return len(self.tokens) + self.pending - self.computed
 

@@ -113,7 +113,8 @@ class Runner:
             return Launched([], None)
         if chunks:
             hidden = hidden[torch.tensor(ends, device=self._device)]
-        drawn = self._sampler.sample(self.model.logits(hidden), rows)
+        masks = b"".join(each.constraint.mask() for each in sequences if each.constraint is not None)
+        drawn = self._sampler.sample(self.model.logits(hidden), rows, masks)
         self._last_tokens.index_copy_(0, rows.slots, drawn.tokens)
         return Launched(sequences, drawn)
 

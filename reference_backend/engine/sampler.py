@@ -50,6 +50,8 @@ class Rows:
     drawing: Tensor | None
     filtered: Tensor | None
     penalized: Tensor | None
+    biased: Tensor | None
+    constrained: Tensor | None  # those that keep to a grammar
     told: Tensor | None  # those that want logprobs
     alternatives: int  # the most that any of them wants
 
@@ -81,6 +83,7 @@ class Sampler:
         # How often each token was generated, and whether it has occurred at all: only if somebody asks for penalties.
         self._counts: Tensor | None = None
         self._occurred: Tensor | None = None
+        self._bias: Tensor | None = None  # likewise
         self._slots = slots
 
     def load(self, slot: int, sequence: Sequence) -> None:
@@ -102,6 +105,12 @@ class Sampler:
             self._counts[slot] = torch.bincount(self._ids(generated), minlength=self._vocabulary)
             self._occurred[slot] = False
             self._occurred[slot, self._ids(sequence.tokens)] = True
+        if settings.bias:
+            if self._bias is None:
+                self._bias = torch.zeros(self._slots, self._vocabulary, device=self._device)
+            tokens, biases = zip(*settings.bias, strict=True)
+            self._bias[slot] = 0.0
+            self._bias[slot, self._ids(list(tokens))] = torch.tensor(biases, device=self._device)
 
     def rows(self, sequences: list[Sequence], slots: Tensor) -> Rows:
         """Sort a batch by kind. Good for as long as the same sequences stand in the same slots."""
@@ -111,16 +120,26 @@ class Sampler:
             drawing=self._where([not (each.is_greedy or each.is_filtered) for each in asked]),
             filtered=self._where([each.is_filtered and not each.is_greedy for each in asked]),
             penalized=self._where([each.is_penalized for each in asked]),
+            biased=self._where([bool(each.bias) for each in asked]),
+            constrained=self._where([sequence.constraint is not None for sequence in sequences]),
             told=self._where([each.logprobs is not None for each in asked]),
             alternatives=max((each.logprobs or 0 for each in asked), default=0),
         )
 
-    def sample(self, scores: Tensor, rows: Rows) -> Drawn:
-        """One token for each row of scores [rows, vocabulary] in float32, which may be overwritten."""
+    def sample(self, scores: Tensor, rows: Rows, masks: bytes = b"") -> Drawn:
+        """One token for each row of scores [rows, vocabulary] in float32, which may be overwritten.
+
+        `masks` says what the constrained rows may draw, one after the other: a bit for each token, the first in the
+        lowest, in whole words of 32.
+        """
         chosen = top = top_tokens = None
         told = None if rows.told is None else scores[rows.told].log_softmax(dim=-1)
         if rows.penalized is not None:
             self._penalize(scores, rows.penalized, rows.slots[rows.penalized])
+        if rows.biased is not None and self._bias is not None:
+            scores[rows.biased] += self._bias[rows.slots[rows.biased]]
+        if rows.constrained is not None:
+            scores[rows.constrained] = scores[rows.constrained].masked_fill(~self._allowed(masks), -torch.inf)
         best, tokens = scores.max(dim=-1)
         for kind, draw in ((rows.drawing, self._draw), (rows.filtered, self._draw_filtered)):
             if kind is not None:
@@ -169,6 +188,13 @@ class Sampler:
         assert self._occurred is not None  # noqa: S101
         self._counts[slots, tokens] += 1
         self._occurred[slots, tokens] = True
+
+    def _allowed(self, masks: bytes) -> Tensor:
+        """The masks as truth values [constrained rows, vocabulary]."""
+        words = torch.frombuffer(bytearray(masks), dtype=torch.int32).to(self._device)
+        words = words.view(-1, -(-self._vocabulary // 32), 1)
+        bits = (words >> torch.arange(32, device=self._device)) & 1
+        return bits.flatten(1)[:, : self._vocabulary].bool()
 
     def _where(self, wanted: list[bool]) -> Tensor | None:
         found = [row for row, is_wanted in enumerate(wanted) if is_wanted]

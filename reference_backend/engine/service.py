@@ -24,6 +24,7 @@ from reference_backend.engine.config import ModelConfig, ModelError
 from reference_backend.engine.engine import Engine, Settings
 from reference_backend.engine.flow import is_flow, load_flow
 from reference_backend.engine.frames import Abort, Ask, Ready, Refused, Start, Turn, Unframed, decode_for_worker, framed
+from reference_backend.engine.grammar import Grammars
 from reference_backend.engine.model import Llama, load_model
 from reference_backend.engine.painting import Studio
 from reference_backend.engine.request import Sampling, Sequence
@@ -113,12 +114,16 @@ def load(start: Start, clock: Callable[[], float]) -> Engine | Studio:
             model = load_model(Path(start.model), torch.device("cuda"), torch.bfloat16)
         else:
             model = load_model(Path(start.model), torch.device("cpu"))
+        tokenizer = Path(start.model) / "tokenizer.json"
         engine = Engine(
             model,
             sizes(start, model),
             end_tokens=frozenset(start.end_tokens),
             rng=random.SystemRandom(),
             overlap=model.device.type != "cpu",
+            grammars=Grammars(tokenizer, model.config.vocab_size, start.end_tokens, clock)
+            if tokenizer.exists()
+            else None,
         )
     except (RuntimeError, MemoryError) as error:  # torch says the former when memory is not enough
         reason = str(error).partition("\n")[0]

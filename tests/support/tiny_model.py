@@ -20,6 +20,7 @@ import reference_backend
 from reference_backend.engine.config import ModelError
 from reference_backend.engine.engine import Engine, Settings
 from reference_backend.engine.frames import Ready, Start, framed
+from reference_backend.engine.grammar import Grammars
 from reference_backend.engine.model import Llama, load_model
 from reference_backend.engine.service import Line, serve
 from reference_backend.language import Language
@@ -43,7 +44,13 @@ def tiny() -> tuple[Llama, Tokenizer]:
 def tiny_engine(*, slots: int = 4, context: int = 512) -> Engine:
     model, tokenizer = tiny()
     settings = Settings(slots=slots, context=context, cache_tokens=slots * context)
-    return Engine(model, settings, end_tokens=tokenizer.end_tokens, rng=Random(1))
+    return Engine(model, settings, end_tokens=tokenizer.end_tokens, rng=Random(1), grammars=tiny_grammars())
+
+
+@cache
+def tiny_grammars() -> Grammars:
+    model, tokenizer = tiny()
+    return Grammars(DIRECTORY / "tokenizer.json", model.config.vocab_size, tokenizer.end_tokens, time.perf_counter)
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,6 +86,31 @@ def crowd(seed, count=12, longest=30):
     ]
 
 
+class Rhythm:
+    """A grammar: which remainder by five a token must have follows from those before it; it is over after so many."""
+
+    def __init__(self, count):
+        self.left, self.state, self.is_broken = count, 2, False
+
+    def mask(self):
+        return sum(1 << token for token in range(64) if token % 5 == self.state and not self.is_broken).to_bytes(
+            8, "little"
+        )
+
+    def take(self, token):
+        assert token % 5 == self.state
+        self.left, self.state = self.left - 1, (3 * self.state + token // 5 + 1) % 5
+        return self.left == 0
+
+
+def constrained_crowd(seed):
+    """Half of a crowd under grammars, some of which are over before the tokens are."""
+    crowded = crowd(seed)
+    for number, each in enumerate(crowded[::2]):
+        each.constraint = Rhythm(4 + number)
+    return crowded
+
+
 def texts(sequences):
     return [each.generated for each in sequences]
 
@@ -188,6 +213,33 @@ def test_a_prompt_is_read_in_pieces_while_others_go_on(engine):
     assert turns == [[short], [short], [short, long], [short, long]]
     assert long.generated == greedy_reference(MODEL, long.prompt, 2)
     run(subject)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("sizes", [{"slots": 4}, {"slots": 6, "cache_tokens": 80}])
+def test_answers_under_a_grammar_are_those_of_each_alone(engine, sizes, overlap):
+    """Among others, with steps launched before the last one is read, and preempted: the grammar sees each token once."""
+    together = constrained_crowd(9)
+    subject = engine(overlap=overlap, **sizes)
+    published = run(subject, *together)
+    assert subject.scheduler.preemptions >= ("cache_tokens" in sizes)
+    assert texts(together) == alone(engine, constrained_crowd(9))
+    complete = {each for each in together if each.constraint is not None and not each.constraint.left}
+    assert complete == {each for each, delta in published if delta.finish == "stop"} != set()
+
+
+def test_a_grammar_that_breaks_ends_its_answer_alone(engine):
+    asked, other = sequence(max_tokens=20), sequence([7], max_tokens=20)
+    asked.constraint = Rhythm(100)
+    subject = engine(overlap=True)
+    for each in (asked, other):
+        subject.submit(each)
+    for _ in range(6):
+        subject.turn(0.0)
+    asked.constraint.is_broken = True
+    published = run(subject)
+    assert [delta for each, delta in published if each is asked] == [Delta(None, "grammar")]
+    assert other.generated == greedy_reference(MODEL, [7], 20)
 
 
 def test_slow_steps_make_the_next_pieces_small(engine):

@@ -15,11 +15,23 @@ ROWS, STEPS = 200, 20
 DRAWS = ROWS * STEPS
 
 
-def sequence(seed=1, prompt=(0,), generated=(), **sampling):
+def sequence(seed=1, prompt=(0,), generated=(), constraint=None, **sampling):
     made = Sequence(list(prompt), Sampling(max_tokens=10**6, **sampling))
     made.seed = seed
     made.tokens += generated
+    made.constraint = constraint
     return made
+
+
+class Only:
+    """A grammar that never moves on."""
+
+    def __init__(self, *tokens):
+        self.tokens = tokens
+
+    def mask(self):
+        words = -(-max(self.tokens, default=0) // 32) or 1
+        return sum(1 << token for token in self.tokens).to_bytes(words * 4, "little")
 
 
 class Bench:
@@ -33,8 +45,9 @@ class Bench:
 
     def drawn(self, scores, slots=None):
         slots = list(range(len(self.sequences))) if slots is None else slots
-        rows = self.sampler.rows([self.sequences[slot] for slot in slots], torch.tensor(slots))
-        return self.sampler.sample(scores.clone(), rows)
+        present = [self.sequences[slot] for slot in slots]
+        masks = b"".join(each.constraint.mask() for each in present if each.constraint is not None)
+        return self.sampler.sample(scores.clone(), self.sampler.rows(present, torch.tensor(slots)), masks)
 
     def draw(self, scores, slots=None):
         return self.drawn(scores, slots).tokens.tolist()
@@ -120,6 +133,10 @@ def test_a_row_draws_the_same_wherever_it_stands_and_whoever_is_there():
         {"frequency_penalty": 0.7, "presence_penalty": -0.3},
         {"repetition_penalty": 1.3, "top_p": 0.9},
         {"logprobs": 3},
+        {"bias": ((3, 2.5), (39, -100.0)), "temperature": 1.2},
+        {"constraint": Only(1, 31, 32, 39)},
+        {"constraint": Only(0, 2, 38), "temperature": 0.0},
+        {"constraint": Only(*range(30, 40)), "top_p": 0.7},
     ]
     scores = torch.randn(len(kinds), 30, 40, generator=generator) * 2
 
@@ -132,7 +149,9 @@ def test_a_row_draws_the_same_wherever_it_stands_and_whoever_is_there():
     while any(len(row) < 30 for row in found):
         order = torch.randperm(len(kinds), generator=generator).tolist()
         present = [
-            kind for kind in order[: 1 + int(torch.randint(9, (), generator=generator))] if len(found[kind]) < 30
+            kind
+            for kind in order[: 1 + int(torch.randint(len(kinds), (), generator=generator))]
+            if len(found[kind]) < 30
         ]
         if present:
             batch = torch.stack([scores[kind, len(found[kind])] for kind in present])
@@ -175,6 +194,27 @@ def test_penalties_change_the_scores_of_what_was_said(settings, expected):
     scores = torch.tensor([[2.0, 2.0, 0.0, -1.0]])
     bench.sampler._penalize(scores, torch.tensor([0]), torch.tensor([0]))
     torch.testing.assert_close(scores, torch.tensor([expected]))
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {}, {"top_k": 2}, {"top_p": 0.6}, {"min_p": 0.9}])
+def test_only_what_a_grammar_allows_is_drawn_and_bias_counts_among_that(settings):
+    """The likeliest tokens are out of the question, and the next ones, of even chance, are told apart by bias."""
+    scores = torch.tensor([[9.0, 1.0, 1.0, 8.0]])
+    constrained = Bench(sequence(constraint=Only(1, 2), **settings))
+    assert {constrained.draw(scores)[0] for _ in range(60)} == ({1} if settings == {"temperature": 0.0} else {1, 2})
+    biased = Bench(sequence(constraint=Only(1, 2), bias=((2, 50.0), (0, 100.0)), **settings))
+    assert {biased.draw(scores)[0] for _ in range(60)} == {2}
+
+
+def test_what_may_draw_nothing_says_so():
+    drawn = Bench(sequence(constraint=Only()), sequence(seed=2)).drawn(torch.zeros(2, 4))
+    assert drawn.best.isfinite().tolist() == [False, True]
+
+
+@pytest.mark.parametrize(("bias", "expected"), [(((1, -100.0),), 0), (((3, 4.5), (0, -1.0)), 3), ((), 1)])
+def test_bias_is_added_to_the_scores(bias, expected):
+    bench = Bench(sequence(temperature=0.0, bias=bias))
+    assert bench.draw(torch.tensor([[2.0, 2.5, 0.0, -1.0]])) == [expected]
 
 
 def test_what_is_drawn_is_counted():

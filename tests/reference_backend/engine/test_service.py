@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import socket
 import threading
 import time
@@ -18,7 +19,7 @@ from reference_backend.engine.frames import Abort, Ask, Start, Unframed, decode_
 from reference_backend.engine.request import Sampling  # noqa: E402
 from reference_backend.engine.service import Line, load, serve  # noqa: E402
 from tests.support.random_flow import random_flow  # noqa: E402
-from tests.support.tiny_model import DIRECTORY, tiny_engine  # noqa: E402
+from tests.support.tiny_model import DIRECTORY, tiny, tiny_engine  # noqa: E402
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -80,6 +81,16 @@ def test_requests_are_answered_turn_by_turn():
         assert [delta.finish for ticket, delta in deltas if ticket == 2] == [None, None, None, None, "length"]
         server.say(ask(3, max_tokens=1))
         assert [ticket for ticket, _ in server.deltas_until(3)] == [3]
+
+
+def test_an_answer_keeps_to_the_grammar_that_is_asked_for():
+    wanted = 'start: "A" ("x"|"yz")* "!"'
+    with serving() as (server, _):
+        server.say(Ask(1, [5, 9, 2], Sampling(max_tokens=64, seed=4, grammar=wanted), None, 1, "", b""))
+        deltas = server.deltas_until(1)
+    text = tiny()[1].decode([delta.token for _, delta in deltas if delta.token is not None])
+    assert re.fullmatch("A(x|yz)*!", text)
+    assert deltas[-1][1].finish == "stop"
 
 
 def test_what_was_given_up_is_not_heard_of_again():
