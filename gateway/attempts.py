@@ -35,6 +35,12 @@ if TYPE_CHECKING:
 
 consumer_line = lru_cache(maxsize=4096)(header_safe)
 
+
+@lru_cache(maxsize=4096)
+def _with_priority(consumer: str, priority: str) -> bytes:
+    return b"%b\r\nx-weir-priority: %b" % (header_safe(consumer), priority.encode())
+
+
 _FAILURES = frozenset(
     {"upstream_reset", "upstream_timeout", "upstream_protocol", "upstream_error", "stream_truncated", "connect_fail"}
 )
@@ -104,7 +110,9 @@ class Forwarder:
         started, connect_before, upstream_before = trail.mark, trail.connect, trail.upstream
         backend, timeout, span_id = lease.backend, route.timeout, self._ids.span()
         deadline_ms = remaining_ms(timeout, trail.start, started)
-        request = request_head(call, backend, consumer_line(consumer), span_id, deadline_ms) + call.body
+        priority = trail.payer.plan.priority if trail.payer is not None else None
+        caller = consumer_line(consumer) if priority is None else _with_priority(consumer, priority)
+        request = request_head(call, backend, caller, span_id, deadline_ms) + call.body
         relay = Relay(call, trail, timeout, backend)
         try:
             connection = backend.pool.take(started)

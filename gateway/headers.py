@@ -63,7 +63,10 @@ def header_safe(text: str) -> bytes:
 
 
 def request_head(call: Call, backend: Backend, consumer: bytes, span_id: str, deadline_ms: int) -> bytes:
-    """The head of a request to a backend, with the empty line. `consumer` is fit to stand in a header line."""
+    """The head of a request to a backend, with the empty line.
+
+    `consumer` is fit to stand in a header line, and may have whole lines about the caller behind it.
+    """
     body = call.body
     return (
         b"%b %b%b HTTP/1.1\r\n%b%b%btraceparent: 00-%b-%b-%b\r\n%bx-weir-consumer: %b\r\nx-weir-deadline-ms: %d\r\n%b"

@@ -90,6 +90,7 @@ def _plan(name: str, section: PlanSection) -> policy.Plan:
         requests=section.requests,
         burst=section.burst or _default_burst(section.requests),
         concurrency=section.concurrency,
+        priority=section.priority,
         when_store_is_down=policy.WhenStoreIsDown(section.when_store_is_down),
     )
 

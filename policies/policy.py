@@ -60,6 +60,7 @@ class Plan:
     requests: Rate | None = None
     burst: int = 1
     concurrency: int | None = None
+    priority: str | None = None  # told to backends: high, normal, low
     when_store_is_down: WhenStoreIsDown = WhenStoreIsDown.SHARE
 
 

@@ -37,7 +37,7 @@ class IssuerSection(Section):
 class PlanSection(Section):
     """How much one consumer may send."""
 
-    LATER: ClassVar = frozenset({"tokens", "budget", "priority", "weight"})
+    LATER: ClassVar = frozenset({"tokens", "budget", "weight"})
 
     requests: Rate | None = Field(
         default=None, description="Requests per second, minute, hour, day or month (30 days)."
@@ -48,6 +48,10 @@ class PlanSection(Section):
         "what a minute allows, and at least 1.",
     )
     concurrency: Positive | None = Field(default=None, description="Requests in flight at one time.")
+    priority: Literal["high", "normal", "low"] | None = Field(
+        default=None,
+        description="How urgent its requests are where they wait in a backend that asks (header `x-weir-priority`).",
+    )
     when_store_is_down: Literal["share", "open", "closed"] = Field(
         default="share",
         description="While Redis is away: `share` the limit among the gateways (default), `open` without limit, "

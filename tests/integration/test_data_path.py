@@ -57,9 +57,23 @@ async def test_phases_add_up_to_the_total(tmp_path) -> None:
     assert total > 99
 
 
+async def test_the_backend_is_told_how_urgent_the_plan_is_whatever_the_client_says(tmp_path) -> None:
+    plans = "plans: {p: {priority: low}}\nconsumers: [{match: {any: true}, plan: p}]\n"
+    async with (
+        ScriptedBackend() as backend,
+        running_gateway(tmp_path, backend.url, policy=OPEN_POLICY + plans) as gateway,
+    ):
+        async with RawClient(gateway.data_address) as client:
+            assert (await client.ask(None, "x-weir-priority: high", "X_Weir_Priority: high")).status == 200
+    lines = backend.heads[0].lower().split(b"\r\n")
+    assert [line for line in lines if b"priority" in line] == [b"x-weir-priority: low"]
+    assert b"x-weir-consumer: anonymous" in lines
+
+
 async def test_the_backend_sees_who_asks_and_nothing_that_the_client_made_up(tmp_path) -> None:
     spoofed = [
         "x-weir-consumer: root",
+        "x-weir-priority: high",
         "x-forwarded-for: 1.2.3.4",
         "x-weir-deadline-ms: 1",
         "authorization: Bearer x.y.z",
@@ -70,6 +84,7 @@ async def test_the_backend_sees_who_asks_and_nothing_that_the_client_made_up(tmp
     head = backend.heads[0].lower()
     assert head.count(b"x-weir-consumer: ") == 1
     assert b"x-weir-consumer: anonymous\r\n" in head
+    assert b"x-weir-priority" not in head
     assert b"x-forwarded-for: 127.0.0.1\r\n" in head
     assert b"x-forwarded-proto: http\r\n" in head
     assert b"x-forwarded-host: gateway\r\n" in head

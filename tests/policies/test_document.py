@@ -45,7 +45,7 @@ issuers:
 anonymous: true
 plans:
   free: {requests: 60/minute, burst: 10, concurrency: 4}
-  gold: {requests: 100/second, concurrency: 64, when_store_is_down: open}
+  gold: {requests: 100/second, concurrency: 64, priority: high, when_store_is_down: open}
 consumers:
   - {match: {group: research}, plan: gold}
   - {match: {consumer: ci}, plan: gold}
@@ -80,7 +80,9 @@ def test_everything_at_once():
     )  # fmt: skip
     assert dict(policy.plans) == {
         "free": Plan("free", Rate(60, 60.0), burst=10, concurrency=4),
-        "gold": Plan("gold", Rate(100, 1.0), burst=100, concurrency=64, when_store_is_down=WhenStoreIsDown.OPEN),
+        "gold": Plan(
+            "gold", Rate(100, 1.0), burst=100, concurrency=64, priority="high", when_store_is_down=WhenStoreIsDown.OPEN
+        ),
     }
     assert policy.consumers == (
         ConsumerRule("gold", group="research"), ConsumerRule("gold", consumer="ci"), ConsumerRule("free", any=True),
