@@ -7,7 +7,7 @@ from typing import Final
 import msgspec
 
 from observability.line_writer import LineWriter
-from observability.millis import millis
+from observability.millis import THREE_DIGITS, millis
 from observability.request import RequestEnded
 from observability.text import LONGEST, bounded
 
@@ -16,7 +16,6 @@ _NAMED: Final = (
     "code", "rule", "attempts", "stream",
 )  # fmt: skip
 _MOST_NAMED: Final = 4096
-_THREE_DIGITS: Final = [b"%03d" % number for number in range(1000)]
 
 
 class AccessLog:
@@ -50,7 +49,7 @@ class AccessLog:
             b'"pick_ms":%b,"bytes_in":%d,"bytes_out":%d%b}'
         ) % (
             time // 1000,
-            _THREE_DIGITS[time % 1000],
+            THREE_DIGITS[time % 1000],
             b'"%b"' % request_id.encode() if is_plain else _json(request_id),
             _trace(request),
             named,

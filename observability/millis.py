@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from typing import Final
 
+THREE_DIGITS: Final = [b"%03d" % number for number in range(1000)]
 _TEXTS: Final = [b"%d.%03d" % divmod(micros, 1000) for micros in range(4096)]
 
 
 def millis(seconds: float) -> bytes:
     """`seconds` are not negative."""
     micros = int(seconds * 1e6 + 0.5)
-    return _TEXTS[micros] if micros < 4096 else b"%.3f" % (seconds * 1e3)
+    if micros < 4096:
+        return _TEXTS[micros]
+    return b"%d.%b" % (micros // 1000, THREE_DIGITS[micros % 1000])
