@@ -12,6 +12,8 @@ from io import BytesIO
 
 from PIL import Image
 
+from reference_backend.engine.request import PICTURE_TOKENS, Picture
+
 LARGEST_BYTES = 2 * 1024 * 1024  # of a file
 LARGEST_PIXELS = 4_000_000  # of a picture: 12 MB when it is decoded
 FORMATS = ("PNG", "JPEG")
@@ -36,6 +38,14 @@ def read_picture(url: str, side: int) -> bytes:
     except Exception as error:  # pillow lets out whatever its readers of broken files trip over
         raise PictureRefused("the picture is broken, or is neither PNG nor JPEG") from error
     raise PictureRefused(f"the picture has {width} x {height} pixels; at most {LARGEST_PIXELS} are read")
+
+
+def placed(prompt: list[int], token: int, pictures: list[bytes]) -> list[Picture]:
+    """Each picture with its place among the tokens. Raises PictureRefused where the text has such tokens itself."""
+    places = [place for place, each in enumerate(prompt) if each == token]
+    if len(places) != PICTURE_TOKENS * len(pictures):
+        raise PictureRefused("the text has tokens in it that stand for pictures")
+    return [Picture(*each) for each in zip(places[::PICTURE_TOKENS], pictures, strict=True)]
 
 
 def _file(url: str) -> bytes:

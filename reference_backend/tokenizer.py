@@ -29,6 +29,9 @@ class TemplateRefused(Exception):  # noqa: N818  an answer, not a fault
     """The model's chat template does not take these messages; the message is the template's own."""
 
 
+PICTURE_TOKEN = "<|image_pad|>"  # noqa: S105  stands for a piece of a picture, as in Qwen's models
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     role: str
@@ -44,6 +47,7 @@ class Tokenizer:
         self._special = {key: _content(settings[key]) for key in ("bos_token", "eos_token") if settings.get(key)}
         self._template = _template(directory, settings)
         self.end_tokens = self._end_tokens(directory)
+        self.picture_token: int | None = self._tokenizer.token_to_id(PICTURE_TOKEN)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.largest_token: int = max(vocabulary.values(), default=0)
         self._longest_token = max(map(len, vocabulary), default=1)

@@ -6,17 +6,22 @@ training: see `corpus.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 
 from reference_backend.engine.engine import Engine, Settings
 from reference_backend.engine.model import Llama
-from reference_backend.engine.request import Sampling, Sequence
-from reference_backend.tokenizer import Message, Tokenizer
+from reference_backend.engine.request import PICTURE_TOKENS, Sampling, Sequence
+from reference_backend.images import placed
+from reference_backend.tokenizer import PICTURE_TOKEN, Message, Tokenizer
 from reference_backend.training.corpus import Generator
+from reference_backend.training.pictures import Painter
 
 SEED = 7
 TASKS = ("glossary", "sum", "memory", "unknown", "small talk")  # those that the model masters
+PICTURE_TASKS = ("caption", "question", "no picture")  # those beside them of a model that takes pictures
 LONGEST_ANSWER_TOKENS = 120
 
 
@@ -25,6 +30,7 @@ class Question:
     task: str
     messages: list[Message]
     expected: str
+    pictures: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +43,21 @@ class Score:
     miss: str | None
 
 
-def questions(per_task: int) -> list[Question]:
+def questions(per_task: int, *, with_pictures: bool = False) -> list[Question]:
     """Up to `per_task` different questions of each task, always the same ones; small talk does not have that many."""
     generator = Generator(SEED, training=False)
-    return [question for task in TASKS for question in _different(generator, task, per_task)]
+    painter = Painter(Random(SEED), training=False)  # noqa: S311  pictures, not secrets
+    asked = [question for task in TASKS for question in _different(partial(_question, generator, task), per_task)]
+    for task in PICTURE_TASKS if with_pictures else ():
+        asked += _different(partial(_about_a_picture, painter, task), per_task)
+    return asked
 
 
-def _different(generator: Generator, task: str, count: int) -> list[Question]:
-    found: dict[str, Question] = {}
+def _different(ask: Callable[[], Question], count: int) -> list[Question]:
+    found: dict[object, Question] = {}
     for _ in range(20 * count):
-        question = _question(generator, task)
-        found.setdefault(question.messages[-1].content + question.expected, question)
+        question = ask()
+        found.setdefault((question.messages[-1].content, question.expected, question.pictures), question)
         if len(found) == count:
             break
     return list(found.values())
@@ -62,13 +72,30 @@ def _question(generator: Generator, task: str) -> Question:
     return Question(task, messages[:-1], exchanges[-1].answer)
 
 
+def _about_a_picture(painter: Painter, task: str) -> Question:
+    """A question, before or behind the picture that it is about; or without any."""
+    if task == "no picture":
+        exchange = painter.blind()
+        return Question(task, [Message("user", exchange.question)], exchange.answer)
+    scene = painter.scene(painter.random.choice((1, 2)))
+    exchange = painter.describe(scene) if task == "caption" else painter.question(scene)
+    parts = [PICTURE_TOKEN * PICTURE_TOKENS, exchange.question]
+    painter.random.shuffle(parts)
+    pixels = bytes(painter.picture(scene).flatten().tolist())
+    return Question(task, [Message("user", "".join(parts))], exchange.answer, (pixels,))
+
+
 def answers(model: Llama, tokenizer: Tokenizer, asked: list[Question]) -> list[str]:
     """What the model says to each question, without chance."""
     slots, context = min(32, len(asked)), model.config.context
     settings = Settings(slots=slots, context=context, cache_tokens=slots * context)
     engine = Engine(model, settings, end_tokens=tokenizer.end_tokens, rng=Random(SEED))  # noqa: S311
     sampling = Sampling(max_tokens=LONGEST_ANSWER_TOKENS, temperature=0.0)
-    sequences = [Sequence(tokenizer.encode_chat(q.messages), sampling) for q in asked]
+    sequences = []
+    for question in asked:
+        prompt = tokenizer.encode_chat(question.messages)
+        pictures = placed(prompt, tokenizer.picture_token or 0, list(question.pictures)) if question.pictures else []
+        sequences.append(Sequence(prompt, sampling, pictures=pictures))
     for sequence in sequences:
         engine.submit(sequence)
     while engine.is_busy:
@@ -78,9 +105,10 @@ def answers(model: Llama, tokenizer: Tokenizer, asked: list[Question]) -> list[s
 
 def examine(model: Llama, tokenizer: Tokenizer, per_task: int) -> list[Score]:
     """The table, a row for each task."""
-    asked = questions(per_task)
+    sees = model.vision is not None
+    asked = questions(per_task, with_pictures=sees)
     given = answers(model, tokenizer, asked)
-    return [_score(task, asked, given) for task in TASKS]
+    return [_score(task, asked, given) for task in (*TASKS, *(PICTURE_TASKS if sees else ()))]
 
 
 def _score(task: str, asked: list[Question], given: list[str]) -> Score:

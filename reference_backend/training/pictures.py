@@ -139,6 +139,11 @@ class Painter:
         )[0]
         return ask(scene)
 
+    def question(self, scene: Scene) -> Exchange:
+        """One about a part of it."""
+        ask = self.random.choice((self._colour, self._place, self._size, self._kind, self._count))
+        return ask(scene)
+
     def describe(self, scene: Scene) -> Exchange:
         answer = caption(scene)
         return Exchange("caption", self._template(CAPTION_TEMPLATES), answer[0].upper() + answer[1:] + ".")

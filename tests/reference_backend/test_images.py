@@ -10,7 +10,8 @@ import pytest
 
 Image = pytest.importorskip("PIL.Image", reason="pillow is not installed (pip install 'weir[backend]')")
 
-from reference_backend.images import LARGEST_BYTES, PictureRefused, png, read_picture  # noqa: E402
+from reference_backend.engine.request import Picture  # noqa: E402
+from reference_backend.images import LARGEST_BYTES, PictureRefused, placed, png, read_picture  # noqa: E402
 
 
 def data_url(content, kind="png"):
@@ -107,3 +108,15 @@ def test_out_goes_a_png_with_each_pixel_as_a_square():
     shown = Image.open(BytesIO(base64.b64decode(png(NOISE.tobytes(), 32, 64))))
     assert shown.size == (64, 64)
     assert shown.getpixel((7, 4)) == shown.getpixel((6, 5)) == NOISE.getpixel((3, 2))
+
+
+def test_pictures_stand_where_their_tokens_are():
+    prompt = [1, *[7] * 16, 2, *[7] * 32, 3]
+    assert placed(prompt, 7, [b"a", b"b", b"c"]) == [Picture(1, b"a"), Picture(18, b"b"), Picture(34, b"c")]
+    assert placed([1, 2], 7, []) == []
+
+
+@pytest.mark.parametrize("prompt", [[7], [7] * 15, [7] * 17, [1]])
+def test_tokens_for_pictures_that_the_text_brings_along_are_refused(prompt):
+    with pytest.raises(PictureRefused, match="stand for pictures"):
+        placed(prompt, 7, [b"a"])
