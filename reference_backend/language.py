@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
-from reference_backend.engine.config import ModelError, read_config
+from reference_backend.engine.config import ModelError, Narrow, read_config
 from reference_backend.engine.frames import Start
 from reference_backend.load_report import Reporter
 from reference_backend.repository import Entry, Kind
@@ -16,12 +16,15 @@ from reference_backend.worker import Worker
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How large the engine is made; None: what is sensible."""
+    """How large the engine is made, and of what; None: what is sensible."""
 
     max_running: int = 16
     max_waiting: int = 16
     context: int | None = None
     cache_tokens: int | None = None
+    quantize: Narrow | None = None
+    ranks: int = 1
+    dummy: bool = False
 
 
 class Language:
@@ -44,6 +47,9 @@ class Language:
             sizes.max_running,
             sizes.context,
             sizes.cache_tokens,
+            sizes.quantize,
+            sizes.ranks,
+            sizes.dummy,
         )
         return cls(Worker(sizes.max_running + sizes.max_waiting, clock), tokenizer, start, wall)
 

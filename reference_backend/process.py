@@ -27,7 +27,7 @@ from discovery.endpoint import InvalidRegistration, ModelEntry, Registration
 from discovery.etcd import EtcdClient, EtcdSettings
 from observability.tracing import SpanExporter, otlp_export
 from reference_backend import repository
-from reference_backend.engine.config import ModelError
+from reference_backend.engine.config import NARROW, ModelError
 from reference_backend.language import Language, Sizes
 from reference_backend.load_report import PATH as LOAD_PATH
 from reference_backend.pool import Pool
@@ -114,6 +114,13 @@ def parse(arguments: Sequence[str]) -> Options:
         type=_positive,
         help="tokens that all requests together may keep (default: what is needed, or fits a quarter of the memory)",
     )
+    parser.add_argument("--quantize", choices=NARROW, help="keep weights in eight bits (default: as they are)")
+    parser.add_argument(
+        "--tensor-parallel", type=_positive, default=1, metavar="N", help="processes, or GPUs, that share a model"
+    )
+    parser.add_argument(
+        "--load-format", choices=("safetensors", "dummy"), default="safetensors", help="dummy: random weights"
+    )
     parser.add_argument("--otlp", type=_url, metavar="URL", help="collector for traces (default: none)")
     given = parser.parse_args(arguments)
     if given.etcd and not given.announce_url and given.host in WILDCARDS:
@@ -133,7 +140,15 @@ def parse(arguments: Sequence[str]) -> Options:
         port=given.port,
         etcd=given.etcd,
         announce_url=given.announce_url,
-        sizes=Sizes(given.max_running, given.max_waiting, given.context, given.cache_tokens),
+        sizes=Sizes(
+            given.max_running,
+            given.max_waiting,
+            given.context,
+            given.cache_tokens,
+            given.quantize,
+            given.tensor_parallel,
+            given.load_format == "dummy",
+        ),
         otlp=given.otlp,
     )
 

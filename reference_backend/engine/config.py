@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 VISION_FILE = "vision.safetensors"  # beside the weights of a model that takes pictures, too
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+Narrow = Literal["int8", "fp8"]  # what weights can be narrowed to, once they are read
+NARROW: tuple[Narrow, ...] = get_args(Narrow)
 
 
 class ModelError(Exception):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
+from reference_backend.engine.config import Narrow
 from reference_backend.engine.request import Delta, Load, Picture, Sampling
 
 LENGTH_BYTES = 4
@@ -22,6 +23,9 @@ class Start(msgspec.Struct, tag=True, array_like=True, frozen=True):
     slots: int
     context: int | None
     cache_tokens: int | None
+    quantize: Narrow | None = None
+    ranks: int = 1
+    dummy: bool = False  # random weights instead of those of the directory
 
 
 class Ask(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -39,6 +43,23 @@ class Ask(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 class Abort(msgspec.Struct, tag=True, array_like=True, frozen=True):
     ticket: int
+
+
+class Join(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """From the first rank of a worker to another one: what to load, who it is, and where they meet."""
+
+    start: Start
+    rank: int
+    meeting: str
+    seed: int
+
+
+class Lockstep(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """From the first rank to another one: take this turn. `took` is the seconds of the one before, if there was one."""
+
+    messages: list[Ask | Abort]
+    now: float
+    took: float | None
 
 
 class Ready(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -60,7 +81,7 @@ class Turn(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 encode = msgspec.msgpack.Encoder().encode
-decode_for_worker = msgspec.msgpack.Decoder(Start | Ask | Abort).decode
+decode_for_worker = msgspec.msgpack.Decoder(Start | Ask | Abort | Join | Lockstep).decode
 decode_for_server = msgspec.msgpack.Decoder(Ready | Refused | Turn).decode
 
 

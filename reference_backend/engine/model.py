@@ -17,9 +17,10 @@ and the `llama3` frequency scaling as published with Llama 3.1.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from zlib import crc32
 
 import torch
 from safetensors import SafetensorError
@@ -28,13 +29,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from reference_backend.engine.attention import Attend
-from reference_backend.engine.config import ModelConfig, ModelError, read_config, read_json
+from reference_backend.engine.config import ModelConfig, ModelError, Narrow, read_config, read_json
 from reference_backend.engine.operations import Linear, Operations, Plain, Rotary, operations_for
-from reference_backend.engine.quant import Narrow, narrowed
+from reference_backend.engine.quant import narrowed
 from reference_backend.engine.ranks import ALONE, Ranks
 from reference_backend.engine.vision import Vision, load_vision
 
-Weights = dict[str, Tensor]
+Weights = Mapping[str, Tensor]
 Seen = tuple[Tensor, Tensor]  # which of the tokens are pieces of pictures, and what stands there: [pieces, hidden]
 
 
@@ -202,6 +203,26 @@ def weight_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield from ((f"{prefix}{name}.bias", (rows,)) for name, rows, _, has_bias in matrices if has_bias)
 
 
+class RandomWeights(Mapping[str, Tensor]):
+    """Normal numbers with a deviation of 0.02, norms of 1; made when asked for, and the same on all ranks."""
+
+    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self._shapes = dict(weight_shapes(config))
+        self._device, self._dtype = device, dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        made = torch.empty(self._shapes[name], device=self._device, dtype=self._dtype)
+        if name.endswith("norm.weight"):
+            return made.fill_(1.0)
+        return made.normal_(std=0.02, generator=torch.Generator(self._device).manual_seed(crc32(name.encode())))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
 def load_model(
     directory: Path,
     device: torch.device,
@@ -209,8 +230,12 @@ def load_model(
     *,
     quantize: Narrow | None = None,
     ranks: Ranks = ALONE,
+    dummy: bool = False,
 ) -> Llama:
-    """The model of a directory, or this rank's part of it, ready to run. Raises ModelError."""
+    """The model of a directory, or this rank's part of it, ready to run. Raises ModelError.
+
+    With `dummy` only config.json is read, and the weights are random: for measuring.
+    """
     config = read_config(directory)
     for name in ("heads", "kv_heads", "intermediate_size"):
         if getattr(config, name) % ranks.size:
@@ -218,6 +243,8 @@ def load_model(
                 f"{directory}: {name} is {getattr(config, name)}, which {ranks.size} ranks cannot share evenly; "
                 "choose another --tensor-parallel"
             )
+    if dummy:
+        return Llama(config, RandomWeights(config, device, dtype), device, dtype, quantize=quantize, ranks=ranks)
     weights = _read_weights(directory)
     for name, shape in weight_shapes(config):
         if name not in weights:
@@ -237,7 +264,7 @@ def load_model(
 
 
 def _read_weights(directory: Path) -> Weights:
-    weights: Weights = {}
+    weights: dict[str, Tensor] = {}
     for path in _weight_files(directory):
         try:
             weights.update(load_file(path))

@@ -9,13 +9,11 @@ Source: LLM.int8() (arXiv 2208.07339) for scales per row; FP8 formats (2209.0543
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 
-Narrow = Literal["int8", "fp8"]
-KINDS: tuple[Narrow, ...] = get_args(Narrow)
+from reference_backend.engine.config import Narrow
+
 _LARGEST = {"int8": 127.0, "fp8": torch.finfo(torch.float8_e4m3fn).max}
 
 

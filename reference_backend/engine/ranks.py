@@ -6,6 +6,7 @@ them. A rank that is gone makes the next sum fail on the others, which ends them
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -54,7 +55,11 @@ ALONE = Ranks()
 
 
 def joined(rank: int, size: int, meeting: Path, device: torch.device) -> Ranks:
-    """Meet the others at a file that all can see and nobody has used before. Waits for the last of them."""
+    """Meet the others at a file that all can see and nobody has used before. Waits for the last of them.
+
+    Raises RuntimeError when they do not come.
+    """
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all are on this machine, whatever its name resolves to
     backend = "nccl" if device.type == "cuda" else "gloo"
     distributed.init_process_group(backend, f"file://{meeting}", timeout=PATIENCE, rank=rank, world_size=size)
     return Ranks(rank, size)

@@ -3,6 +3,9 @@
 LOADING (one `Start` comes, `Ready` or `Refused` goes) => IDLE (waits for a request) <=> BUSY (takes turns, and looks
 for news between them) => gone, when the server closes the socket or is gone itself. A failure of the engine ends the
 process: the server sees that, tells whoever was waiting, and starts another one.
+
+A model that is shared by several ranks has as many such processes. The server talks to the first one, which talks to
+the others (`crew.py`): those get a `Join` instead of a `Start`, and then a `Lockstep` for each turn.
 """
 
 from __future__ import annotations
@@ -20,14 +23,28 @@ from pathlib import Path
 
 import torch
 
-from reference_backend.engine.config import ModelConfig, ModelError
+from reference_backend.engine.config import ModelError
+from reference_backend.engine.crew import Crew, RankGone, crew_of
 from reference_backend.engine.engine import Engine, Settings
 from reference_backend.engine.flow import is_flow, load_flow
-from reference_backend.engine.frames import Abort, Ask, Ready, Refused, Start, Turn, Unframed, decode_for_worker, framed
+from reference_backend.engine.frames import (
+    Abort,
+    Ask,
+    Join,
+    Lockstep,
+    Ready,
+    Refused,
+    Start,
+    Turn,
+    Unframed,
+    decode_for_worker,
+    framed,
+)
 from reference_backend.engine.grammar import Grammars
 from reference_backend.engine.model import Llama, load_model
 from reference_backend.engine.painting import Studio
-from reference_backend.engine.request import Sampling, Sequence
+from reference_backend.engine.ranks import ALONE, Ranks, joined
+from reference_backend.engine.request import Delta, Published, Sampling, Sequence
 
 SMALL_PARAMETERS = 50_000_000  # below, a second thread costs more in waiting than it gives in arithmetic
 LONGEST_CONTEXT = 8192  # tokens, unless asked for: at least one such request must fit the cache
@@ -43,11 +60,18 @@ class Line:
         self._connection = connection
         self._unframed = Unframed()
         self._poll = select.poll()
+        self.watch(connection)
+
+    def watch(self, connection: socket.socket) -> None:
+        """Wake up for that one, too."""
         self._poll.register(connection, select.POLLIN)
 
-    def read(self, *, wait: bool) -> list[Start | Ask | Abort] | None:
-        """The messages that have come; None when the server is gone."""
-        if not wait and not self._poll.poll(0):
+    def read(self, *, wait: bool) -> list[Start | Ask | Abort | Join | Lockstep] | None:
+        """The messages that have come; None when the other end is gone. Raises RankGone."""
+        ready = [descriptor for descriptor, _ in self._poll.poll(None if wait else 0)]
+        if set(ready) - {self._connection.fileno()}:
+            raise RankGone  # other ranks never say anything
+        if not ready:
             return []
         try:
             data = self._connection.recv(READ_BYTES)
@@ -64,64 +88,106 @@ class Line:
         return True
 
 
-def serve(engine: Engine | Studio, line: Line, clock: Callable[[], float]) -> int:
-    """Take turns until the server is gone. Returns the exit code: 0, or 1 when the engine failed."""
-    asked: dict[int, Sequence] = {}
-    tickets: dict[Sequence, int] = {}
-    while True:
-        messages = line.read(wait=not engine.is_busy)
-        if messages is None:
-            return 0
+class Desk:
+    """The requests of an engine that are not over, by the server's tickets."""
+
+    def __init__(self, engine: Engine | Studio) -> None:
+        self._engine = engine
+        self._asked: dict[int, Sequence] = {}
+        self._tickets: dict[Sequence, int] = {}
+
+    def take(self, messages: list[Ask | Abort]) -> None:
+        """Hand them in, or take them back."""
         for message in messages:
             if isinstance(message, Ask):
                 sequence = _sequence(message)
-                asked[message.ticket], tickets[sequence] = sequence, message.ticket
-                engine.submit(sequence)
-            elif isinstance(message, Abort) and (given_up := asked.pop(message.ticket, None)) is not None:
-                del tickets[given_up]
-                engine.abort(given_up)
-        if not engine.is_busy:
-            continue
-        try:
-            began = clock()
-            published = engine.turn(began)
-            engine.took(clock() - began)
-        except Exception:  # whatever it is, nobody must wait for it any longer
-            log.exception("the engine failed")
-            return 1
-        deltas = [(tickets[sequence], delta) for sequence, delta in published if sequence in tickets]
+                self._asked[message.ticket], self._tickets[sequence] = sequence, message.ticket
+                self._engine.submit(sequence)
+            elif (given_up := self._asked.pop(message.ticket, None)) is not None:
+                del self._tickets[given_up]
+                self._engine.abort(given_up)
+
+    def told(self, published: Published) -> list[tuple[int, Delta]]:
+        """What goes out, under its tickets."""
+        deltas = [(self._tickets[sequence], delta) for sequence, delta in published if sequence in self._tickets]
         for sequence, delta in published:
-            if delta.finish is not None and sequence in tickets:
-                del asked[tickets.pop(sequence)]
-        if not line.send(Turn(deltas, engine.load())):
-            return 0
+            if delta.finish is not None and sequence in self._tickets:
+                del self._asked[self._tickets.pop(sequence)]
+        return deltas
+
+
+def serve(engine: Engine | Studio, line: Line, clock: Callable[[], float], crew: Crew | None = None) -> int:
+    """Take turns until the server is gone. Returns the exit code: 0, or 1 when the engine failed."""
+    desk, took = Desk(engine), None
+    try:
+        while True:
+            messages = line.read(wait=not engine.is_busy)
+            if messages is None:
+                return 0
+            heard = [message for message in messages if isinstance(message, Ask | Abort)]
+            began = clock()
+            if crew is not None:
+                crew.step(heard, began, took)
+            desk.take(heard)
+            took = None
+            if not engine.is_busy:
+                continue
+            deltas = desk.told(engine.turn(began))
+            took = clock() - began
+            engine.took(took)
+            if not line.send(Turn(deltas, engine.load())):
+                return 0
+    except RankGone:
+        log.error("another rank is gone")  # noqa: TRY400  which one has said why
+        return 1
+    except Exception:  # whatever it is, nobody must wait for it any longer
+        log.exception("the engine failed")
+        return 1
+
+
+def follow(engine: Engine | Studio, line: Line) -> int:
+    """Take the turns that the first rank takes, until it is gone. Returns the exit code."""
+    desk = Desk(engine)
+    while (messages := line.read(wait=True)) is not None:
+        for message in messages:
+            assert isinstance(message, Lockstep)  # noqa: S101  nothing else is said here
+            if message.took is not None:
+                engine.took(message.took)
+            desk.take(message.messages)
+            if engine.is_busy:
+                desk.told(engine.turn(message.now))
+    return 0
 
 
 def _sequence(ask: Ask) -> Sequence:
     return Sequence(ask.prompt, ask.sampling, ask.deadline, ask.priority, ask.tenant, ask.salt, ask.pictures)
 
 
-def load(start: Start, clock: Callable[[], float]) -> Engine | Studio:
+def load(
+    start: Start, clock: Callable[[], float], ranks: Ranks = ALONE, rng: random.Random | None = None
+) -> Engine | Studio:
     """Read the model and have it produce one token, or picture. Raises ModelError when it cannot be served."""
+    rng = rng or random.SystemRandom()
+    device = device_of(ranks.rank)
     if is_flow(Path(start.model)):
         torch.set_num_threads(1)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        studio = Studio(load_flow(Path(start.model), device), slots=start.slots, rng=random.SystemRandom())
+        studio = Studio(load_flow(Path(start.model), device), slots=start.slots, rng=rng)
         warm(studio, clock())
         return studio
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
-        if torch.cuda.is_available():
-            model = load_model(Path(start.model), torch.device("cuda"), torch.bfloat16)
-        else:
-            model = load_model(Path(start.model), torch.device("cpu"))
+        model = load_model(Path(start.model), device, dtype, quantize=start.quantize, ranks=ranks, dummy=start.dummy)
         tokenizer = Path(start.model) / "tokenizer.json"
         engine = Engine(
             model,
-            sizes(start, model),
+            sizes(start, model, ranks),
             end_tokens=frozenset(start.end_tokens),
-            rng=random.SystemRandom(),
-            overlap=model.device.type != "cpu",
-            grammars=Grammars(tokenizer, model.config.vocab_size, start.end_tokens, clock)
+            rng=rng,
+            overlap=device.type != "cpu",
+            # Several ranks must find the same: there a grammar has bounds, but none of time.
+            grammars=Grammars(
+                tokenizer, model.config.vocab_size, start.end_tokens, clock if ranks.size == 1 else lambda: 0.0
+            )
             if tokenizer.exists()
             else None,
         )
@@ -134,11 +200,20 @@ def load(start: Start, clock: Callable[[], float]) -> Engine | Studio:
     return engine
 
 
-def sizes(start: Start, model: Llama) -> Settings:
-    """What was asked for, within the model's context and the memory that is there."""
+def device_of(rank: int) -> torch.device:
+    """Where a rank computes: a GPU of its own, if there are GPUs."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def sizes(start: Start, model: Llama, ranks: Ranks) -> Settings:
+    """What was asked for, within the model's context and the memory that is there, the same on all ranks."""
     context = min(start.context or LONGEST_CONTEXT, model.config.context)
-    fitting = int(CACHE_SHARE * free_memory(model.device)) // bytes_per_token(model.config, model.dtype)
-    cache_tokens = start.cache_tokens or min(start.slots * context, fitting)
+    fitting = int(CACHE_SHARE * free_memory(model.device)) // bytes_per_token(model)
+    cache_tokens = start.cache_tokens or min(start.slots * context, ranks.least(fitting, model.device))
     return Settings(slots=start.slots, context=context, cache_tokens=cache_tokens)
 
 
@@ -149,9 +224,9 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    """What the keys and values of one token take in all layers."""
-    return 2 * config.layers * config.kv_heads * config.head_dim * dtype.itemsize
+def bytes_per_token(model: Llama) -> int:
+    """What the keys and values of one token take in all layers of this rank."""
+    return 2 * model.config.layers * model.kv_heads * model.config.head_dim * model.dtype.itemsize
 
 
 def warm(engine: Engine | Studio, now: float) -> None:
@@ -172,15 +247,49 @@ def main(descriptor: int, clock: Callable[[], float]) -> int:
         messages = line.read(wait=True)
         while messages == []:
             messages = line.read(wait=True)
-        if not messages or not isinstance(messages[0], Start):
-            return 0
+        if messages and isinstance(messages[0], Join):
+            return join(messages[0], line, clock)
+        if messages and isinstance(messages[0], Start):
+            return lead(messages[0], line, clock)
+        return 0
+
+
+def lead(start: Start, line: Line, clock: Callable[[], float]) -> int:
+    """The process that the server talks to."""
+    with crew_of(start.ranks) as crew:
         try:
-            engine = load(messages[0], clock)
+            engine = load(start, clock) if crew.meeting is None else load_shared(start, crew, line, clock)
         except ModelError as error:
             line.send(Refused(str(error)))
             return 3
         line.send(Ready(engine.context, engine.load()))
-        return serve(engine, line, clock)
+        return serve(engine, line, clock, crew)
+
+
+def load_shared(start: Start, crew: Crew, line: Line, clock: Callable[[], float]) -> Engine | Studio:
+    """Have all ranks load, and this one, too. Raises ModelError."""
+    assert crew.meeting is not None  # noqa: S101  for the type checker
+    seed = random.SystemRandom().getrandbits(64)
+    try:
+        crew.join(start, seed)
+        ranks = joined(0, crew.size, crew.meeting, device_of(0))
+        engine = load(start, clock, ranks, random.Random(seed))  # noqa: S311  not for secrets
+    except (RankGone, RuntimeError) as error:
+        raise ModelError(f"not all ranks came up: {error}") from error
+    for each in crew.sockets:
+        line.watch(each)
+    return engine
+
+
+def join(message: Join, line: Line, clock: Callable[[], float]) -> int:
+    """The process of another rank than the first."""
+    try:
+        ranks = joined(message.rank, message.start.ranks, Path(message.meeting), device_of(message.rank))
+        engine = load(message.start, clock, ranks, random.Random(message.seed))  # noqa: S311  not for secrets
+    except ModelError as error:
+        log.error("rank %d cannot load the model: %s", message.rank, error)  # noqa: TRY400  the message says it
+        return 3
+    return follow(engine, line)
 
 
 if __name__ == "__main__":

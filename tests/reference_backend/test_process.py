@@ -38,6 +38,14 @@ def test_a_path_is_a_model_named_after_its_directory(tmp_path, monkeypatch):
     assert (str(command.only_entry(options)), options.service) == ("Llama-3@2", "chat")
 
 
+def test_weights_can_be_narrowed_shared_and_made_up():
+    plain = command.parse(["--model", "tiny"]).sizes
+    assert (plain.quantize, plain.ranks, plain.dummy) == (None, 1, False)
+    options = ["--quantize", "fp8", "--tensor-parallel", "2", "--load-format", "dummy"]
+    asked = command.parse(["--model", "tiny", *options]).sizes
+    assert (asked.quantize, asked.ranks, asked.dummy) == ("fp8", 2, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -48,6 +56,9 @@ def test_a_path_is_a_model_named_after_its_directory(tmp_path, monkeypatch):
         (["--model", "tiny", "--etcd", "localhost:2379"], "is not a URL like http://127.0.0.1:2379"),
         (["--model", "tiny", "--etcd", "http://[::1"], "is not a URL"),
         (["--model", "tiny", "--etcd", "http://e:2379", "--host", "0.0.0.0"], "--announce-url"),
+        (["--model", "tiny", "--quantize", "int4"], "invalid choice: 'int4'"),
+        (["--model", "tiny", "--tensor-parallel", "0"], "at least 1"),
+        (["--model", "tiny", "--load-format", "gguf"], "invalid choice: 'gguf'"),
         (["--model", "tiny", "--wizard"], "unrecognized arguments: --wizard"),
         (["--model", "tiny", "--repository", "models"], "not allowed with argument"),
         (["--model", "tiny", "--serve", "tiny"], "--serve names models of a --repository"),

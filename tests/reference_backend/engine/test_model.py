@@ -74,6 +74,15 @@ def test_weights_of_another_model_are_named(tmp_path, changes, message):
     assert str(tmp_path) in str(refusal.value)
 
 
+def test_random_weights_need_no_file_but_the_config(tmp_path):
+    """Always the same, neither zeros nor too large to compute with."""
+    (tmp_path / "config.json").write_bytes((GOLDEN / "qwen3" / "config.json").read_bytes())
+    first, second = (plain_logits(load_model(tmp_path, CPU, dummy=True), [1, 2, 3]) for _ in range(2))
+    assert torch.equal(first, second)
+    assert first.isfinite().all()
+    assert first.std() > 0
+
+
 WHOLE = (GOLDEN / "llama" / "model.safetensors").read_bytes()
 
 

@@ -8,11 +8,11 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
 from safetensors.torch import load_file  # noqa: E402
 
-from reference_backend.engine.config import read_config  # noqa: E402
+from reference_backend.engine.config import NARROW, read_config  # noqa: E402
 from reference_backend.engine.engine import Engine, Settings  # noqa: E402
 from reference_backend.engine.model import Llama, load_model  # noqa: E402
 from reference_backend.engine.operations import Fused, Linear, Plain, operations_for  # noqa: E402
-from reference_backend.engine.quant import KINDS, narrowed  # noqa: E402
+from reference_backend.engine.quant import narrowed  # noqa: E402
 from reference_backend.engine.ranks import ALONE  # noqa: E402
 from reference_backend.engine.request import Sampling, Sequence  # noqa: E402
 
@@ -71,7 +71,7 @@ def test_without_a_gpu_nothing_is_asked_of_triton():
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("kind", [None, *KINDS])
+@pytest.mark.parametrize("kind", [None, *NARROW])
 def test_plain_products_are_what_the_matrix_means(kind, has_bias):
     """With and without eight bits, a bias and a residual."""
     generator = torch.Generator().manual_seed(1)

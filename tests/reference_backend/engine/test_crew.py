@@ -1,0 +1,172 @@
+"""A worker of two ranks: real processes, which say what one says and die together; and each end of it alone."""
+
+import asyncio
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+from random import Random
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
+
+from reference_backend.engine.crew import Crew, RankGone, crew_of  # noqa: E402
+from reference_backend.engine.frames import (  # noqa: E402
+    Abort,
+    Ask,
+    Join,
+    Lockstep,
+    Start,
+    Unframed,
+    decode_for_server,
+    decode_for_worker,
+    framed,
+)
+from reference_backend.engine.request import Sampling, Sequence  # noqa: E402
+from reference_backend.engine.service import Line, follow, serve  # noqa: E402
+from reference_backend.worker import Worker  # noqa: E402
+from tests.support.tiny_model import DIRECTORY, tiny_engine  # noqa: E402
+
+START = Start(str(DIRECTORY), [], 4, 256, None, ranks=2)
+ASKED = [
+    ([5, 9, 2], Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)),
+    (list(range(30, 90)), Sampling(max_tokens=6, temperature=0.8, top_p=0.9, seed=4, ignore_eos=True)),
+    ([7], Sampling(max_tokens=9, temperature=1.0, seed=5, repetition_penalty=1.2, ignore_eos=True)),
+]
+
+
+def alone():
+    """What one process says."""
+    engine = tiny_engine()
+    sequences = [Sequence(list(prompt), sampling) for prompt, sampling in ASKED]
+    for each in sequences:
+        engine.submit(each)
+    while engine.is_busy:
+        engine.turn(0.0)
+    return [each.generated for each in sequences]
+
+
+@pytest.mark.integration
+async def test_two_ranks_say_what_one_says_and_die_together():
+    worker, heard = Worker(8, time.monotonic), [[] for _ in ASKED]
+    ended = [asyncio.Event() for _ in ASKED]
+
+    def deliver(number):
+        def take(delta):
+            heard[number].append(delta.token)
+            if delta.finish is not None:
+                ended[number].set()
+
+        return take
+
+    def submit(number):
+        prompt, sampling = ASKED[number]
+        return worker.submit(
+            list(prompt), sampling, deliver(number), deadline=None, priority=1, tenant="", salt=b"", pictures=[]
+        )
+
+    async with asyncio.timeout(110), worker.running(START):
+        for number in range(len(ASKED)):
+            submit(number)
+        for each in ended:
+            await each.wait()
+        assert heard == alone()
+        worker.abort(submit(0))  # what is taken back is taken back on both
+        [first] = children(os.getpid())
+        [second] = children(first)
+        os.kill(second, signal.SIGKILL)  # while nothing is asked
+        await worker.wait_lost()
+        assert not worker.is_ready
+    assert children(os.getpid()) == []
+
+
+def children(pid):
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def pair_of_crew():
+    """A crew of two, and what its other rank hears."""
+    ours, theirs = socket.socketpair()
+    unframed = Unframed()
+    return Crew([ours], Path("meeting")), theirs, lambda: map(decode_for_worker, unframed.feed(theirs.recv(1 << 16)))
+
+
+def test_what_the_first_hears_the_others_hear():
+    crew, theirs, heard = pair_of_crew()
+    with theirs, crew.sockets[0]:
+        assert crew.size == 2
+        crew.join(START, 9)
+        crew.step([Abort(3)], 1.5, None)
+        assert list(heard()) == [Join(START, 1, "meeting", 9), Lockstep([Abort(3)], 1.5, None)]
+
+
+def test_a_rank_that_is_gone_is_noticed_when_it_should_hear():
+    crew, theirs, _ = pair_of_crew()
+    theirs.close()
+    with crew.sockets[0], pytest.raises(RankGone):
+        crew.step([], 0.0, None)
+
+
+def test_a_rank_that_is_gone_ends_who_waits_for_requests(caplog):
+    crew, theirs, _ = pair_of_crew()
+    ours, server = socket.socketpair()
+    with ours, server, crew.sockets[0]:
+        line = Line(ours)
+        line.watch(crew.sockets[0])
+        theirs.close()
+        assert serve(tiny_engine(), line, time.monotonic, crew) == 1
+    assert "another rank is gone" in caplog.text
+
+
+def test_one_alone_has_no_crew():
+    with crew_of(1) as crew:
+        assert (crew.size, crew.meeting) == (1, None)
+        crew.step([], 0.0, None)
+
+
+def test_who_follows_takes_the_same_turns():
+    """Two engines in one process, without sums: deadlines, pieces of prompts and seeds are as the first decides."""
+    crew, theirs, _ = pair_of_crew()
+    ours, server = socket.socketpair()
+    leading, following = tiny_engine(), tiny_engine()
+    for each in (leading, following):
+        each._rng = Random(3)
+    times = iter(range(1000))
+    codes = []
+    threads = [
+        threading.Thread(target=lambda: codes.append(follow(following, Line(theirs)))),
+        threading.Thread(target=lambda: codes.append(serve(leading, Line(ours), lambda: float(next(times)), crew))),
+    ]
+    told = {}
+    for name, engine in (("first", leading), ("second", following)):
+        told[name] = []
+        turn = engine.turn
+
+        def turned(now, turn=turn, kept=told[name]):
+            published = turn(now)
+            kept.append((now, [(each.arrival, delta) for each, delta in published]))
+            return published
+
+        engine.turn = turned
+    with theirs, ours:
+        for each in threads:
+            each.start()
+        with server:
+            for number, deadline in enumerate([None, 40.0, None]):
+                asked = Ask(number, [4 + number] * 40, Sampling(max_tokens=30, ignore_eos=True), deadline, 1, "", b"")
+                server.sendall(framed(asked))
+            ended = 0
+            while ended < 3:
+                size = int.from_bytes(server.recv(4, socket.MSG_WAITALL), "big")
+                turn = decode_for_server(server.recv(size, socket.MSG_WAITALL))
+                ended += sum(delta.finish is not None for _, delta in turn.deltas)
+        threads[1].join()
+        crew.sockets[0].close()
+        threads[0].join()
+    assert codes == [0, 0]
+    assert told["first"] == told["second"]
+    assert {delta.finish for _, deltas in told["first"] for _, delta in deltas} == {None, "length", "deadline"}
+    assert leading._pace.readable() == following._pace.readable()
