@@ -35,6 +35,7 @@ from reference_backend.repository import Entry
 from reference_backend.served import Model, Service, State, first_of
 from reference_backend.server import Api
 from reference_backend.spans import span_middleware
+from reference_backend.stateless import KINDS
 
 log = logging.getLogger(__name__)
 LAST_WORDS = 5.0  # seconds for answers that are on their way when all models are gone
@@ -215,7 +216,7 @@ def only_entry(options: Options) -> Entry:
         raise CannotStartError(f"no model at {directory}; --model takes a Hugging Face directory, or one of: {known}")
     place = directory.resolve()
     found = repository.versions(place.parent, place.name)
-    if not found or (directory / "config.json").exists():
+    if not found or any((directory / name).exists() for name in ("config.json", "model.toml")):
         return Entry(place.name, options.version, directory)
     chosen = [entry for entry in found if options.version in ("", entry.version)]
     if not chosen:
@@ -245,9 +246,7 @@ async def serve(options: Options, clock: Callable[[], float], wall: Callable[[],
         registry = Registry(options)
         if options.etcd is not None:
             registry.client = await stack.enter_async_context(EtcdClient(EtcdSettings(endpoints=(options.etcd,))))
-        service = Service(
-            lambda entry: Language.read(entry, options.sizes, clock, wall), registry.announced, options.sleep_after
-        )
+        service = Service(lambda entry: read(entry, options, clock, wall), registry.announced, options.sleep_after)
         pool = Pool(service, lambda name: entries(options, name))
         api = Api(pool, wall=wall, end=ending.set)
         registry.url = url = await stack.enter_async_context(listening(api, options, wall))
@@ -262,6 +261,14 @@ async def serve(options: Options, clock: Callable[[], float], wall: Callable[[],
             raise failure
         await first_of(api.in_flight.wait_idle(), asyncio.sleep(LAST_WORDS))
     return 0
+
+
+def read(entry: Entry, options: Options, clock: Callable[[], float], wall: Callable[[], float]) -> Model:
+    """What of a model the server needs itself. Raises ModelError."""
+    card = entry.card()
+    if card.kind == "language":
+        return Language.read(entry, options.sizes, clock, wall)
+    return KINDS[card.kind](entry, card, clock, wall)
 
 
 async def load(pool: Pool, wanted: Sequence[str], url: str) -> Exception | None:

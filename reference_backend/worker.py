@@ -191,26 +191,8 @@ class Worker:
     @contextlib.asynccontextmanager
     async def running(self, start: Start) -> AsyncIterator[None]:
         """One life of a worker process, from when it is ready. Raises ModelError when it cannot be."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "reference_backend.engine.service",
-                str(theirs.fileno()),
-                pass_fds=[theirs.fileno()],
-                stdin=asyncio.subprocess.DEVNULL,
-            )
-        try:
-            async with self.linked(ours, start):
-                yield
-        finally:
-            try:
-                async with asyncio.timeout(END_WITHIN):
-                    await process.wait()
-            except TimeoutError:
-                process.kill()
-                await process.wait()
+        async with spawned("reference_backend.engine.service") as connection, self.linked(connection, start):
+            yield
 
     @contextlib.asynccontextmanager
     async def linked(self, connection: socket.socket, start: Start) -> AsyncIterator[None]:
@@ -225,3 +207,28 @@ class Worker:
             self._link = None
             link.cut()
             await link.lost.wait()
+
+
+@contextlib.asynccontextmanager
+async def spawned(module: str) -> AsyncIterator[socket.socket]:
+    """A process that runs a module, and the socket to it. It ends when the socket is closed, or is made to."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            module,
+            str(theirs.fileno()),
+            pass_fds=[theirs.fileno()],
+            stdin=asyncio.subprocess.DEVNULL,
+        )
+    try:
+        yield ours
+    finally:
+        ours.close()
+        try:
+            async with asyncio.timeout(END_WITHIN):
+                await process.wait()
+        except TimeoutError:
+            process.kill()
+            await process.wait()

@@ -1,0 +1,301 @@
+"""A model of tensors in service: in a process of its own, or beside the server.
+
+What is handed to it is judged here, and what becomes of it is told as an `ApiError`: 400 for what the model does not
+take, 429 when it has no room, 503 when its process is gone, 504 at the deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from typing import ClassVar, cast
+
+from reference_backend import protocol
+from reference_backend.engine.config import ModelError
+from reference_backend.engine.frames import Unframed, framed
+from reference_backend.engine.request import Load
+from reference_backend.load_report import Reporter
+from reference_backend.protocol import ApiError
+from reference_backend.repository import Card, Entry, Kind
+from reference_backend.tensor_frames import (
+    Answer,
+    Cancel,
+    Infer,
+    Open,
+    Opened,
+    decode_for_server,
+    pack,
+    unpack,
+)
+from reference_backend.tensors import (
+    DTYPES,
+    Array,
+    BadTensor,
+    Full,
+    Late,
+    Lost,
+    TensorModel,
+    Tensors,
+    TensorSpec,
+    executor,
+)
+from reference_backend.worker import WEDGED_AFTER, spawned
+
+log = logging.getLogger(__name__)
+
+
+class Failed(Exception):  # noqa: N818  an answer, not a fault of ours
+    """The model raised something; the log of its process has it."""
+
+
+class Remote(asyncio.Protocol):
+    """A model at the other end of a socket."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.opened: asyncio.Future[Opened] = self._loop.create_future()
+        self.lost = asyncio.Event()
+        self.inputs: tuple[TensorSpec, ...] = ()
+        self.outputs: tuple[TensorSpec, ...] = ()
+        self._unframed = Unframed()
+        self._transport: asyncio.Transport | None = None
+        self._answers: dict[int, asyncio.Future[Tensors]] = {}
+        self._tickets = 0
+        self._watch: asyncio.TimerHandle | None = None
+
+    async def infer(self, inputs: Tensors, deadline: float | None) -> Tensors:
+        """As TensorModel says; raises Lost and Failed, too."""
+        if self._transport is None:
+            raise Lost
+        self._tickets += 1
+        ticket = self._tickets
+        answer = self._answers[ticket] = self._loop.create_future()
+        self._send(Infer(ticket, pack(inputs), deadline))
+        try:
+            return await answer
+        finally:
+            if self._answers.pop(ticket, None) is not None and self._transport is not None:
+                self._send(Cancel(ticket))
+
+    def _send(self, message: Open | Infer | Cancel) -> None:
+        if self._transport is not None:
+            self._transport.write(framed(message))
+        if self._watch is None and self._answers:
+            self._watch = self._loop.call_later(WEDGED_AFTER, self.cut)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        for body in self._unframed.feed(data):
+            message = decode_for_server(body)
+            if isinstance(message, Answer):
+                self._take(message)
+            elif isinstance(message, Opened):
+                self.inputs, self.outputs = message.inputs, message.outputs
+                self.opened.set_result(message)
+            else:
+                self.opened.set_exception(ModelError(message.reason))
+        if self._watch is not None:
+            self._watch.cancel()
+        self._watch = self._loop.call_later(WEDGED_AFTER, self.cut) if self._answers else None
+
+    def _take(self, message: Answer) -> None:
+        answer = self._answers.pop(message.ticket, None)
+        if answer is None or answer.done():
+            return  # given up while this was on its way
+        if not message.error:
+            answer.set_result(unpack(message.outputs))
+        elif message.error == "bad":
+            answer.set_exception(BadTensor(message.message))
+        else:
+            answer.set_exception({"full": Full, "late": Late, "failed": Failed}[message.error]())
+
+    def open(self, entry: Entry, card: Card) -> None:
+        self._send(Open(str(entry.directory), card))
+
+    def cut(self) -> None:
+        """End it from this side."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc
+        self._transport = None
+        if self._watch is not None:
+            self._watch.cancel()
+        if not self.opened.done():
+            self.opened.set_exception(ModelError("the process ended while it loaded the model"))
+            self.opened.exception()  # it may be that nobody asks
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(Lost())
+        self._answers.clear()
+        self.lost.set()
+
+
+class Stateless:
+    """What the server asks for tensors. It stays the same while processes come and go."""
+
+    # What a kind has beside its own: inputs and outputs by name, with datatype and number of dimensions.
+    fixed_inputs: ClassVar[Mapping[str, tuple[str, int]]] = {}
+    fixed_outputs: ClassVar[Mapping[str, tuple[str, int]]] = {}
+
+    def __init__(self, entry: Entry, card: Card, clock: Callable[[], float], wall: Callable[[], float]) -> None:
+        self.kind: Kind = card.kind
+        self.card = card
+        self.bound = 2 * card.max_batch + card.max_waiting
+        self.changes = 0
+        self.inputs: Sequence[TensorSpec] = ()  # known from the first life on
+        self.outputs: Sequence[TensorSpec] = ()
+        self.reporter = Reporter(self, wall)
+        self._entry = entry
+        self._clock = clock
+        self._in_flight = 0
+        self._news = asyncio.Event()
+        self._model: TensorModel | None = None
+        self._lost = asyncio.Event()
+
+    def __repr__(self) -> str:
+        state = "away" if self._model is None else "ready"
+        return f"<{type(self).__name__} {self._entry} {state}, {self._in_flight} of {self.bound} in flight>"
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """One life of it. Raises ModelError on entering."""
+        life = self._beside() if self.card.isolation == "thread" else self._apart()
+        async with life as model:
+            self._check_kind(model)
+            self._model, self.inputs, self.outputs = model, model.inputs, model.outputs
+            try:
+                yield
+            finally:
+                self._model = None
+
+    @contextlib.asynccontextmanager
+    async def _beside(self) -> AsyncIterator[TensorModel]:
+        self._lost = asyncio.Event()
+        async with executor(self.card.executor)(self._entry.directory, self.card) as model:
+            yield model
+
+    @contextlib.asynccontextmanager
+    async def _apart(self) -> AsyncIterator[TensorModel]:
+        async with spawned("reference_backend.tensor_service") as connection, self.linked(connection) as model:
+            yield model
+
+    @contextlib.asynccontextmanager
+    async def linked(self, connection: socket.socket) -> AsyncIterator[TensorModel]:
+        """The model at the other end of a socket. Raises ModelError."""
+        _, remote = await asyncio.get_running_loop().create_connection(Remote, sock=connection)
+        self._lost = remote.lost
+        try:
+            remote.open(self._entry, self.card)
+            await remote.opened
+            yield remote
+        finally:
+            remote.cut()
+            await remote.lost.wait()
+
+    def _check_kind(self, model: TensorModel) -> None:
+        for specs, fixed in ((model.inputs, self.fixed_inputs), (model.outputs, self.fixed_outputs)):
+            there = {spec.name: (spec.datatype, len(spec.shape)) for spec in specs}
+            for name, wanted in fixed.items():
+                if there.get(name) != wanted:
+                    raise ModelError(
+                        f"{self._entry}: a model of the kind {self.kind!r} has {name!r} of {wanted[0]} in "
+                        f"{wanted[1]} dimensions, but its executor gives {there.get(name, 'none')}"
+                    )
+
+    async def wait_lost(self) -> None:
+        await self._lost.wait()
+
+    def load(self) -> Load:
+        running = min(self._in_flight, self.card.max_batch)
+        return Load(running, self._in_flight - running, 0.0, slots=self.card.max_batch)
+
+    async def wait_change(self, seen: int) -> None:
+        """Wait until `changes` is another number than `seen`."""
+        while self.changes == seen:
+            self._news.clear()
+            await self._news.wait()
+
+    async def infer(self, inputs: Tensors, deadline: float | None) -> Tensors:
+        """Run the model. Raises ApiError."""
+        check(inputs, self.inputs)
+        if self._model is None:
+            raise protocol.loading()
+        if self._in_flight >= self.bound:
+            raise self._full()
+        began = self._clock()
+        with self._counted():
+            try:
+                async with asyncio.timeout(None if deadline is None else deadline - began):
+                    outputs = await self._model.infer(inputs, deadline)
+            except BadTensor as error:
+                raise ApiError(400, "bad_tensor", str(error), param="inputs") from error
+            except Full as error:
+                raise self._full() from error
+            except (Late, TimeoutError) as error:
+                raise ApiError(504, "deadline", "the deadline passed before there was an answer") from error
+            except Lost as error:
+                raise protocol.worker_lost() from error
+            except Failed as error:
+                raise protocol.engine_failed() from error
+        self.reporter.answered(self._clock() - began, self._clock() - began, 1)
+        return outputs
+
+    def _full(self) -> ApiError:
+        self.reporter.rejects += 1
+        return protocol.not_started(429, "queue_full", "this backend has no room for another request now")
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        self._in_flight += 1
+        self._change()
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+            self._change()
+
+    def _change(self) -> None:
+        self.changes += 1
+        self._news.set()
+
+
+class Embedding(Stateless):
+    fixed_inputs: ClassVar = {"text": ("BYTES", 1)}
+    fixed_outputs: ClassVar = {"embedding": ("FP32", 2), "tokens": ("INT64", 1)}
+
+
+class Painter(Stateless):
+    fixed_inputs: ClassVar = {"prompt": ("BYTES", 1), "seed": ("INT64", 1)}
+    fixed_outputs: ClassVar = {"image": ("UINT8", 4)}
+
+
+KINDS: Mapping[Kind, type[Stateless]] = {"tensor": Stateless, "embedding": Embedding, "image": Painter}
+
+
+def check(inputs: Tensors, specs: Sequence[TensorSpec]) -> None:
+    """Raise ApiError 400 for inputs that do not fit the specs, naming the tensor and what was expected."""
+    wanted = {spec.name: spec for spec in specs}
+    for name in (*wanted, *inputs):
+        if name not in inputs:
+            raise bad_tensor(name, "is missing")
+        if name not in wanted:
+            raise bad_tensor(name, f"is none of this model's: {', '.join(wanted)}")
+        _check_one(inputs[name], wanted[name])
+
+
+def _check_one(array: Array, spec: TensorSpec) -> None:
+    if array.dtype != DTYPES[spec.datatype]:
+        raise bad_tensor(spec.name, f"must be of {spec.datatype}")
+    if not spec.takes(array.shape):
+        raise bad_tensor(spec.name, f"has the shape {list(array.shape)}, which is not {list(spec.shape)} (-1: any)")
+
+
+def bad_tensor(name: str, what: str) -> ApiError:
+    return ApiError(400, "bad_tensor", f"input {name[: protocol.LONGEST_SHOWN]!r} {what}", param="inputs")
