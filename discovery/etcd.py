@@ -28,6 +28,8 @@ from urllib.parse import urlsplit
 # gRPC reads it when it is loaded. We fork only to run another program at once, for which gRPC needs to do nothing;
 # what it would do instead closes descriptors of calls that are under way, and says so on stderr at each fork.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+# What goes wrong comes as an error, which we tell; what gRPC writes to stderr beside it is not our log.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
 from aetcd import rpc

@@ -23,7 +23,7 @@ from dataclasses import replace
 from importlib.metadata import version as version_of
 from pathlib import Path
 from random import Random
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import aiohttp
 import msgspec
@@ -83,6 +83,9 @@ from policies.policy import Policy
 from policies.problems import InvalidDocument
 from policies.routing import plan_of
 
+if TYPE_CHECKING:
+    from gateway.rpc.listener import RpcListener
+
 ACCEPT_SECONDS = 5.0  # how long a gateway that was told to stop still accepts, so that balancers get to know
 DRAIN_SECONDS = 60.0
 FIRST_LIST_SECONDS = 5.0
@@ -113,6 +116,7 @@ class Gateway:
         self.memory = Memory()
         self.data_address: Address
         self.admin_address: Address
+        self.grpc_address: Address
         self.pipeline: Pipeline
         self.fleet: Fleet
         self.discovery: Discovery
@@ -121,6 +125,7 @@ class Gateway:
         self.policy: PolicySource
         self.keys: KeyStore
         self.is_listening = False  # on the data port
+        self.grpc: RpcListener | None = None
         self.certificates: dict[str, Certificates] = {}  # by use
 
     @contextlib.asynccontextmanager
@@ -201,6 +206,8 @@ class Gateway:
             register_load_streams(self.metrics, self.load_streams)
             register_identity(self.metrics, keys, identifier)
             await self._listen_admin(stack)
+            if self.config.grpc is not None:
+                self.grpc = await self._bind_grpc(stack, self.config.grpc.listen, ids, server)
             listener = await self._bind_data(stack, server, observe)
             if self.worker is None:
                 await self._open(listener)
@@ -401,6 +408,8 @@ class Gateway:
     def _most_connections(self) -> int:
         """How many clients at a time, and a word to the operator if it is fewer than were asked for."""
         wanted, files = self.config.limits.connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if self.config.grpc is not None and files != resource.RLIM_INFINITY:
+            files = files * 2 // 3  # as many clients may come over gRPC, who share the connections to the backends
         most = most_connections(wanted, files)
         if most < wanted:
             structlog.get_logger().warning(
@@ -436,8 +445,35 @@ class Gateway:
         stack.push_async_callback(self._drain, listener, server)
         return listener
 
+    async def _bind_grpc(
+        self, stack: contextlib.AsyncExitStack, listen: Address, ids: Ids, server: DataServer
+    ) -> RpcListener:
+        """Take the port for gRPC, whose half of the gateway is loaded by nobody else."""
+        from gateway.rpc.listener import rpc_listener  # noqa: PLC0415  as said
+
+        grpc = rpc_listener(
+            self.pipeline,
+            ids,
+            self.config.limits,
+            server.name,
+            lambda: not self.not_ready(),
+            self.certificates,
+            self.clock,
+            self.rng,
+            connections=server.most_connections,
+            shares_port=self.worker is not None,
+        )
+        try:
+            port = await stack.enter_async_context(grpc.bound(listen))
+        except OSError as error:
+            raise _cannot_listen("grpc.listen", listen, error) from error
+        self.grpc_address = Address(listen.host, port)
+        return grpc
+
     async def _open(self, listener: asyncio.Server) -> None:
         await listener.start_serving()
+        if self.grpc is not None:
+            await self.grpc.start()
         self.is_listening = True
 
     async def _open_when_of_use(self, listener: asyncio.Server) -> None:
@@ -453,15 +489,19 @@ class Gateway:
         """Let what is under way end; what will not, or may not because a second signal came, is told and cut."""
         self.pipeline.draining = True
         try:
-            if server.connections:
+            if server.connections or self.grpc is not None:
                 await asyncio.sleep(ACCEPT_SECONDS if self.pipeline.inflight else 0)
             listener.close()
             server.close_idle()
+            if self.grpc is not None:
+                self.grpc.stop_accepting()
             await self._wait_idle(DRAIN_SECONDS)
         finally:
             listener.close()
             for relay in tuple(self.forwarder.relays):
                 relay.drain()
+            if self.grpc is not None:
+                self.grpc.drain()
             await self._wait_idle(1.0)
             server.abort()
             await self._wait_idle(1.0)  # each request has its record before the log closes
@@ -517,7 +557,11 @@ async def serve(settings: Config, *, worker: int | None = None) -> None:
         async with gateway.running():
             loop.add_signal_handler(signal.SIGHUP, gateway.reload)
             structlog.get_logger().info(
-                "serving", data=str(gateway.data_address), admin=str(gateway.admin_address), version=gateway.version
+                "serving",
+                data=str(gateway.data_address),
+                admin=str(gateway.admin_address),
+                **({"grpc": str(gateway.grpc_address)} if gateway.grpc is not None else {}),
+                version=gateway.version,
             )
             await stop.wait()
     except asyncio.CancelledError:

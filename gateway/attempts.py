@@ -80,7 +80,7 @@ class Forwarder:
             except errors.Refusal:
                 if last is None:
                     raise
-                raise _refusal(last, route) from None  # nobody is left to retry with: what the last one did stands
+                raise refusal_of(last, route) from None  # nobody is left to retry with: what the last one did stands
             trail.pick += trail.lap()
             known = lease.backend.note_prompt(chain) if chain else 0
             with lease:
@@ -98,7 +98,7 @@ class Forwarder:
                 raise errors.Draining("The gateway is shutting down.", retry_after=1.0)
             made = len(trail.attempts)
             if not may_retry(failure, route.retry, made, budget, self._clock()):
-                raise _refusal(last, route)
+                raise refusal_of(last, route)
             tried += (lease.backend,)
             delay = delay_before(failure, made - 1, self._rng)
             if delay:
@@ -242,7 +242,7 @@ def outcome_of(ending: Ending, status: int, overdue: Kind | None) -> Outcome:
     return _FAILURE if ending.reason in _FAILURES else _IGNORED
 
 
-def _refusal(ending: Ending, route: Route) -> errors.Refusal:
+def refusal_of(ending: Ending, route: Route) -> errors.Refusal:
     """What the client is told when the last attempt failed."""
     failure, after = ending.failure, ending.retry_after
     if failure in (Failure.CONNECT_FAIL, Failure.CONNECT_TIMEOUT):

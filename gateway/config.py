@@ -11,8 +11,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_network
+from itertools import combinations
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -41,6 +42,7 @@ from policies.yaml_tree import Entry, Node, Scalar, Sequence, Tree
 KIB, MIB = 1 << 10, 1 << 20
 
 DATA_ADDRESS, ADMIN_ADDRESS = Address("127.0.0.1", 8080), Address("127.0.0.1", 8081)
+GRPC_ADDRESS = Address("127.0.0.1", 8082)
 PRIVATE_NETWORKS = tuple(
     ip_network(text) for text in ("127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16")
 )
@@ -65,8 +67,15 @@ class Admin(Strict):
 
 
 @dataclass(frozen=True, slots=True)
+class Grpc(Strict):
+    """The listener for gRPC; without this section there is none."""
+
+    listen: ListenAddress = GRPC_ADDRESS
+
+
+@dataclass(frozen=True, slots=True)
 class Tls(Strict):
-    """TLS on the data listener. With `client_ca`, clients must show a certificate of one of these authorities."""
+    """TLS for clients, on both their listeners. With `client_ca`, they must show a certificate of these authorities."""
 
     cert: File
     key: File
@@ -182,12 +191,11 @@ class Limits(Strict):
 class Config(Strict):
     """Everything the process is told at start. `workers` processes share the port; each is one more replica."""
 
-    LATER: ClassVar = frozenset({"grpc"})
-
     policy: PolicyPlaceOrFile
     discovery: Discovery
     listen: ListenAddress = DATA_ADDRESS
     admin: Admin = Admin()
+    grpc: Grpc | None = None
     tls: Tls | None = None
     workers: Positive = 1
     redis: Redis | None = None
@@ -195,8 +203,12 @@ class Config(Strict):
     limits: Limits = Limits()
 
     def __post_init__(self) -> None:
-        if self.listen == self.admin.listen and self.listen.port:
-            raise ValueError(f"`listen` and `admin.listen` are both {self.listen}")
+        listeners = {"listen": self.listen, "admin.listen": self.admin.listen}
+        if self.grpc is not None:
+            listeners["grpc.listen"] = self.grpc.listen
+        for (one, here), (other, there) in combinations(listeners.items(), 2):
+            if here == there and here.port:
+                raise ValueError(f"`{one}` and `{other}` are both {here}")
         if self.policy.etcd is not None and self.discovery.etcd is None:
             raise ValueError("`policy: {etcd: ...}` needs `discovery.etcd`, which says where etcd is")
 

@@ -58,6 +58,7 @@ _FRAMING: Final = frozenset({b"contentlength", b"transferencoding"})
 _NO_LETTERS: Final = re.compile(rb"[^a-z]+")
 
 # Who handed a request on, of all that `Via` may name: only gateways like us, and only they go on (RFC 9110, 7.6.3).
+_LONGEST_VIA: Final = 256  # ten gateways one after the other
 _HOPS: Final = re.compile(rb"1\.1 weir-[0-9a-f]{16}").findall
 _SANE_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}").fullmatch
 _HOST: Final = re.compile(rb"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?").fullmatch
@@ -110,6 +111,11 @@ class Head:
         self.chunked = self.expects_continue = False
         self.closes = False  # the client wants no other request on this connection
         self._read(lines)
+
+    def refuse_loop(self, name: bytes) -> None:
+        """Raise LoopDetected if the gateway of this name has handed the request on before, or too many have."""
+        if self.via and (name in self.via or len(self.via) > _LONGEST_VIA):
+            raise errors.LoopDetected("This request has come by before: a backend is registered that leads back here.")
 
     def _read(self, lines: Lines) -> None:
         forwarded: list[bytes] = []

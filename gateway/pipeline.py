@@ -42,6 +42,11 @@ _END_REASONS_BY_CODE: Final = {
 }  # fmt: skip
 
 
+def end_reason_of(refusal: errors.Refusal) -> str:
+    """How the record of a request calls its refusal."""
+    return _END_REASONS_BY_CODE.get(refusal.code) or _END_REASONS.get(refusal.status, "parse_error")
+
+
 @dataclass(frozen=True, slots=True)
 class InForce:
     """A policy with what is made of it. A request keeps the one it began with."""
@@ -225,7 +230,7 @@ class Pipeline:
             head_only=call.method == "HEAD",
         )
         if trail.end_reason in ("internal", "client_abort", "ok"):
-            trail.end_reason = _END_REASONS_BY_CODE.get(refusal.code) or _END_REASONS.get(refusal.status, "parse_error")
+            trail.end_reason = end_reason_of(refusal)
 
     def _tell(
         self,

@@ -60,7 +60,7 @@ _OK = Ending("ok")
 _ERRED = Ending("upstream_error")
 
 
-_FAILURE_REASONS = {
+FAILURE_REASONS = {
     Failure.PROTOCOL: "upstream_protocol",
     Failure.BUSY: "shed",
     Failure.NOT_STARTED: "shed",
@@ -335,7 +335,7 @@ class Relay(Wakeup):
             self._commit_and_flush()
         if self._scanner is not None:
             self._note_tokens(self._scanner)
-            event = error_event(self.call.resource.protocol, _refusal_of(reason, self.overdue), self.call.request_id)
+            event = error_event(self.call.resource.protocol, broken_off(reason, self.overdue), self.call.request_id)
             if event:
                 self._send(self._framed(event))
         if reason == "client_slow" or (self.call.http10 and self._is_unframed()):
@@ -353,7 +353,7 @@ class Relay(Wakeup):
         return _BREAK_FAILURES.get(reason, Failure.PROTOCOL)
 
     def _fail(self, failure: Failure, reason: str = "") -> None:
-        named = reason if reason in ("drain", "client_slow") else _FAILURE_REASONS[failure]
+        named = reason if reason in ("drain", "client_slow") else FAILURE_REASONS[failure]
         self._end(Ending(named, failure))
 
     def _end(self, ending: Ending) -> None:
@@ -444,7 +444,8 @@ def _is_json(document: bytes) -> bool:
     return True
 
 
-def _refusal_of(reason: str, overdue: Kind | None) -> Refusal:
+def broken_off(reason: str, overdue: Kind | None) -> Refusal:
+    """What a client is told whose answer will never be whole."""
     if reason == "drain":
         return Draining("The gateway is shutting down; the answer is incomplete.")
     if overdue is Kind.TOTAL:

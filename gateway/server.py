@@ -23,7 +23,7 @@ from gateway.local_answers import answer_bytes
 from gateway.outbox import outbox_of
 from gateway.rescue import refusal_bytes
 from gateway.wakeup import Wakeup
-from policies.errors import BadRequest, ClientTimeout, HeaderTooLarge, LoopDetected, Refusal
+from policies.errors import BadRequest, ClientTimeout, HeaderTooLarge, Refusal
 
 if TYPE_CHECKING:
     from random import Random
@@ -35,7 +35,6 @@ WRITE_HIGH_BYTES: Final = 64 * 1024
 WRITE_LOW_BYTES: Final = 16 * 1024
 HELD_BYTES: Final = 64 * 1024  # of a body that nobody has asked for yet
 MOST_LINES: Final = 100  # of a head
-LONGEST_VIA: Final = 256  # ten gateways one after the other
 MOST_AHEAD: Final = 128  # requests sent before the first is answered; those beyond are not served
 KNOWN_BYTES: Final = 4 * 1024  # of a request that is known again
 UNREAD_SECONDS: Final = 30.0  # how long a client may leave what it was sent unread
@@ -408,8 +407,7 @@ class ClientConnection(Client):
         if lines != self._known_lines:
             self.caller = None
             self._known = head = Head(lines)
-            if head.via and (self._server.name in head.via or len(head.via) > LONGEST_VIA):
-                raise LoopDetected("This request has come by before: a backend is registered that leads back here.")
+            head.refuse_loop(self._server.name)
             self._known_lines = lines
         return self._known
 

@@ -37,7 +37,10 @@ DOORS = {
     "jwt": ("policies/identity.py",),
     "cryptography": ("policies/identity.py",),
     "aetcd": ("discovery/etcd.py",),
-    "grpc": ("discovery/etcd.py",),
+    "grpc": (
+        "discovery/etcd.py",
+        "gateway/rpc/",
+    ),
     "redis": ("gateway/store.py",),
     "prometheus_client": ("observability/metrics.py",),
     "opentelemetry": ("observability/tracing.py",),
@@ -54,6 +57,7 @@ TYPES_OF_IMPURE = ("random.Random",)
 
 # Source files without a mirror test, and why.
 WITHOUT_MIRROR = {
+    "gateway/rpc/attempt.py": "gRPC at both ends: tests/integration/test_road_grpc.py",
     "gateway/client.py": "what its subclasses have in common: tests/gateway/test_server.py",
     "discovery/source.py": "types alone",
     "gateway/register.py": "a process from end to end: tests/integration/test_register.py",

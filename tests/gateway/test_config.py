@@ -134,7 +134,10 @@ def test_a_variable_is_text_and_adds_no_keys():
          ["1:33 not YAML: did not find expected ',' or ']' while parsing a flow sequence that begins on line 1; inside [] or {} a variable needs quotes: \"${NAME}\""]),
         (LEAST + "worker: 2\n", ["3:1 worker: unknown key `worker`: did you mean `workers`?"]),
         (LEAST + "workers: 0\n", ["3:10 workers: must be at least 1"]),
-        (LEAST + "grpc: {listen: 127.0.0.1:8082}\n", ["3:1 grpc: is not available in this version"]),
+        (LEAST + "grpc: {listen: 127.0.0.1:8080}\n", ["1:1 `listen` and `grpc.listen` are both 127.0.0.1:8080"]),
+        (LEAST + "grpc: {port: 1}\n", ["3:8 grpc.port: unknown key `port`: expected `listen`"]),
+        ("policy: p\ndiscovery: {static: [{service: a, url: 'http://h', grpc_port: 0}]}",
+         ["2:63 discovery.static[0].grpc_port: `0` is not a port: expected a number from 1 to 65535"]),
         (LEAST + "admin: {listen: 0.0.0.0:8081}\n", ["3:8 admin: 0.0.0.0:8081 can be reached from outside: set `auth`, or listen on 127.0.0.1"]),
         (LEAST + "admin: {auth: {token_file: admin.token}}\n", ["3:28 admin.auth.token_file: cannot read /etc/weir/admin.token: No such file or directory"]),
         (LEAST + "listen: 127.0.0.1:8081\n", ["1:1 `listen` and `admin.listen` are both 127.0.0.1:8081"]),
@@ -144,7 +147,7 @@ def test_a_variable_is_text_and_adds_no_keys():
         (LEAST + "telemetry: {log: jsno, sample: 1}\n", ["3:18 telemetry.log: unknown value `jsno`: did you mean `json`?",
                                                         "3:32 telemetry.sample: `1` is not a share: write `1%` or `100%` if that is meant"]),
         (LEAST + "limits: {body: 32Mib}\n", ["3:16 limits.body: `32Mib` is not a size: expected one such as `32KiB`, `1MB` or a number of bytes"]),
-        ("x: 1", ["1:1 discovery: is missing", "1:1 policy: is missing", "1:1 x: unknown key `x`: expected `policy`, `discovery`, `listen`, `admin`, `tls`, `workers`, `redis`, `telemetry`, `limits`"]),
+        ("x: 1", ["1:1 discovery: is missing", "1:1 policy: is missing", "1:1 x: unknown key `x`: expected `policy`, `discovery`, `listen`, `admin`, `grpc`, `tls`, `workers`, `redis`, `telemetry`, `limits`"]),
         ("policy: {}\ndiscovery: {}", ["1:9 policy: expected a file, or `{etcd: NAME}`", "2:12 discovery: expected exactly one of `etcd` and `static`"]),
         ("policy: {etcd: a}\ndiscovery: {static: []}", ["1:1 `policy: {etcd: ...}` needs `discovery.etcd`, which says where etcd is"]),
         ("policy: p\ndiscovery: {etcd: {endpoints: http://h}, static: []}", ["2:12 discovery: expected exactly one of `etcd` and `static`"]),
@@ -165,3 +168,8 @@ def test_certificate_and_key_of_etcd_go_together(base):
 
 def test_port_0_may_be_said_twice():
     assert parse(LEAST + "listen: 127.0.0.1:0\nadmin: {listen: 127.0.0.1:0}\n").listen.port == 0
+
+
+def test_grpc_is_off_unless_it_is_said():
+    assert parse(LEAST).grpc is None
+    assert parse(LEAST + "grpc: {}\n").grpc.listen.port == 8082

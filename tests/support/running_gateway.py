@@ -4,7 +4,8 @@ start (`running_gateway`) or found in a real etcd (`etcd_gateway`, `announced`).
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from itertools import chain, repeat
 from pathlib import Path
 from random import Random
 from types import MappingProxyType
@@ -41,11 +42,16 @@ async def running_gateway(
     healthy: bool = True,
     models: str = "[tiny]",
     others: Mapping[str, str] = MappingProxyType({}),
+    grpc_ports: Iterable[int] = (),
 ) -> AsyncIterator[Gateway]:
     """A gateway whose backends have been probed. `config` is more text for weir.yaml; `others` are more backends, each
-    the only one of a service: service -> URL, with a model of the same name."""
+    the only one of a service: service -> URL, with a model of the same name. `grpc_ports` are those of `urls`."""
+    ports = chain((f", grpc_port: {port}" for port in grpc_ports), repeat(""))
     backends = "".join(
-        [f'    - {{service: tiny, url: "{url}", models: {models}}}\n' for url in urls]
+        [
+            f'    - {{service: tiny, url: "{url}", models: {models}{port}}}\n'
+            for url, port in zip(urls, ports, strict=False)
+        ]
         + [f'    - {{service: {name}, url: "{url}", models: [{name}]}}\n' for name, url in others.items()]
     )
     backends = backends or "    []\n"
