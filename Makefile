@@ -13,8 +13,13 @@ FUZZ_SECONDS ?= 600
 # test_balance.py are fakes below a class that is compiled, which takes none.
 ROAD := tests/policies $(wildcard tests/integration/test_road_*.py) tests/integration/test_data_path.py \
     tests/faults/test_a_backends.py --ignore=tests/policies/test_balance.py
+# Most tests wait most of the time: two run beside each other, each with its servers, ports and folders. Those that measure a
+# machine run alone; the compiler, which gives way to everybody (`nice`), is no neighbour.
+BESIDE := -n 2 --dist worksteal
+ALONE := tests/soak
+HAS_CC = $(shell command -v $${CC:-cc})
 
-.PHONY: setup run test test-compiled fuzz compiled check fmt stubs lock bench-peers soak clean
+.PHONY: setup run test test-alone test-compiled fuzz compiled check fmt stubs lock bench-peers soak clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
@@ -24,12 +29,15 @@ run: setup
 	@$(BIN)/weir up
 
 test: setup
-	@$(BIN)/python -m pytest
-	@if command -v $${CC:-cc} >/dev/null; then $(MAKE) --no-print-directory test-compiled; \
-	    else echo "no C compiler here: the compiled build is not tested"; fi
+	@$(BIN)/python -m pytest $(BESIDE) $(addprefix --ignore=,$(ALONE))
+	@$(MAKE) --no-print-directory -j2 test-alone $(if $(HAS_CC),compiled)
+	@$(if $(HAS_CC),$(MAKE) --no-print-directory test-compiled,echo "no C compiler here: the compiled build is not tested")
+
+test-alone: setup
+	@$(BIN)/python -m pytest $(ALONE)
 
 test-compiled: compiled
-	@PYTHONPATH=$(COMPILED) $(BIN)/python -m pytest -o "pythonpath=$(COMPILED) ." $(ROAD)
+	@PYTHONPATH=$(COMPILED) $(BIN)/python -m pytest $(BESIDE) -o "pythonpath=$(COMPILED) ." $(ROAD)
 
 # More of what Hypothesis tries in `make test`: other examples in each round, until the time is over.
 fuzz: setup
@@ -44,7 +52,7 @@ $(COMPILED)/.made: $(VENV)/.installed setup.py $(shell find gateway discovery po
 	    echo "make: no C compiler found; install gcc or clang (Debian: gcc), or run Weir as Python, which needs none" >&2; exit 3; }
 	@echo "compiling the data path into $(COMPILED) (about a minute)"
 	@rm -rf build
-	@WEIR_COMPILE=1 $(BIN)/python -m pip --disable-pip-version-check --quiet install --no-build-isolation --no-deps \
+	@WEIR_COMPILE=1 nice $(BIN)/python -m pip --disable-pip-version-check --quiet install --no-build-isolation --no-deps \
 	    --target $(COMPILED) .
 	@touch $@
 
