@@ -66,6 +66,6 @@ def check_open(pool: Pool) -> None:
         raise protocol.draining()
 
 
-def json_response(body: protocol.Json, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+def json_response(body: object, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
     encoded = msgspec.json.encode(body)
     return web.Response(body=encoded, status=status, headers=headers, content_type="application/json")

@@ -21,10 +21,13 @@ _PREFERENCE = (State.FAILED, State.CLOSED, State.DRAINING, State.LOADING, State.
 
 
 class Pool:
-    """`running` is its life; at its end all drain. `find_wanted` gives what to serve of a model."""
+    """`running` is its life; at its end all drain. `find_wanted` gives what to serve of a model, `known` all."""
 
-    def __init__(self, service: Service, find_wanted: Callable[[str], Sequence[Entry]]) -> None:
+    def __init__(
+        self, service: Service, find_wanted: Callable[[str], Sequence[Entry]], known: Callable[[], Sequence[Entry]]
+    ) -> None:
         self.is_ending = False
+        self.known = known
         self._service = service
         self._find_wanted = find_wanted
         self._served: dict[Entry, Served] = {}

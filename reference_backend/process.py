@@ -39,6 +39,12 @@ from reference_backend.stateless import KINDS
 
 log = logging.getLogger(__name__)
 LAST_WORDS = 5.0  # seconds for answers that are on their way when all models are gone
+PROTOCOLS: dict[repository.Kind, tuple[str, ...]] = {
+    "language": ("openai",),
+    "embedding": ("openai", "oip"),
+    "image": ("openai", "oip"),
+    "tensor": ("oip",),
+}
 WILDCARDS = ("", "0.0.0.0", "::")  # noqa: S104  they are what is looked for
 MODELS = Path(__file__).parent / "models"
 EPILOG = """\
@@ -208,6 +214,18 @@ def entries(options: Options, name: str) -> list[Entry]:
     return [entry] if entry.name == name else []
 
 
+def known(options: Options) -> list[Entry]:
+    """Every version that could be served."""
+    root = options.repository
+    if root is None:
+        return [only_entry(options)]
+    try:
+        return [entry for name in repository.names(root) for entry in repository.versions(root, name)]
+    except ModelError as error:  # it was there at the start
+        log.warning("%s", error)
+        return []
+
+
 def only_entry(options: Options) -> Entry:
     """What --model names: a directory with a model, or one with versions of it. Raises CannotStartError."""
     directory = options.model or Path()
@@ -247,8 +265,8 @@ async def serve(options: Options, clock: Callable[[], float], wall: Callable[[],
         if options.etcd is not None:
             registry.client = await stack.enter_async_context(EtcdClient(EtcdSettings(endpoints=(options.etcd,))))
         service = Service(lambda entry: read(entry, options, clock, wall), registry.announced, options.sleep_after)
-        pool = Pool(service, lambda name: entries(options, name))
-        api = Api(pool, wall=wall, end=ending.set)
+        pool = Pool(service, lambda name: entries(options, name), lambda: known(options))
+        api = Api(pool, clock=clock, wall=wall, end=ending.set)
         registry.url = url = await stack.enter_async_context(listening(api, options, wall))
         async with pool.running():
             loading = asyncio.ensure_future(load(pool, wanted, url))
@@ -331,6 +349,7 @@ class Registry:
         path = f"/models/{entry.name}/{entry.version}" if options.repository is not None else ""
         registration = Registration(
             url=(options.announce_url or self.url) + path,
+            protocols=PROTOCOLS[model.kind],
             models=(ModelEntry(entry.name, entry.version),),
             max_concurrency=model.bound,
             load=path + LOAD_PATH,

@@ -17,6 +17,7 @@ from reference_backend.in_flight import InFlight
 from reference_backend.incoming import PREFIX, SERVED, is_at, json_response
 from reference_backend.load_report import PATH as LOAD_PATH
 from reference_backend.load_report import in_band, metrics_page
+from reference_backend.open_inference import OpenInference
 from reference_backend.openai_api import OpenAi
 from reference_backend.pool import Pool
 from reference_backend.protocol import ApiError
@@ -28,10 +29,13 @@ log = logging.getLogger(__name__)
 class Api:
     """The application's parts. `end` is called when somebody asks that the process drain and end."""
 
-    def __init__(self, pool: Pool, *, wall: Callable[[], float], end: Callable[[], None]) -> None:
+    def __init__(
+        self, pool: Pool, *, clock: Callable[[], float], wall: Callable[[], float], end: Callable[[], None]
+    ) -> None:
         self.in_flight = InFlight()
         self._pool = pool
         self._openai = OpenAi(pool, wall=wall)
+        self._open_inference = OpenInference(pool, clock)
         self._end = end
 
     def application(self, *middlewares: Middleware) -> web.Application:
@@ -40,6 +44,7 @@ class Api:
         app.on_response_prepare.append(self._report_load)
         routes = [
             *self._openai.routes(),
+            *self._open_inference.routes(),
             web.get("/health", self._health),
             web.get("/ping", self._health),
             web.get("/metrics", self._metrics),
@@ -65,14 +70,14 @@ class Api:
         try:
             return await handler(request)
         except ApiError as error:
-            return _refusal(error)
+            return _refusal(request, error)
         except GenerationError as error:
-            return _refusal(error.refusal)
+            return _refusal(request, error.refusal)
         except web.HTTPException as error:
-            return _refusal(_refused_by_router(error.status))
+            return _refusal(request, _refused_by_router(error.status))
         except Exception:  # a bug of ours: the client learns that, the log learns which
             log.exception("internal error")
-            return _refusal(ApiError(500, "internal_error", "internal error"))
+            return _refusal(request, ApiError(500, "internal_error", "internal error"))
 
     async def _report_load(self, request: web.Request, response: web.StreamResponse) -> None:
         sources = [each.model.reporter.source for each in self._meant(request) if each.model is not None]
@@ -135,8 +140,13 @@ def _refused_by_router(status: int) -> ApiError:
     return ApiError(status, code, message)
 
 
-def _refusal(error: ApiError) -> web.Response:
-    response = json_response(error.body(), error.status, error.headers)
+def _refusal(request: web.Request, error: ApiError) -> web.Response:
+    """An error in the form of the protocol whose path it is."""
+    place = request.match_info.route.resource
+    path = place.canonical.removeprefix(PREFIX) if place is not None else request.path
+    is_inference = path == "/v2" or path.startswith("/v2/")
+    body = {"error": error.message} if is_inference else error.body()
+    response = json_response(body, error.status, error.headers)
     if "connection" in error.headers:
         response.force_close()
     return response

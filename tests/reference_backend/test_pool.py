@@ -27,7 +27,7 @@ class Store:
         self.slow, self.broken = 0.0, set()
         self.made = []
         self.told = []
-        self.pool = Pool(Service(self.make, unannounced, grace=0.5), self.wanted)
+        self.pool = Pool(Service(self.make, unannounced, grace=0.5), self.wanted, list)
 
     def wanted(self, name):
         return [Entry(name, version, None) for version in self.versions.get(name, [])]

@@ -30,6 +30,7 @@ from reference_backend.served import Served, Service
 from reference_backend.server import Api
 from reference_backend.tokenizer import Tokenizer
 from reference_backend.worker import Worker
+from tests.support.unregistered import unregistered
 
 DIRECTORY = Path(reference_backend.__file__).parent / "models" / "tiny"
 CREATED = 1_800_000_000
@@ -96,8 +97,9 @@ async def running_api(
     pool = Pool(
         Service(lambda _entry: language, unregistered, grace=0.0, finish_within=0.0),
         lambda name: [Entry(name, "", DIRECTORY)],
+        list,
     )
-    api = Api(pool, wall=lambda: CREATED, end=lambda: None)
+    api = Api(pool, clock=clock, wall=lambda: CREATED, end=lambda: None)
     runner = web.AppRunner(api.application(*middlewares), handler_cancellation=True, shutdown_timeout=0.0)
     try:
         async with pool.running():
@@ -129,11 +131,6 @@ class InThread(Language):
             raise ModelError("it had its one life")
         async with self.worker.linked(connection, self._start):
             yield
-
-
-@contextlib.asynccontextmanager
-async def unregistered(*_args: object) -> AsyncIterator[None]:
-    yield None
 
 
 def _serve(engine: Engine, connection: socket.socket, clock) -> None:

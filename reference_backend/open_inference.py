@@ -1,0 +1,293 @@
+"""The Open Inference Protocol over HTTP: https://github.com/kserve/open-inference-protocol, specification/protocol.
+
+With Triton's extensions for binary tensors (`Inference-Header-Content-Length`: the JSON ends there, and behind it lie
+the tensors that say `binary_data_size`), model configuration and the model repository. Errors are `{"error": "..."}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from reference_backend import protocol
+from reference_backend.incoming import check_open, deadline, find, json_response, read_body
+from reference_backend.pool import Pool
+from reference_backend.protocol import ApiError
+from reference_backend.served import Served, State
+from reference_backend.stateless import Stateless, bad_tensor
+from reference_backend.tensor_codec import datatype_of, from_json, from_raw, to_json, to_raw
+from reference_backend.tensors import Array, Tensors, TensorSpec
+
+LARGEST_BODY = 64 * 1024 * 1024
+HEADER_LENGTH = "inference-header-content-length"
+NAME, VERSION = "weir-reference-backend", "0.1.0"
+EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository")
+# What the index of a repository calls each state.
+INDEX_STATES = {
+    State.LOADING: "LOADING",
+    State.READY: "READY",
+    State.ASLEEP: "READY",
+    State.FAILED: "UNAVAILABLE",
+    State.DRAINING: "UNLOADING",
+    State.CLOSED: "UNLOADING",
+}
+# Parameters that would change the answer, and that nothing here can honour.
+UNSUPPORTED = ("classification", "shared_memory_region", "sequence_id")
+
+Json = dict[str, Any]
+
+
+class InputTensor(msgspec.Struct):
+    name: str
+    datatype: str
+    shape: list[int]
+    parameters: Json = {}
+    data: msgspec.Raw = msgspec.Raw()
+
+
+class OutputTensor(msgspec.Struct):
+    name: str
+    parameters: Json = {}
+
+
+class InferRequest(msgspec.Struct):
+    inputs: list[InputTensor]
+    id: str = ""
+    parameters: Json = {}
+    outputs: list[OutputTensor] = []
+
+
+class IndexRequest(msgspec.Struct):
+    ready: bool = False
+
+
+_decode_infer = msgspec.json.Decoder(InferRequest).decode
+_decode_index = msgspec.json.Decoder(IndexRequest).decode
+
+
+class OpenInference:
+    """Handlers, by path."""
+
+    def __init__(self, pool: Pool, clock: Callable[[], float]) -> None:
+        self._pool = pool
+        self._clock = clock
+
+    def routes(self) -> list[web.RouteDef]:
+        models = [
+            route
+            for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
+            for route in (
+                web.get(model, self._metadata),
+                web.get(f"{model}/ready", self._ready),
+                web.get(f"{model}/config", self._config),
+                web.post(f"{model}/infer", self._infer),
+            )
+        ]
+        return [
+            web.get("/v2", self._server),
+            *models,
+            web.post("/v2/repository/index", self._index),
+            web.post("/v2/repository/models/{model}/load", self._load),
+            web.post("/v2/repository/models/{model}/unload", self._unload),
+        ]
+
+    async def _server(self, _request: web.Request) -> web.Response:
+        return json_response({"name": NAME, "version": VERSION, "extensions": EXTENSIONS})
+
+    async def _metadata(self, request: web.Request) -> web.Response:
+        return json_response(metadata(self._pool, self._find(request)))
+
+    async def _ready(self, request: web.Request) -> web.Response:
+        served = self._find(request)
+        is_ready = served.state is State.READY
+        return json_response({"name": served.entry.name, "ready": is_ready}, 200 if is_ready else 503)
+
+    async def _config(self, request: web.Request) -> web.Response:
+        return json_response(config(self._find(request)))
+
+    def _find(self, request: web.Request) -> Served:
+        return find(self._pool, request, request.match_info["model"], request.match_info.get("version"))
+
+    async def _infer(self, request: web.Request) -> web.Response:
+        check_open(self._pool)
+        served = self._find(request)
+        asked, binary = split(await read_body(request, LARGEST_BODY), request.headers.get(HEADER_LENGTH))
+        with served.use(Stateless) as model:
+            inputs = read_inputs(asked, binary)
+            wanted = chosen(model, [each.name for each in asked.outputs])
+            outputs = await model.infer(inputs, deadline(request, self._clock()))
+            return answer(served, asked, {name: outputs[name] for name in wanted})
+
+    async def _index(self, request: web.Request) -> web.Response:
+        body = await read_body(request, LARGEST_BODY)
+        try:
+            only_ready = bool(body) and _decode_index(body).ready
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise ApiError(400, "bad_request", str(error)) from error
+        return json_response(index(self._pool, only_ready=only_ready))
+
+    async def _load(self, request: web.Request) -> web.Response:
+        await load(self._pool, request.match_info["model"])
+        return json_response({})
+
+    async def _unload(self, request: web.Request) -> web.Response:
+        self._pool.unload(request.match_info["model"])
+        return json_response({})
+
+
+def split(body: bytes, header_length: str | None) -> tuple[InferRequest, memoryview]:
+    """The JSON of a request and the bytes behind it. Raises ApiError 400."""
+    end = len(body)
+    if header_length is not None:
+        if not (header_length.isascii() and header_length.isdigit() and len(header_length) < 12):
+            raise ApiError(400, "bad_request", f"{HEADER_LENGTH} is not a number of bytes")
+        if int(header_length) > end:
+            raise ApiError(400, "bad_request", f"{HEADER_LENGTH} is more than the {end} bytes of the body")
+        end = int(header_length)
+    try:
+        return _decode_infer(memoryview(body)[:end]), memoryview(body)[end:]
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ApiError(400, "bad_request", str(error)[: protocol.LONGEST_SHOWN]) from error
+
+
+def read_inputs(asked: InferRequest, binary: memoryview) -> Tensors:
+    """The tensors of a request, from its JSON or the bytes behind it. Raises ApiError 400."""
+    check_parameters(asked.parameters)
+    inputs: dict[str, Array] = {}
+    for each in asked.inputs:
+        check_parameters(each.parameters)
+        if each.name in inputs:
+            raise bad_tensor(each.name, "is there twice")
+        size = each.parameters.get("binary_data_size")
+        if size is None:
+            if not each.data:
+                raise bad_tensor(each.name, "has neither data nor binary_data_size")
+            inputs[each.name] = from_json(each.name, each.datatype, each.shape, each.data)
+            continue
+        if type(size) is not int or not 0 <= size <= len(binary):
+            raise bad_tensor(each.name, f"has a binary_data_size that is no number up to the {len(binary)} bytes left")
+        if each.data:
+            raise bad_tensor(each.name, "has both data and binary_data_size")
+        inputs[each.name] = from_raw(each.name, each.datatype, each.shape, binary[:size])
+        binary = binary[size:]
+    if binary:
+        raise ApiError(400, "bad_request", f"{len(binary)} bytes lie behind the last tensor")
+    return inputs
+
+
+def check_parameters(parameters: Json) -> None:
+    """Raise ApiError for what was asked for and cannot be done."""
+    for name in UNSUPPORTED:
+        if parameters.get(name):
+            raise ApiError(
+                400, "unsupported_parameter", f"parameter {name} is not supported by this server", param=name
+            )
+
+
+def chosen(model: Stateless, names: list[str]) -> list[str]:
+    """The outputs that a request wants: those it names, or all. Raises ApiError 400."""
+    there = [spec.name for spec in model.outputs]
+    for name in names:
+        if name not in there:
+            message = f"output {name[: protocol.LONGEST_SHOWN]!r} is none of this model's: {', '.join(there)}"
+            raise ApiError(400, "bad_tensor", message, param="outputs")
+    return list(dict.fromkeys(names)) or there
+
+
+def answer(served: Served, asked: InferRequest, outputs: Tensors) -> web.Response:
+    """The answer, with the tensors that were asked for so behind its JSON."""
+    binary_by_default = asked.parameters.get("binary_data_output") is True
+    said = {each.name: each.parameters for each in asked.outputs}
+    told, behind = [], []
+    for name, array in outputs.items():
+        parameters = said.get(name, {})
+        check_parameters(parameters)
+        tensor: Json = {"name": name, "datatype": datatype_of(array), "shape": array.shape}
+        if parameters.get("binary_data", binary_by_default) is True:
+            behind.append(to_raw(array))
+            tensor["parameters"] = {"binary_data_size": len(behind[-1])}
+        else:
+            tensor["data"] = to_json(name, array)
+        told.append(tensor)
+    head: Json = {"model_name": served.entry.name, "model_version": served.entry.version, "outputs": told}
+    if asked.id:
+        head["id"] = asked.id
+    if not behind:
+        return json_response(head)
+    encoded = msgspec.json.encode(head)
+    return web.Response(
+        body=b"".join((encoded, *behind)),
+        headers={HEADER_LENGTH: str(len(encoded))},
+        content_type="application/octet-stream",
+    )
+
+
+def metadata(pool: Pool, served: Served) -> Json:
+    """What a model is, in the protocol's form."""
+    model, name = served.model, served.entry.name
+    inputs, outputs = (model.inputs, model.outputs) if isinstance(model, Stateless) else ((), ())
+    return {
+        "name": name,
+        "versions": [each.entry.version for each in pool if each.entry.name == name and each.entry.version],
+        "platform": platform(served),
+        "inputs": inputs,
+        "outputs": outputs,
+    }
+
+
+def platform(served: Served) -> str:
+    """Who runs a model."""
+    return f"weir_{served.model.card.executor}" if isinstance(served.model, Stateless) else "weir_language"
+
+
+def config(served: Served) -> Json:
+    """A model's configuration, in Triton's form as far as any model has it."""
+    model = served.model
+    inputs, outputs = (model.inputs, model.outputs) if isinstance(model, Stateless) else ((), ())
+    return {
+        "name": served.entry.name,
+        "platform": platform(served),
+        "backend": "weir",
+        "max_batch_size": 0,  # the shapes say it all, the first dimension too
+        "input": [_config_tensor(spec) for spec in inputs],
+        "output": [_config_tensor(spec) for spec in outputs],
+    }
+
+
+def _config_tensor(spec: TensorSpec) -> Json:
+    return {"name": spec.name, "data_type": config_type(spec.datatype), "dims": spec.shape}
+
+
+def config_type(datatype: str) -> str:
+    """A configuration's name for a datatype."""
+    return "TYPE_STRING" if datatype == "BYTES" else f"TYPE_{datatype}"
+
+
+def index(pool: Pool, *, only_ready: bool) -> list[Json]:
+    """Every version that is served, or could be."""
+    told = [
+        {
+            "name": served.entry.name,
+            "version": served.entry.version,
+            "state": INDEX_STATES[served.state],
+            "reason": "asleep" if served.state is State.ASLEEP else served.reason,
+        }
+        for served in pool
+    ]
+    there = {(each["name"], each["version"]) for each in told}
+    told += [
+        {"name": entry.name, "version": entry.version, "state": "UNAVAILABLE", "reason": "unloaded"}
+        for entry in pool.known()
+        if (entry.name, entry.version) not in there
+    ]
+    return [each for each in told if not only_ready or each["state"] == "READY"]
+
+
+async def load(pool: Pool, name: str) -> None:
+    """Load a model, or load it anew. Raises ApiError: 400 where a version of it cannot be loaded."""
+    failures = [served.reason for served in await pool.load(name) if served.state is State.FAILED]
+    if failures:
+        raise ApiError(400, "load_failed", "; ".join(failures))

@@ -1,0 +1,58 @@
+"""A repository of models on disk, and a backend over it on real sockets, in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from aiohttp import web
+
+from reference_backend import process
+from reference_backend.pool import Pool
+from reference_backend.served import Service
+from reference_backend.server import Api
+from tests.support.unregistered import unregistered
+
+ADDER = 'kind = "tensor"\nexecutor = "tests.support.adder"\nisolation = "thread"\nmax_batch = 8\n'
+
+
+def put(root: Path, place: str, toml: str = ADDER) -> None:
+    """Put a version ("adder/1") into the repository."""
+    (root / place).mkdir(parents=True, exist_ok=True)
+    (root / place / "model.toml").write_text(toml)
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    root: Path
+    url: str
+    pool: Pool
+
+
+@contextlib.asynccontextmanager
+async def running_store(root: Path, models: Mapping[str, str] | None = None, *arguments: str) -> AsyncIterator[Store]:
+    """A backend over `models` ("adder/1": its model.toml). `arguments` are those of its command line."""
+    for place, toml in (models if models is not None else {"adder/1": ADDER}).items():
+        put(root, place, toml)
+    options = process.parse(["--repository", str(root), *arguments])
+    service = Service(
+        lambda entry: process.read(entry, options, time.monotonic, time.time),
+        unregistered,
+        grace=0.0,
+        finish_within=0.0,
+    )
+    pool = Pool(service, lambda name: process.entries(options, name), lambda: process.known(options))
+    api = Api(pool, clock=time.monotonic, wall=time.time, end=lambda: None)
+    runner = web.AppRunner(api.application(), handler_cancellation=True, shutdown_timeout=0.0)
+    async with pool.running():
+        for name in process.names(options):
+            await pool.load(name)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            yield Store(root, f"http://127.0.0.1:{runner.addresses[0][1]}", pool)
+        finally:
+            await runner.cleanup()
