@@ -46,6 +46,7 @@ DOORS = {
     "opentelemetry": ("observability/tracing.py",),
     "torch": ("reference_backend/",),
     "llguidance": ("reference_backend/engine/grammar.py",),
+    "onnxruntime": ("reference_backend/executors/onnx.py",),
 }
 
 # What policies/ may not touch: they decide on what they are given. `from random import Random` names a type.

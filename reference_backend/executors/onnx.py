@@ -1,0 +1,104 @@
+"""Runs an ONNX file with ONNX Runtime: on TensorRT or CUDA where this build of it has them, else on the CPU.
+
+Threads do not spin while they wait: on a machine that others use too, spinning takes what they would compute with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from reference_backend.engine.config import ModelError
+from reference_backend.executors.stacked import (
+    Compute,
+    Settings,
+    Stacked,
+    checked_specs,
+    file_of,
+    first_line,
+    read_settings,
+    spec_of,
+)
+from reference_backend.repository import Card
+from reference_backend.tensors import BadTensor, Tensors, TensorSpec
+
+DATATYPES = {
+    "tensor(bool)": "BOOL",
+    "tensor(uint8)": "UINT8",
+    "tensor(uint16)": "UINT16",
+    "tensor(uint32)": "UINT32",
+    "tensor(uint64)": "UINT64",
+    "tensor(int8)": "INT8",
+    "tensor(int16)": "INT16",
+    "tensor(int32)": "INT32",
+    "tensor(int64)": "INT64",
+    "tensor(float16)": "FP16",
+    "tensor(float)": "FP32",
+    "tensor(double)": "FP64",
+    "tensor(string)": "BYTES",
+}
+PROVIDERS = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")  # fastest first
+FATAL_ONLY = 4  # what it would log is in the exceptions
+
+
+@contextlib.asynccontextmanager
+async def opened(directory: Path, card: Card) -> AsyncIterator[Stacked]:
+    """The model in the card's file. Raises ModelError."""
+    settings = read_settings(directory, card, Settings)
+    path = file_of(directory, card)
+    session = load_session(path, settings.threads)
+    found = [
+        [spec_of(each.name, DATATYPES.get(each.type), each.shape, path) for each in tensors]
+        for tensors in (session.get_inputs(), session.get_outputs())
+    ]
+    inputs = checked_specs(card.inputs, found[0], "inputs", path)
+    outputs = checked_specs(card.outputs, found[1], "outputs", path)
+    names = [spec.name for spec in found[0]], [spec.name for spec in found[1]]
+    async with Stacked(_compute(session, *names, inputs, outputs), inputs, outputs, card, settings).running() as model:
+        yield model
+
+
+def load_session(path: Path, threads: int) -> Any:
+    """A session on a file. Raises ModelError."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = FATAL_ONLY
+    there = onnxruntime.get_available_providers()
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=[name for name in PROVIDERS if name in there])
+    except Exception as error:  # its errors have no common class
+        raise ModelError(f"{path}: cannot be read as an ONNX model: {first_line(error)}") from error
+
+
+def _compute(
+    session: Any, taken: list[str], given: list[str], inputs: list[TensorSpec], outputs: list[TensorSpec]
+) -> Compute:
+    def compute(tensors: Tensors) -> dict[str, Any]:
+        feeds = {name: _to_text(tensors[spec.name], spec) for name, spec in zip(taken, inputs, strict=True)}
+        found = session.run(given, feeds)
+        return {spec.name: _to_bytes(array, spec) for spec, array in zip(outputs, found, strict=True)}
+
+    return compute
+
+
+def _to_text(array: Any, spec: TensorSpec) -> Any:
+    """BYTES as the texts that ONNX Runtime wants; all else as it is."""
+    if spec.datatype != "BYTES":
+        return array
+    try:
+        texts = [each.decode() for each in array.ravel()]
+    except UnicodeDecodeError as error:
+        raise BadTensor(f"{spec.name} has bytes that are no UTF-8 text") from error
+    return np.array(texts, dtype=np.object_).reshape(array.shape)
+
+
+def _to_bytes(array: Any, spec: TensorSpec) -> Any:
+    if spec.datatype != "BYTES":
+        return array
+    return np.array([each.encode() for each in array.ravel()], dtype=np.object_).reshape(array.shape)
