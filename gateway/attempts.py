@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from gateway.upstream.pool import Pool
     from policies.policy import Route, Target
 
-consumer_line = lru_cache(maxsize=4096)(header_safe)
+_consumer_line = lru_cache(maxsize=4096)(header_safe)
 
 
 @lru_cache(maxsize=4096)
@@ -110,9 +110,7 @@ class Forwarder:
         started, connect_before, upstream_before = trail.mark, trail.connect, trail.upstream
         backend, timeout, span_id = lease.backend, route.timeout, self._ids.span()
         deadline_ms = remaining_ms(timeout, trail.start, started)
-        priority = trail.payer.plan.priority if trail.payer is not None else None
-        caller = consumer_line(consumer) if priority is None else _with_priority(consumer, priority)
-        request = request_head(call, backend, caller, span_id, deadline_ms) + call.body
+        request = request_head(call, backend, caller_line(consumer, trail), span_id, deadline_ms) + call.body
         relay = Relay(call, trail, timeout, backend)
         try:
             connection = backend.pool.take(started)
@@ -194,6 +192,12 @@ class Forwarder:
 def had_work(attempts: list[Attempt]) -> bool:
     """Whether a backend may have begun with the request: not where none could be reached or all said they are full."""
     return any(attempt.outcome not in _NO_WORK for attempt in attempts)
+
+
+def caller_line(consumer: str, trail: Trail) -> bytes:
+    """Who asks, and how urgently: what stands behind `x-weir-consumer: `."""
+    priority = trail.payer.plan.priority if trail.payer is not None else None
+    return _consumer_line(consumer) if priority is None else _with_priority(consumer, priority)
 
 
 def note_attempt(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from grpc.aio import AioRpcError
 
-from gateway.attempts import consumer_line, note_attempt, outcome_of, refusal_of
+from gateway.attempts import caller_line, note_attempt, outcome_of, refusal_of
 from gateway.meter import UNKNOWN
 from gateway.pipeline import end_reason_of
 from gateway.relay import CLIENT_STALL_SECONDS, FAILURE_REASONS, LEFT, Ending, broken_off
@@ -60,7 +60,8 @@ class Carrier:
         client, backend, span_id = cast("RpcClient", call.connection), lease.backend, self._ids.span()
         started, connect_before, upstream_before = trail.mark, trail.connect, trail.upstream
         timeouts = replace(route.timeout, total=min(route.timeout.total, client.due - trail.start))
-        metadata = self._metadata(call, client, consumer, span_id, remaining_ms(timeouts, trail.start, started))
+        lines = client.forwarded_lines + b"x-weir-consumer: %b\r\n" % caller_line(consumer, trail)
+        metadata = _metadata(call, client, lines, span_id, remaining_ms(timeouts, trail.start, started))
         exchange = Exchange(call, client, trail, timeouts, self._most_bytes, self._rng)
         self.under_way.add(exchange)
         try:
@@ -96,16 +97,17 @@ class Carrier:
             backend.channel = Channel(backend.endpoint, self._most_bytes, self._pem)
         return cast("Channel", backend.channel)
 
-    def _metadata(self, call: Call, client: RpcClient, consumer: str, span_id: str, deadline_ms: int) -> Metadata:
-        own = (
-            ("traceparent", f"00-{call.trace_id}-{span_id}-{'01' if call.sampled else '00'}"),
-            ("x-request-id", call.request_id),
-            ("x-weir-consumer", consumer_line(consumer).decode()),
-            ("x-weir-deadline-ms", str(deadline_ms)),
-            ("endpoint-load-metrics-format", "json"),
-        )
-        handed_on = (("via", call.head.via.decode()),) if call.head.via else ()
-        return forwarded(client.metadata) + handed_on + pairs(client.forwarded_lines) + own
+
+def _metadata(call: Call, client: RpcClient, lines: bytes, span_id: str, deadline_ms: int) -> Metadata:
+    """What a backend is told, as `request_head` tells it over HTTP. `lines` say who asks."""
+    own = (
+        ("traceparent", f"00-{call.trace_id}-{span_id}-{'01' if call.sampled else '00'}"),
+        ("x-request-id", call.request_id),
+        ("x-weir-deadline-ms", str(deadline_ms)),
+        ("endpoint-load-metrics-format", "json"),
+    )
+    handed_on = (("via", call.head.via.decode()),) if call.head.via else ()
+    return forwarded(client.metadata) + handed_on + pairs(lines) + own
 
 
 class Exchange:

@@ -12,14 +12,15 @@ Those of any other path are taken by `refuse_strangers`, which does not read the
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 from grpc._cython import cygrpc
 from grpc_health.v1 import health, health_pb2
 
@@ -45,8 +46,12 @@ SPARE_BYTES: Final = 1024 * 1024
 
 MOST_CALLS: Final = 256  # at a time on one connection
 HEALTH_SECONDS: Final = 0.25  # between two looks whether the gateway is ready
+MOST_WATCHES: Final = 256  # of its health
+QUESTIONS_AT_ONCE: Final = 8
+QUESTION_SECONDS: Final = 0.5
 _PING_MS: Final = 10_000  # how often a client may ask whether we are there
 _KEEPALIVE_MS: Final = 30_000
+_WINDOW_BYTES: Final = 64 * 1024
 _HEALTH: Final = "grpc.health.v1.Health"
 _AS_LONG_AS_IT_TAKES: Final = 86_400.0  # seconds; the end of the drain comes before
 _CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
@@ -103,8 +108,10 @@ class RpcListener:
         )
         self._server.add_registered_method_handlers(self._handlers())
         self._background: set[asyncio.Task[Any]] = set()
+        self._questions = asyncio.Semaphore(QUESTIONS_AT_ONCE)
+        self._watching = 0
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def bound(self, address: Address) -> AsyncIterator[int]:
         """Take the port, and give its number; calls are served after `start`. Raises OSError."""
         # gRPC tells hostile clients' mistakes, with what they sent; what goes wrong with us the pipeline tells
@@ -145,10 +152,10 @@ class RpcListener:
         served = {
             method.full_name: grpc.stream_stream_rpc_method_handler(partial(self._serve, method)) for method in METHODS
         }
-        health_messages = (health_pb2.HealthCheckRequest.FromString, health_pb2.HealthCheckResponse.SerializeToString)
+        to_bytes = health_pb2.HealthCheckResponse.SerializeToString
         return served | {
-            f"/{_HEALTH}/Check": grpc.unary_unary_rpc_method_handler(self._health.Check, *health_messages),
-            f"/{_HEALTH}/Watch": grpc.unary_stream_rpc_method_handler(self._health.Watch, *health_messages),
+            f"/{_HEALTH}/Check": grpc.stream_unary_rpc_method_handler(self._check, response_serializer=to_bytes),
+            f"/{_HEALTH}/Watch": grpc.stream_stream_rpc_method_handler(self._watch, response_serializer=to_bytes),
         }
 
     async def _serve(self, method: Method, _: Any, context: Any) -> None:
@@ -163,6 +170,32 @@ class RpcListener:
         if client.response is not None:
             await context.write(client.response)
         context.set_trailing_metadata(client.trailers)
+
+    # Health: for anybody, so what it may cost is bounded here
+
+    async def _check(self, _: Any, context: Any) -> Any:
+        return await self._health.Check(await self._question(context), context)
+
+    async def _watch(self, _: Any, context: Any) -> None:
+        if self._watching >= MOST_WATCHES:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"At most {MOST_WATCHES} may watch.")
+        self._watching += 1
+        try:
+            await self._health.Watch(await self._question(context), context)
+        finally:
+            self._watching -= 1
+
+    async def _question(self, context: Any) -> Any:
+        """What is asked. gRPC takes any message whole before it gives it to us: so only a few at a time, and soon."""
+        message = None
+        async with self._questions:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(QUESTION_SECONDS):
+                    message = await context.read()
+        try:
+            return health_pb2.HealthCheckRequest.FromString(message)
+        except (DecodeError, TypeError):  # TypeError: none came
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "There came no message of this method.")
 
     async def _tell_health(self) -> None:
         while True:
@@ -223,6 +256,9 @@ def _options(limits: Limits, connections: int, shares_port: bool) -> tuple[tuple
         ("grpc.http2.min_ping_interval_without_data_ms", _PING_MS),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.so_reuseport", int(shares_port)),
+        # What a client may send before it is read. For a message that is read the window grows to its size.
+        ("grpc.http2.lookahead_bytes", _WINDOW_BYTES),
+        ("grpc.http2.bdp_probe", 0),
     )
 
 

@@ -147,7 +147,7 @@ async def test_how_much_may_be_sent(tmp_path) -> None:
     async def wait(message, context):
         await never.wait()
 
-    plans = "{free: {requests: 3/minute, burst: 3}, slow: {concurrency: 1}}"
+    plans = "{free: {requests: 3/minute, burst: 3, priority: high}, slow: {concurrency: 1}}"
     consumers = "[{match: {consumer: bob}, plan: slow}, {match: {any: true}, plan: free}]"
     policy = guarded(tmp_path, '[{name: all, match: {path: "/*"}, to: [{service: tiny}]}]', plans, consumers)
     async with GrpcBackend() as backend, grpc_gateway(tmp_path, backend, policy=policy) as (gateway, caller):
@@ -156,6 +156,7 @@ async def test_how_much_may_be_sent(tmp_path) -> None:
             call = caller.call(authorization=ann)
             await call
             assert dict(await call.trailing_metadata())["x-ratelimit-remaining-requests"] == left
+            assert backend.metadata[-1]["x-weir-priority"] == "high"
         stream = caller.stream(authorization=ann)  # further messages of a stream cost what calls cost
         for _ in range(2):
             await stream.write(infer())

@@ -10,6 +10,7 @@ import sys
 import grpc
 import pytest
 from cryptography import x509
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from gateway.children import CannotRun
 from gateway.rpc.listener import MOST_CALLS, SPARE_BYTES
@@ -142,6 +143,27 @@ routes: [{name: all, to: [{service: tiny}]}]
             while b"at most one Authorization" not in heard:
                 heard += await reader.read(65536)
         writer.close()
+
+
+async def test_what_anybody_may_ask_costs_little(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("gateway.rpc.listener.MOST_WATCHES", 2)
+    check = b"/grpc.health.v1.Health/Check"
+    async with GrpcBackend() as backend, grpc_gateway(tmp_path, backend) as (gateway, caller):
+        reader, writer = await asyncio.open_connection(gateway.grpc_address.host, gateway.grpc_address.port)
+        writer.write(PREFACE + frame(4, 0, 0, b""))
+        for number in range(1, 41, 2):  # each would fill memory with a message that never ends
+            writer.write(headers(number, check) + frame(0, 0, number, b"\0" + struct.pack("!I", 30_000_000)))
+        health = health_pb2_grpc.HealthStub(caller.channel)
+        answer = await health.Check(health_pb2.HealthCheckRequest(), timeout=10)  # its turn comes
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        writer.close()
+        with pytest.raises(grpc.aio.AioRpcError, match="no message of this method"):
+            await caller.channel.unary_unary(check.decode())(b"\xff", timeout=10)
+        watches = [health.Watch(health_pb2.HealthCheckRequest()) for _ in range(2)]
+        for watch in watches:
+            await watch.read()
+        with pytest.raises(grpc.aio.AioRpcError, match="At most 2 may watch"):
+            await health.Watch(health_pb2.HealthCheckRequest()).read()
 
 
 async def test_a_client_that_does_not_read_keeps_its_place_and_is_given_up(tmp_path, monkeypatch) -> None:
