@@ -7,12 +7,12 @@ included, aborts the sequence.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
 from reference_backend import protocol
-from reference_backend.engine.request import Delta, Finish, Logprobs, Priority, Sampling
+from reference_backend.engine.request import Delta, Finish, Logprobs, Picture, Priority, Sampling
 from reference_backend.load_report import Reporter
 from reference_backend.protocol import ApiError, TokenLogprob, Usage
 from reference_backend.tokenizer import TextStream, Tokenizer
@@ -48,6 +48,7 @@ class Generation:
                 priority=self._asked.priority,
                 tenant=self._asked.tenant,
                 salt=self._asked.salt,
+                pictures=self._asked.pictures,
             )
         except WorkerBusy as error:
             self._reporter.rejects += 1
@@ -84,6 +85,7 @@ class Asked:
     priority: Priority
     tenant: str
     salt: bytes
+    pictures: list[Picture] = field(default_factory=list)  # that the prompt has places for
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ def read_picture(url: str, side: int) -> bytes:
     raise PictureRefused(f"the picture has {width} x {height} pixels; at most {LARGEST_PIXELS} are read")
 
 
-def placed(prompt: list[int], token: int, pictures: list[bytes]) -> list[Picture]:
+def placed(prompt: list[int], token: int | None, pictures: list[bytes]) -> list[Picture]:
     """Each picture with its place among the tokens. Raises PictureRefused where the text has such tokens itself."""
     places = [place for place, each in enumerate(prompt) if each == token]
     if len(places) != PICTURE_TOKENS * len(pictures):

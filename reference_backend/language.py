@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from reference_backend.engine.config import ModelError, Narrow, read_config
+from reference_backend.engine.config import VISION_FILE, ModelError, Narrow, read_config
 from reference_backend.engine.frames import Start
 from reference_backend.load_report import Reporter
 from reference_backend.repository import Entry, Kind
@@ -35,6 +36,7 @@ class Language:
         self.reporter = Reporter(worker, wall)
         self.tokenizer = tokenizer
         self.bound = worker.bound
+        self.sees = tokenizer.picture_token is not None and (Path(start.model) / VISION_FILE).exists()
         self._start = start
 
     @classmethod

@@ -9,15 +9,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from uuid import uuid4
 
 from aiohttp import web
 
 from reference_backend import protocol
-from reference_backend.engine.request import Priority
+from reference_backend.engine.request import PICTURE_SIDE, Picture, Priority
 from reference_backend.generation import Asked, Generation, GenerationError, Piece, Reader
+from reference_backend.images import PictureRefused, placed, read_picture
 from reference_backend.incoming import SERVED, check_open, deadline, find, is_at, json_response, read_body
 from reference_backend.language import Language
 from reference_backend.load_report import LoadReport, Reporter
@@ -37,6 +38,7 @@ from reference_backend.served import State
 from reference_backend.tokenizer import TemplateRefused
 
 LARGEST_BODY = 4 * 1024 * 1024
+MOST_PICTURES = 16  # in one request: to decode one can take 50 ms
 CONSUMER_HEADER = "x-weir-consumer"  # who shares this backend fairly with others
 PRIORITY_HEADER = "x-weir-priority"
 USAGE = web.RequestKey("usage", Usage)  # what a request has used, for whoever wraps the handler
@@ -61,14 +63,15 @@ class OpenAi:
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         body = await self._read(request, ChatRequest)
-        messages = [message.plain() for message in body.messages]
         with self._using(request, body) as model:
+            messages = [message.plain(sees=model.sees) for message in body.messages]
             _check_length(model, sum(len(message.content) for message in messages), "messages")
             try:
                 prompt = await asyncio.to_thread(model.tokenizer.encode_chat, messages)
-            except TemplateRefused as error:
+                pictures = await asyncio.to_thread(_pictures, model, prompt, body) if model.sees else []
+            except (TemplateRefused, PictureRefused) as error:
                 raise ApiError(400, "bad_request", str(error), param="messages") from error
-            return await self._answer(request, body, model, prompt, ChatAnswer)
+            return await self._answer(request, body, model, prompt, ChatAnswer, pictures)
 
     async def _completion(self, request: web.Request) -> web.StreamResponse:
         body = await self._read(request, CompletionRequest)
@@ -88,7 +91,13 @@ class OpenAi:
         return find(self._pool, request, body.model).use(Language)
 
     async def _answer(
-        self, request: web.Request, body: GenerationRequest, model: Language, prompt: list[int], kind: type[Answer]
+        self,
+        request: web.Request,
+        body: GenerationRequest,
+        model: Language,
+        prompt: list[int],
+        kind: type[Answer],
+        pictures: Sequence[Picture] = (),
     ) -> web.StreamResponse:
         room = model.worker.context - len(prompt)
         if room < 1:
@@ -101,6 +110,7 @@ class OpenAi:
             _priority(request),
             request.headers.get(CONSUMER_HEADER, ""),
             (body.cache_salt or "").encode(),
+            list(pictures),
         )
         with Generation(model.worker, model.reporter, prompt, body.sampling(room), asked) as generation:
             reader = Reader(generation, model.tokenizer, body.stops(), len(prompt))
@@ -153,6 +163,14 @@ class OpenAi:
 
     def _card(self, name: str) -> protocol.Json:
         return {"id": name, "object": "model", "created": self._started_at, "owned_by": "weir"}
+
+
+def _pictures(model: Language, prompt: list[int], body: ChatRequest) -> list[Picture]:
+    """What a prompt shows. Raises PictureRefused."""
+    urls = [url for message in body.messages for url in message.pictures()]
+    if len(urls) > MOST_PICTURES:
+        raise PictureRefused(f"the messages have {len(urls)} pictures; at most {MOST_PICTURES} are read")
+    return placed(prompt, model.tokenizer.picture_token, [read_picture(url, PICTURE_SIDE) for url in urls])
 
 
 def _check_length(model: Language, characters: int, param: str) -> None:

@@ -13,10 +13,11 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 
-from reference_backend.engine.request import Finish, Sampling
-from reference_backend.tokenizer import UNFINISHED, Message
+from reference_backend.engine.request import PICTURE_TOKENS, Finish, Sampling
+from reference_backend.tokenizer import PICTURE_TOKEN, UNFINISHED, Message
 
 LONGEST_SHOWN = 200  # characters of a client's own text in a message of ours
+PICTURE = PICTURE_TOKEN * PICTURE_TOKENS  # what stands for a picture in a text
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 # What clients send when they mean the default. Zero stands for False, too.
 NEUTRAL: tuple[Any, ...] = (None, 0, "", "none", "auto", [], {}, ["text"], {"type": "text"})
@@ -75,27 +76,47 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool = False
 
 
+class ImageUrl(msgspec.Struct):
+    url: str
+
+
 class Part(msgspec.Struct):
-    """A piece of a message. Only `text` ones can be read here."""
+    """A piece of a message. Only `text` ones can be read here, and `image_url` by a model that sees."""
 
     type: str
     text: str = ""
+    image_url: ImageUrl | None = None
+
+    @property
+    def picture(self) -> str | None:
+        """Its URL, if it is a picture."""
+        return self.image_url.url if self.type == "image_url" and self.image_url is not None else None
 
 
 class ChatMessage(msgspec.Struct):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
 
-    def plain(self) -> Message:
-        """The message as templates know it: one text, and `developer` under its older name."""
+    def plain(self, *, sees: bool) -> Message:
+        """The message as templates know it: one text, and `developer` under its older name.
+
+        Where a picture is, tokens that stand for it. Raises ApiError 400 for what the model cannot read.
+        """
         role = "system" if self.role == "developer" else self.role
         if isinstance(self.content, str):
             return Message(role, self.content)
-        foreign = next((part.type for part in self.content if part.type != "text"), None)
-        if foreign is not None:
-            message = f"this model reads text parts only, not {foreign[:LONGEST_SHOWN]!r}"
-            raise ApiError(400, "unsupported_content", message, param="messages")
-        return Message(role, "".join(part.text for part in self.content))
+        readable = {True: "text and image_url", False: "text"}[sees]
+        for part in self.content:
+            if part.type != "text" and not (sees and part.picture is not None):
+                message = f"this model reads {readable} parts only, not {part.type[:LONGEST_SHOWN]!r}"
+                raise ApiError(400, "unsupported_content", message, param="messages")
+        return Message(role, "".join(PICTURE if part.picture is not None else part.text for part in self.content))
+
+    def pictures(self) -> list[str]:
+        """URLs of the pictures in it."""
+        if isinstance(self.content, str):
+            return []
+        return [part.picture for part in self.content if part.picture is not None]
 
 
 class Unsupported(msgspec.Struct, kw_only=True):

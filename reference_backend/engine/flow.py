@@ -51,11 +51,6 @@ class FlowConfig:
         return [self.words.index(word) + 1 for word in words]
 
 
-def is_flow(directory: Path) -> bool:
-    """Whether it is such a network's. Raises ModelError."""
-    return read_json(directory / "config.json").get("architectures") == [ARCHITECTURE]
-
-
 def read_flow_config(path: Path) -> FlowConfig:
     """Raises ModelError for a config.json that does not describe such a network."""
     raw = read_json(path)

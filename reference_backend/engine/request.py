@@ -78,7 +78,6 @@ class Delta(msgspec.Struct, array_like=True, frozen=True):
     finish: Finish | None
     logprobs: Logprobs | None = None
     cached_tokens: int = 0  # of the prompt, that were found in the cache
-    pixels: bytes = b""  # of a picture that is finished: RGB, a byte each, row by row
 
 
 class Picture(msgspec.Struct, array_like=True, frozen=True):

@@ -26,7 +26,6 @@ import torch
 from reference_backend.engine.config import ModelError
 from reference_backend.engine.crew import Crew, RankGone, crew_of
 from reference_backend.engine.engine import Engine, Settings
-from reference_backend.engine.flow import is_flow, load_flow
 from reference_backend.engine.frames import (
     Abort,
     Ask,
@@ -42,7 +41,6 @@ from reference_backend.engine.frames import (
 )
 from reference_backend.engine.grammar import Grammars
 from reference_backend.engine.model import Llama, load_model
-from reference_backend.engine.painting import Studio
 from reference_backend.engine.ranks import ALONE, Ranks, joined
 from reference_backend.engine.request import Delta, Published, Sampling, Sequence
 
@@ -91,7 +89,7 @@ class Line:
 class Desk:
     """The requests of an engine that are not over, by the server's tickets."""
 
-    def __init__(self, engine: Engine | Studio) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._asked: dict[int, Sequence] = {}
         self._tickets: dict[Sequence, int] = {}
@@ -116,7 +114,7 @@ class Desk:
         return deltas
 
 
-def serve(engine: Engine | Studio, line: Line, clock: Callable[[], float], crew: Crew | None = None) -> int:
+def serve(engine: Engine, line: Line, clock: Callable[[], float], crew: Crew | None = None) -> int:
     """Take turns until the server is gone. Returns the exit code: 0, or 1 when the engine failed."""
     desk, took = Desk(engine), None
     try:
@@ -145,7 +143,7 @@ def serve(engine: Engine | Studio, line: Line, clock: Callable[[], float], crew:
         return 1
 
 
-def follow(engine: Engine | Studio, line: Line) -> int:
+def follow(engine: Engine, line: Line) -> int:
     """Take the turns that the first rank takes, until it is gone. Returns the exit code."""
     desk = Desk(engine)
     while (messages := line.read(wait=True)) is not None:
@@ -163,17 +161,10 @@ def _sequence(ask: Ask) -> Sequence:
     return Sequence(ask.prompt, ask.sampling, ask.deadline, ask.priority, ask.tenant, ask.salt, ask.pictures)
 
 
-def load(
-    start: Start, clock: Callable[[], float], ranks: Ranks = ALONE, rng: random.Random | None = None
-) -> Engine | Studio:
-    """Read the model and have it produce one token, or picture. Raises ModelError when it cannot be served."""
+def load(start: Start, clock: Callable[[], float], ranks: Ranks = ALONE, rng: random.Random | None = None) -> Engine:
+    """Read the model and have it produce one token. Raises ModelError when it cannot be served."""
     rng = rng or random.SystemRandom()
     device = device_of(ranks.rank)
-    if is_flow(Path(start.model)):
-        torch.set_num_threads(1)
-        studio = Studio(load_flow(Path(start.model), device), slots=start.slots, rng=rng)
-        warm(studio, clock())
-        return studio
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         model = load_model(Path(start.model), device, dtype, quantize=start.quantize, ranks=ranks, dummy=start.dummy)
@@ -229,7 +220,7 @@ def bytes_per_token(model: Llama) -> int:
     return 2 * model.config.layers * model.kv_heads * model.config.head_dim * model.dtype.itemsize
 
 
-def warm(engine: Engine | Studio, now: float) -> None:
+def warm(engine: Engine, now: float) -> None:
     """Have one token produced. Raises ModelError when the model does not compute with numbers."""
     engine.submit(Sequence([0], Sampling(max_tokens=1)))
     while engine.is_busy:
@@ -266,7 +257,7 @@ def lead(start: Start, line: Line, clock: Callable[[], float]) -> int:
         return serve(engine, line, clock, crew)
 
 
-def load_shared(start: Start, crew: Crew, line: Line, clock: Callable[[], float]) -> Engine | Studio:
+def load_shared(start: Start, crew: Crew, line: Line, clock: Callable[[], float]) -> Engine:
     """Have all ranks load, and this one, too. Raises ModelError."""
     assert crew.meeting is not None  # noqa: S101  for the type checker
     seed = random.SystemRandom().getrandbits(64)

@@ -13,9 +13,10 @@ from random import Random
 
 from reference_backend.engine.engine import Engine, Settings
 from reference_backend.engine.model import Llama
-from reference_backend.engine.request import PICTURE_TOKENS, Sampling, Sequence
+from reference_backend.engine.request import Sampling, Sequence
 from reference_backend.images import placed
-from reference_backend.tokenizer import PICTURE_TOKEN, Message, Tokenizer
+from reference_backend.protocol import PICTURE
+from reference_backend.tokenizer import Message, Tokenizer
 from reference_backend.training.corpus import Generator
 from reference_backend.training.pictures import Painter
 
@@ -79,7 +80,7 @@ def _about_a_picture(painter: Painter, task: str) -> Question:
         return Question(task, [Message("user", exchange.question)], exchange.answer)
     scene = painter.scene(painter.random.choice((1, 2)))
     exchange = painter.describe(scene) if task == "caption" else painter.question(scene)
-    parts = [PICTURE_TOKEN * PICTURE_TOKENS, exchange.question]
+    parts = [PICTURE, exchange.question]
     painter.random.shuffle(parts)
     pixels = bytes(painter.picture(scene).flatten().tolist())
     return Question(task, [Message("user", "".join(parts))], exchange.answer, (pixels,))
@@ -94,7 +95,7 @@ def answers(model: Llama, tokenizer: Tokenizer, asked: list[Question]) -> list[s
     sequences = []
     for question in asked:
         prompt = tokenizer.encode_chat(question.messages)
-        pictures = placed(prompt, tokenizer.picture_token or 0, list(question.pictures)) if question.pictures else []
+        pictures = placed(prompt, tokenizer.picture_token, list(question.pictures))
         sequences.append(Sequence(prompt, sampling, pictures=pictures))
     for sequence in sequences:
         engine.submit(sequence)

@@ -15,7 +15,7 @@ from torch import Tensor
 from reference_backend.training.corpus import Exchange, is_held_out
 
 SIDE = 32  # pixels
-SIZES = {"small": 3.5, "big": 6.0}  # half the width
+SIZES = {"small": 4.0, "big": 6.0}  # half the width
 COLOURS = {
     "red": (220, 40, 40),
     "green": (40, 170, 60),
@@ -187,11 +187,11 @@ class Painter:
 
 
 def _inside(kind: str, x: Tensor, y: Tensor, half: float) -> Tensor:
-    """Which pixels, bool [32, 32], of a shape around the origin; all kinds look about equally large."""
+    """Which pixels, bool [32, 32], of a shape around the origin."""
     if kind == "circle":
         return x**2 + y**2 <= half**2
     if kind == "square":
-        return torch.maximum(x.abs(), y.abs()) <= 0.85 * half
+        return torch.maximum(x.abs(), y.abs()) <= 0.95 * half
     if kind == "triangle":
         return (y.abs() <= half) & (x.abs() <= (y + half) / 1.8)
     return (torch.minimum(x.abs(), y.abs()) <= 0.36 * half) & (torch.maximum(x.abs(), y.abs()) <= half)

@@ -192,8 +192,8 @@ def with_image_token(tokenizer: Tokenizer) -> Tokenizer:
 class Run:
     """A training as far as it has come: the model, its optimisers, the losses of the steps taken."""
 
-    def __init__(self, directory: Path, steps: int, tokenizer: Tokenizer) -> None:
-        self.directory, self.steps, self.tokenizer = directory, steps, tokenizer
+    def __init__(self, directory: Path, steps: int, tokenizer: Tokenizer, rate: float = 1.0) -> None:
+        self.directory, self.steps, self.tokenizer, self.rate = directory, steps, tokenizer, rate
         self.losses: list[list[float]] = []  # of the talks and the views of each step
         self.seconds = 0.0
         torch.manual_seed(SEED)
@@ -232,7 +232,7 @@ class Run:
         number = len(self.losses)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * schedule(number, self.steps)
+                group["lr"] = self.rate * group["peak"] * schedule(number, self.steps)
         rows = Rows(self.tokenizer, random.Random(f"{SEED} {number}").randrange(2**62))  # noqa: S311
         losses = [self._loss(batch) for batch in (rows.talks(), rows.views())]
         sum(losses).backward()
@@ -277,14 +277,14 @@ def schedule(step: int, steps: int) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
 
 
-def train(out: Path, begin_with: Path, *, layers: int, steps: int) -> Run:
+def train(out: Path, begin_with: Path, *, layers: int, steps: int, rate: float = 1.0) -> Run:
     """Train, from the last checkpoint if there is one, and leave a complete model directory behind."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = with_image_token(Tokenizer.from_file(str(begin_with / "tokenizer.json")))
     write_settings(out, tokenizer)
     config = CONFIG | {"num_hidden_layers": layers}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    run, checkpoint = Run(out, steps, tokenizer), out / "checkpoint.pt"
+    run, checkpoint = Run(out, steps, tokenizer, rate), out / "checkpoint.pt"
     if checkpoint.exists():
         run.resume(checkpoint)
     else:
@@ -308,10 +308,11 @@ def main() -> None:
     parser.add_argument("--begin-with", type=Path, required=True, help="a model directory: tokenizer and weights")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--rate", type=float, default=1.0, help="share of the usual rate: less to improve what is good")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(mode=True)
-    train(options.out, options.begin_with, layers=options.layers, steps=options.steps)
+    train(options.out, options.begin_with, layers=options.layers, steps=options.steps, rate=options.rate)
 
 
 if __name__ == "__main__":

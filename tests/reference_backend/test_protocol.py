@@ -130,7 +130,7 @@ def test_one_prompt_is_completed(prompt, is_good):
 def test_messages_become_plain_text():
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
     request = decode(chat(messages=[{"role": "developer", "content": parts}]), ChatRequest)
-    plain = request.messages[0].plain()
+    plain = request.messages[0].plain(sees=False)
     assert (plain.role, plain.content) == ("system", "Hello")
 
 
@@ -138,7 +138,22 @@ def test_an_image_is_refused_by_name():
     content = [{"type": "image_url", "image_url": {"url": "data:"}}]
     request = decode(chat(messages=[{"role": "user", "content": content}]), ChatRequest)
     with pytest.raises(ApiError, match="text parts only, not 'image_url'"):
-        request.messages[0].plain()
+        request.messages[0].plain(sees=False)
+
+
+def test_a_model_that_sees_gets_tokens_in_the_place_of_a_picture():
+    picture = {"type": "image_url", "image_url": {"url": "data:a", "detail": "low"}}
+    parts = [{"type": "text", "text": "See: "}, picture, {"type": "text", "text": "?"}]
+    message = decode(chat(messages=[{"role": "user", "content": parts}]), ChatRequest).messages[0]
+    assert message.plain(sees=True).content == "See: " + "<|image_pad|>" * 16 + "?"
+    assert message.pictures() == ["data:a"]
+
+
+@pytest.mark.parametrize("part", [{"type": "image_url"}, {"type": "input_audio"}, {"type": "video_url", "text": "a"}])
+def test_what_even_a_model_that_sees_cannot_read_is_refused(part):
+    message = decode(chat(messages=[{"role": "user", "content": [part]}]), ChatRequest).messages[0]
+    with pytest.raises(ApiError, match=f"text and image_url parts only, not '{part['type']}'"):
+        message.plain(sees=True)
 
 
 @pytest.mark.parametrize(

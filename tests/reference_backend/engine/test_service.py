@@ -18,7 +18,6 @@ from reference_backend.engine.config import ModelError  # noqa: E402
 from reference_backend.engine.frames import Abort, Ask, Start, Unframed, decode_for_server, framed  # noqa: E402
 from reference_backend.engine.request import Sampling  # noqa: E402
 from reference_backend.engine.service import Line, load, serve  # noqa: E402
-from tests.support.random_flow import random_flow  # noqa: E402
 from tests.support.tiny_model import DIRECTORY, tiny, tiny_engine  # noqa: E402
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -172,19 +171,3 @@ def test_what_does_not_fit_the_memory_is_refused_in_one_line(tmp_path, sizes, co
         load(start(directory, **sizes), time.monotonic)
     assert str(refusal.value).startswith("the model does not fit: ")
     assert "\n" not in str(refusal.value)
-
-
-def test_a_network_that_paints_is_loaded_and_served(tmp_path):
-    random_flow(tmp_path)
-    studio = load(Start(str(tmp_path), [], 2, None, None), time.monotonic)
-    ours, theirs = socket.socketpair()
-    ours.settimeout(20)
-    thread = threading.Thread(target=run, args=(studio, theirs))
-    thread.start()
-    with ours:
-        server = Server(ours)
-        server.say(Ask(1, [1, 2], Sampling(max_tokens=1, seed=3), None, 1, "", b""))
-        ((_, delta),) = server.deltas_until(1)
-    thread.join()
-    assert delta.finish == "stop"
-    assert len(delta.pixels) == 8 * 8 * 3
