@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 VISION_FILE = "vision.safetensors"  # beside the weights of a model that takes pictures, too
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 Narrow = Literal["int8", "fp8"]  # what weights can be narrowed to, once they are read
 NARROW: tuple[Narrow, ...] = get_args(Narrow)
@@ -90,7 +90,8 @@ def _config(raw: dict[str, Any]) -> ModelConfig:
         raise ValueError(f"architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}")
     if raw.get("quantization_config"):
         raise ValueError("quantized weights are not supported; use the unquantized checkpoint")
-    if raw.get("use_sliding_window"):
+    # Mistral has no switch beside the size: null is none, and nothing is 4096.
+    if raw.get("use_sliding_window") or (architecture == "MistralForCausalLM" and raw.get("sliding_window", 4096)):
         raise ValueError("sliding-window attention is not supported")
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act {raw['hidden_act']} is not supported; supported: silu")

@@ -17,6 +17,7 @@ from random import Random
 
 from reference_backend.admission import FairQueue
 from reference_backend.engine.grammar import Grammars
+from reference_backend.engine.graphs import Prepare
 from reference_backend.engine.kv_cache import BlockPool
 from reference_backend.engine.model import Llama
 from reference_backend.engine.pace import NEW, Pace
@@ -66,6 +67,7 @@ class Engine:
         rng: Random,
         overlap: bool = False,
         grammars: Grammars | None = None,
+        prepare: Prepare | None = None,
     ) -> None:
         self.settings = settings
         self.end_tokens = end_tokens
@@ -78,6 +80,7 @@ class Engine:
             blocks=settings.blocks,
             block_size=settings.block_size,
             context=settings.context,
+            prepare=prepare,
         )
         self.scheduler = Scheduler(
             BlockPool(settings.blocks, settings.block_size),

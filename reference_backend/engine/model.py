@@ -100,6 +100,11 @@ class Llama:
         """How many numbers it has learnt."""
         return sum(math.prod(shape) for _, shape in weight_shapes(self.config))
 
+    @property
+    def linears(self) -> list[Linear]:
+        """The matrices of all layers."""
+        return [each for layer in self._layers for each in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+
     def hidden(self, tokens: Tensor, positions: Tensor, attend: Attend, seen: Seen | None = None) -> Tensor:
         """Hidden states [tokens, hidden] of tokens [tokens], which may belong to many sequences."""
         do, heads = self.operations, self.heads + 2 * self.kv_heads

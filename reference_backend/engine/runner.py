@@ -2,7 +2,10 @@
 
 What a decoding step needs (its newest token, its length, its blocks, its settings) is already on the device: the
 host sends which slots take part, and new block numbers when a sequence has grown into another block. The result of a
-step is read when `Launched.results` is called, not before, so that the next step can be launched meanwhile.
+step is read when `Launched.results` is called, not before, so that the next step can be launched meanwhile. On a GPU a
+stream of its own brings it to the host as soon as it is there, while the next step runs.
+
+There is one row more than slots: that of nobody, with which prepared steps (`graphs.py`) are filled up.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 
 from reference_backend.engine.attention import Chunk, PagedCache, Step, attention_for
+from reference_backend.engine.graphs import Prepare, Prepared
 from reference_backend.engine.model import Llama, Seen
 from reference_backend.engine.request import PICTURE_TOKENS, Logprobs, Sequence
 from reference_backend.engine.sampler import Drawn, Rows, Sampler, told_logprobs
@@ -36,11 +40,14 @@ class Launched:
 
     sequences: list[Sequence]  # those that draw a token
     drawn: Drawn | None
+    arrived: torch.cuda.Event | None = None  # when what was drawn is on the host
 
     def results(self) -> list[Result]:
         """Waits for the step to end."""
         if self.drawn is None:
             return []
+        if self.arrived is not None:
+            self.arrived.synchronize()
         logprobs = told_logprobs(self.drawn, [sequence.sampling for sequence in self.sequences])
         columns = (self.sequences, self.drawn.tokens.tolist(), self.drawn.best.isfinite().tolist(), logprobs)
         return [Result(*row) for row in zip(*columns, strict=True)]
@@ -49,19 +56,22 @@ class Launched:
 class Runner:
     """A model, its cache, and the rows of its slots."""
 
-    def __init__(self, model: Llama, *, slots: int, blocks: int, block_size: int, context: int) -> None:
+    def __init__(
+        self, model: Llama, *, slots: int, blocks: int, block_size: int, context: int, prepare: Prepare | None = None
+    ) -> None:
         self.model = model
         device = self._device = model.device
         width = -(-context // block_size) + 1
-        self._tables = torch.zeros(slots, width, dtype=torch.int64, device=device)
-        self._lengths = torch.zeros(slots, dtype=torch.int64, device=device)
-        self._last_tokens = torch.zeros(slots, dtype=torch.int64, device=device)
+        self._tables = torch.zeros(slots + 1, width, dtype=torch.int64, device=device)
+        self._tables[slots] = blocks  # nobody's
+        self._lengths = torch.zeros(slots + 1, dtype=torch.int64, device=device)
+        self._last_tokens = torch.zeros(slots + 1, dtype=torch.int64, device=device)
         self._sampler = Sampler(slots, model.config.vocab_size, device)
         self._cache = PagedCache(
             model.config.layers,
             model.kv_heads,
             model.config.head_dim,
-            blocks=blocks,
+            blocks=blocks + 1,
             block_size=block_size,
             like=torch.empty(0, dtype=model.dtype, device=device),
         )
@@ -69,6 +79,11 @@ class Runner:
         self._album = None if model.vision is None else Album(model.vision)
         self._written = [0] * slots  # blocks in each row's table
         self._rows: tuple[list[Sequence], Rows] | None = None  # of the last step, most often those of the next
+        self._prepared: Prepared | None = None
+        if prepare is not None:
+            with torch.inference_mode():
+                self._prepared = Prepared(self._decode, slots=slots, device=device, prepare=prepare)
+        self._homewards = torch.cuda.Stream() if device.type == "cuda" else None
 
     def clear(self, blocks: list[int]) -> None:
         """Wipe blocks whose content is no good."""
@@ -80,16 +95,36 @@ class Runner:
         self._write_rows(plan)
         decodes = sorted((work for work in plan if work.is_decode), key=_table_length)
         chunks = [work for work in plan if not work.is_decode]
-        sampling = [*decodes, *(work for work in chunks if work.samples)]
-        sequences = [work.sequence for work in sampling]
+        sequences = [work.sequence for work in (*decodes, *(work for work in chunks if work.samples))]
         rows = self._sampling_rows(sequences)
+        if self._prepared is not None and not chunks:
+            scores = self._prepared.scores(rows.slots)
+        else:
+            hidden = self._step(decodes, chunks, rows.slots[: len(decodes)])
+            if not sequences:
+                return Launched([], None)
+            scores = self.model.logits(hidden)
+        masks = b"".join(each.constraint.mask() for each in sequences if each.constraint is not None)
+        drawn = self._sampler.sample(scores, rows, masks)
+        self._last_tokens.index_copy_(0, rows.slots, drawn.tokens)
+        if self._homewards is None:
+            return Launched(sequences, drawn)
+        return Launched(sequences, *brought(drawn, self._homewards))
 
-        tokens, positions, slots, pieces = [], [], [], []
-        if decodes:
-            decoding = rows.slots[: len(decodes)]
-            tokens.append(self._last_tokens.index_select(0, decoding))
-            positions.append(self._lengths.index_select(0, decoding))
-            slots.append(decoding)
+    def _decode(self, slots: Tensor) -> Tensor:
+        """Scores of the next token of each slot, computed from what lies on the device alone."""
+        positions = self._lengths.index_select(0, slots)
+        step = Step(slots, positions, [self._tables.shape[1]] * len(slots), [])
+        hidden = self._forward(self._last_tokens.index_select(0, slots), step, None)
+        self._lengths.index_copy_(0, slots, positions + 1)
+        self._lengths[-1] = 0
+        return self.model.logits(hidden)
+
+    def _step(self, decodes: list[Work], chunks: list[Work], decoding: Tensor) -> Tensor:
+        """Hidden states of those that draw a token: first who generates, in the slots `decoding`, then prompts."""
+        tokens = [self._last_tokens.index_select(0, decoding)]
+        positions = [self._lengths.index_select(0, decoding)]
+        slots, pieces = [decoding], []
         at = len(decodes)
         ends = list(range(at))
         for work in chunks:
@@ -107,16 +142,8 @@ class Runner:
         widths = [_table_length(work) for work in decodes]
         step = Step(_joined(slots), _joined(positions), widths, pieces)
         hidden = self._forward(_joined(tokens), step, self._seen(chunks, len(decodes)))
-        if decodes:
-            self._lengths.index_copy_(0, slots[0], positions[0] + 1)
-        if not sequences:
-            return Launched([], None)
-        if chunks:
-            hidden = hidden[torch.tensor(ends, device=self._device)]
-        masks = b"".join(each.constraint.mask() for each in sequences if each.constraint is not None)
-        drawn = self._sampler.sample(self.model.logits(hidden), rows, masks)
-        self._last_tokens.index_copy_(0, rows.slots, drawn.tokens)
-        return Launched(sequences, drawn)
+        self._lengths.index_copy_(0, decoding, positions[0] + 1)
+        return hidden[torch.tensor(ends, dtype=torch.int64, device=self._device)] if chunks else hidden
 
     def _seen(self, chunks: list[Work], at: int) -> Seen | None:
         """The pieces of pictures among the tokens of prompts, the first of which is in row `at` of the step."""
@@ -157,6 +184,19 @@ class Runner:
                 self._written[slot] = held
 
 
+def brought(drawn: Drawn, stream: torch.cuda.Stream) -> tuple[Drawn, torch.cuda.Event]:
+    """What was drawn, on its way to the host beside whatever runs next; and when it is there."""
+    stream.wait_stream(torch.cuda.current_stream())
+    arrived = torch.cuda.Event()
+    with torch.cuda.stream(stream):
+        for each in drawn:
+            if each is not None:
+                each.record_stream(stream)
+        home = Drawn(*(None if each is None else each.to("cpu", non_blocking=True) for each in drawn))
+        arrived.record(stream)
+    return home, arrived
+
+
 def _slot(sequence: Sequence) -> int:
     assert sequence.slot is not None  # noqa: S101  for the type checker: whoever is planned has one
     return sequence.slot
@@ -167,4 +207,5 @@ def _table_length(work: Work) -> int:
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
+    parts = [part for part in parts if len(part)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)

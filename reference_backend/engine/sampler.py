@@ -11,6 +11,7 @@ inverse of the cumulative distribution; rows with top-k, top-p or min-p the same
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,8 +57,7 @@ class Rows:
     alternatives: int  # the most that any of them wants
 
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
+class Drawn(NamedTuple):
     """One token for each row, and the largest score of each: not finite if the row's scores were no good."""
 
     tokens: Tensor

@@ -40,6 +40,8 @@ def test_architectures_differ_in_switches(name, switches):
         ({"architectures": 7}, "not subscriptable"),
         ({"quantization_config": {"bits": 4}}, "quantized weights are not supported"),
         ({"use_sliding_window": True}, "sliding-window"),
+        ({"architectures": ["MistralForCausalLM"]}, "sliding-window"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, "sliding-window"),
         ({"hidden_act": "gelu"}, "hidden_act gelu"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope scaling yarn"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "factor is missing"),

@@ -26,7 +26,7 @@ def engine():
     """Makes engines, and checks each of them at the end."""
     made = []
 
-    def make(*, model=MODEL, end_tokens=(), overlap=False, cache_tokens=None, **sizes):
+    def make(*, model=MODEL, end_tokens=(), overlap=False, prepare=None, cache_tokens=None, **sizes):
         sizes = {"slots": 2, "context": 64, "block_size": 4} | sizes
         settings = Settings(cache_tokens=cache_tokens or sizes["slots"] * sizes["context"], **sizes)
         made.append(
@@ -36,6 +36,7 @@ def engine():
                 end_tokens=frozenset(end_tokens),
                 rng=Random(1),
                 overlap=overlap,
+                prepare=prepare,
             )
         )
         return made[-1]
@@ -138,6 +139,14 @@ def test_neighbours_change_nothing(engine, name):
     together = crowd(4)
     run(engine(model=MODELS[name], slots=4), *together)
     assert texts(together) == alone(engine, crowd(4), MODELS[name])
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_prepared_steps_change_nothing(engine, name):
+    """What a GPU records and replays, run as it is: sizes of batches that are filled up, rows read from the device."""
+    together = crowd(8)
+    run(engine(model=MODELS[name], slots=5, overlap=True, prepare=lambda step: step), *together)
+    assert texts(together) == alone(engine, crowd(8), MODELS[name])
 
 
 @pytest.mark.parametrize("overlap", [False, True])

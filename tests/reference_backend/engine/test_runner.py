@@ -17,8 +17,8 @@ MODEL = load_model(Path(__file__).parent.parent / "golden" / "llama", torch.devi
 TEXT = list(range(20, 31))
 
 
-def runner(slots=2):
-    return Runner(MODEL, slots=slots, blocks=20, block_size=4, context=32)
+def runner(slots=2, **options):
+    return Runner(MODEL, slots=slots, blocks=20, block_size=4, context=32, **options)
 
 
 def placed(slot, blocks, tokens=TEXT):
@@ -39,7 +39,7 @@ def test_a_piece_that_does_not_end_the_prompt_draws_nothing():
     subject, asked = runner(), placed(1, [7, 3, 9])
     launched = subject.launch([works(asked, 0, 6, is_new=True, samples=False)])
     assert launched.results() == []
-    assert subject._lengths.tolist() == [0, 6]
+    assert subject._lengths.tolist() == [0, 6, 0]
     [(_, token)] = tokens_of(subject.launch([works(asked, 6, 5)]))
     assert token == greedy_reference(MODEL, TEXT, 1)[0]
     assert subject._tables[1].tolist() == [7, 3, 9, 0, 0, 0, 0, 0, 0]
@@ -51,7 +51,7 @@ def test_decoding_reads_its_token_from_the_device():
     steps = [subject.launch([works(asked, 0, 11, is_new=True)])]
     steps += [subject.launch([works(asked, 11 + n, 1, is_decode=True)]) for n in range(3)]
     assert [tokens_of(step)[0][1] for step in steps] == greedy_reference(MODEL, TEXT, 4)
-    assert subject._lengths.tolist() == [14, 0]
+    assert subject._lengths.tolist() == [14, 0, 0]
 
 
 def test_a_step_mixes_who_generates_and_who_reads():
@@ -77,3 +77,33 @@ def test_cleared_blocks_are_zero():
     subject.clear([2])
     kept = subject._cache.gather(0, torch.tensor([1, 2, 3]), 3).abs().sum((1, 2, 3)) > 0
     assert kept.tolist() == [True, False, True]
+
+
+def test_a_prepared_step_is_the_ordinary_one():
+    """Three of five slots go on, filled up to four rows with nobody's; block 0 and the free slots stay as they are."""
+    steps = []
+
+    def prepare(step):
+        def counted():
+            steps.append(1)
+            return step()
+
+        return counted
+
+    def run(subject):
+        asked = [placed(slot, [1 + 3 * slot + n for n in range(3)], TEXT[: 3 + slot // 2]) for slot in (4, 0, 2)]
+        subject.launch([works(each, 0, len(each.tokens), is_new=True) for each in asked])
+        found = []
+        for n in range(6):
+            plan = [works(each, len(each.tokens) + n, 1, is_decode=True) for each in asked]
+            found.append({each.slot: token for each, token in tokens_of(subject.launch(plan))})
+        return found
+
+    prepared, ordinary = runner(slots=5, prepare=prepare), runner(slots=5)
+    assert run(prepared) == run(ordinary)
+    assert len(steps) == 6
+    assert prepared._lengths.tolist() == ordinary._lengths.tolist()
+    assert prepared._last_tokens.tolist()[:5] == ordinary._last_tokens.tolist()[:5]
+    kept, other = (each._cache.gather(1, torch.arange(20), 20) for each in (prepared, ordinary))
+    torch.testing.assert_close(kept, other)
+    assert kept[0].abs().sum() == 0

@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from reference_backend.engine import service  # noqa: E402
 from reference_backend.engine.config import ModelError  # noqa: E402
 from reference_backend.engine.frames import Abort, Ask, Start, Unframed, decode_for_server, framed  # noqa: E402
+from reference_backend.engine.model import Llama  # noqa: E402
+from reference_backend.engine.ranks import ALONE  # noqa: E402
 from reference_backend.engine.request import Sampling  # noqa: E402
 from reference_backend.engine.service import Line, load, serve  # noqa: E402
 from tests.support.tiny_model import DIRECTORY, tiny, tiny_engine  # noqa: E402
@@ -143,6 +145,25 @@ def test_the_cache_takes_its_share_of_a_small_memory(monkeypatch):
     engine = load(start(DIRECTORY, slots=16), time.monotonic)
     assert engine.settings.cache_tokens == (1 << 18) // (2 * 4 * 2 * 32 * 4)
     assert engine.settings.blocks * 16 > engine.context  # one request fits whatever the memory
+
+
+def test_the_largest_step_is_a_whole_one():
+    """What a GPU's memory is measured with before the cache gets the rest; there is none to measure here."""
+    model, _ = tiny()
+    asked = []
+
+    class Counting(type(model.operations)):
+        def linear(self, x, linear):
+            asked.append(tuple(x.shape))
+            return super().linear(x, linear)
+
+    weights, counting = load_file(DIRECTORY / "model.safetensors"), Counting(model.config, model.device, ALONE)
+    service.take_largest_step(Llama(model.config, weights, model.device, model.dtype, operations=counting), 50, 3)
+    assert asked == [(50, model.config.hidden_size)] * 2 * model.config.layers
+
+
+def test_nothing_is_prepared_without_a_gpu():
+    assert service.quickened(tiny()[0]) is None
 
 
 def broken(tmp_path, change):
