@@ -37,12 +37,17 @@ async def read_body(request: web.Request, largest: int) -> bytes:
 
 def deadline(request: web.Request, now: float) -> float | None:
     """When the answer will be of no use any more, on the clock of `now`. Raises ApiError 400."""
-    left = request.headers.get(DEADLINE_HEADER)
-    if left is None:
+    left = milliseconds(request.headers.get(DEADLINE_HEADER))
+    return None if left is None else now + left / 1000
+
+
+def milliseconds(text: str | None) -> int | None:
+    """The value of DEADLINE_HEADER. Raises ApiError 400."""
+    if text is None:
         return None
-    if not (left.isascii() and left.isdigit() and len(left) < 12):
+    if not (text.isascii() and text.isdigit() and len(text) < 12):
         raise ApiError(400, "bad_request", f"{DEADLINE_HEADER} is not a number of milliseconds")
-    return now + int(left) / 1000
+    return int(text)
 
 
 def find(pool: Pool, request: web.Request, model: str, version: str | None = None) -> Served:

@@ -28,6 +28,8 @@ class Pool:
     ) -> None:
         self.is_ending = False
         self.known = known
+        self.changes = 0  # of what is served, or of a state
+        self._news = asyncio.Event()
         self._service = service
         self._find_wanted = find_wanted
         self._served: dict[Entry, Served] = {}
@@ -72,6 +74,16 @@ class Pool:
             raise ApiError(404, "model_not_found", message, param="model")
         return max(reversed(found), key=lambda served: _PREFERENCE.index(served.state))  # of equals the newest
 
+    def _change(self) -> None:
+        self.changes += 1
+        self._news.set()
+
+    async def wait_change(self, seen: int) -> None:
+        """Wait until `changes` is another number than `seen`."""
+        while self.changes == seen:
+            self._news.clear()
+            await self._news.wait()
+
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Between entering and leaving, models can be loaded. Leaving waits until all are gone."""
@@ -80,6 +92,7 @@ class Pool:
                 yield
             finally:
                 self.is_ending = True
+                self._change()
                 for served in self:
                     served.end()
 
@@ -100,9 +113,10 @@ class Pool:
         return await asyncio.shield(self._loads[name])
 
     async def _load(self, name: str, entries: Sequence[Entry]) -> list[Served]:
-        fresh = [Served(entry, self._service) for entry in entries]
+        fresh = [Served(entry, self._service, self._change) for entry in entries]
         for served in fresh:
             self._served.setdefault(served.entry, served)
+            self._change()
             if self._tasks is not None:
                 self._tasks.create_task(self._run(served))
         for served in fresh:
@@ -110,6 +124,7 @@ class Pool:
             old = self._served.get(served.entry)
             if served.state is State.READY and old is not served:
                 self._served[served.entry] = served
+                self._change()
                 if old is not None:
                     old.end()
         for served in list(self):
@@ -132,3 +147,4 @@ class Pool:
         await served.run()
         if served.state is State.CLOSED and self._served.get(served.entry) is served:
             del self._served[served.entry]
+            self._change()

@@ -26,7 +26,7 @@ from discovery.announce import Announcement, backend_announcement
 from discovery.endpoint import InvalidRegistration, ModelEntry, Registration
 from discovery.etcd import EtcdClient, EtcdSettings
 from observability.tracing import SpanExporter, otlp_export
-from reference_backend import repository
+from reference_backend import open_inference_grpc, repository
 from reference_backend.engine.config import NARROW, ModelError
 from reference_backend.language import Language, Sizes
 from reference_backend.load_report import PATH as LOAD_PATH
@@ -38,6 +38,7 @@ from reference_backend.spans import span_middleware
 from reference_backend.stateless import KINDS
 
 log = logging.getLogger(__name__)
+PUBLISH_WITHIN = 2.0  # seconds
 LAST_WORDS = 5.0  # seconds for answers that are on their way when all models are gone
 PROTOCOLS: dict[repository.Kind, tuple[str, ...]] = {
     "language": ("openai",),
@@ -73,6 +74,7 @@ class Options:
     service: str | None
     host: str
     port: int
+    grpc_port: int
     etcd: str | None
     announce_url: str | None
     sizes: Sizes
@@ -113,6 +115,7 @@ def parse(arguments: Sequence[str]) -> Options:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
     parser.add_argument("--port", type=_port, default=0, help="port to listen on (default: any free one)")
+    parser.add_argument("--grpc-port", type=_port, default=0, help="port for gRPC (default: any free one)")
     parser.add_argument("--max-running", type=_positive, default=16, help="requests in one batch (default %(default)s)")
     parser.add_argument("--max-waiting", type=_count, default=16, help="requests that may wait (default %(default)s)")
     parser.add_argument("--context", type=_positive, help="tokens per request (default: the model's, at most 8192)")
@@ -145,6 +148,7 @@ def parse(arguments: Sequence[str]) -> Options:
         service=given.service,
         host=given.host,
         port=given.port,
+        grpc_port=given.grpc_port,
         etcd=given.etcd,
         announce_url=given.announce_url,
         sizes=Sizes(
@@ -268,6 +272,7 @@ async def serve(options: Options, clock: Callable[[], float], wall: Callable[[],
         pool = Pool(service, lambda name: entries(options, name), lambda: known(options))
         api = Api(pool, clock=clock, wall=wall, end=ending.set)
         registry.url = url = await stack.enter_async_context(listening(api, options, wall))
+        registry.grpc_port = await stack.enter_async_context(listening_grpc(pool, api, options, clock))
         async with pool.running():
             loading = asyncio.ensure_future(load(pool, wanted, url))
             await first_of(ending.wait(), asyncio.wait({loading}))
@@ -331,12 +336,25 @@ async def listening(api: Api, options: Options, wall: Callable[[], float]) -> As
             await runner.cleanup()
 
 
+@contextlib.asynccontextmanager
+async def listening_grpc(pool: Pool, api: Api, options: Options, clock: Callable[[], float]) -> AsyncIterator[int]:
+    """The listener for gRPC, and its port. Raises CannotStartError."""
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    address = f"{host}:{options.grpc_port}"
+    try:
+        async with open_inference_grpc.listening(pool, api.in_flight, clock, address) as port:
+            yield port
+    except open_inference_grpc.PortTakenError as error:
+        raise CannotStartError(f"cannot listen on {address}; choose another --grpc-port") from error
+
+
 class Registry:
     """How the versions that are served are told to gateways, if they are: each under a key of its own in etcd."""
 
     def __init__(self, options: Options) -> None:
         self.client: EtcdClient | None = None
         self.url = ""
+        self.grpc_port = 0
         self._options = options
 
     @contextlib.asynccontextmanager
@@ -353,9 +371,12 @@ class Registry:
             models=(ModelEntry(entry.name, entry.version),),
             max_concurrency=model.bound,
             load=path + LOAD_PATH,
+            grpc_port=self.grpc_port,
         )
         key = f"{options.service or entry.name}/{id_}"
         async with backend_announcement(self.client, key, registration, rng=random.SystemRandom()) as announcement:
+            # What takes the place of another is known before that one drains; an etcd that is away stops nobody.
+            await first_of(announcement.wait_held(), asyncio.sleep(PUBLISH_WITHIN))
             yield announcement
 
 

@@ -87,9 +87,10 @@ class Service:
 class Served:
     """See above. `run` is its life."""
 
-    def __init__(self, entry: Entry, service: Service) -> None:
+    def __init__(self, entry: Entry, service: Service, changed: Callable[[], None] = lambda: None) -> None:
         self.entry = entry
-        self.state = State.LOADING
+        self._state = State.LOADING
+        self._changed = changed  # called after each change of the state
         self.failure: ModelError | InvalidRegistration | None = None
         self.in_flight = InFlight()
         self.model: Model | None = None
@@ -101,6 +102,15 @@ class Served:
 
     def __repr__(self) -> str:
         return f"<Served {self.entry} {self.state.value}, {self.in_flight.count} in flight>"
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @state.setter
+    def state(self, state: State) -> None:
+        self._state = state
+        self._changed()
 
     @property
     def reason(self) -> str:

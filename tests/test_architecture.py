@@ -40,6 +40,7 @@ DOORS = {
     "grpc": (
         "discovery/etcd.py",
         "gateway/rpc/",
+        "reference_backend/open_inference_grpc.py",
     ),
     "redis": ("gateway/store.py",),
     "prometheus_client": ("observability/metrics.py",),

@@ -61,6 +61,8 @@ class Carrier:
         started, connect_before, upstream_before = trail.mark, trail.connect, trail.upstream
         timeouts = replace(route.timeout, total=min(route.timeout.total, client.due - trail.start))
         lines = client.forwarded_lines + b"x-weir-consumer: %b\r\n" % caller_line(consumer, trail)
+        if lease.backend.base_path:
+            lines += b"x-weir-base-path: %b\r\n" % lease.backend.base_path  # a call over gRPC has no path of its own
         metadata = _metadata(call, client, lines, span_id, remaining_ms(timeouts, trail.start, started))
         exchange = Exchange(call, client, trail, timeouts, self._most_bytes, self._rng)
         self.under_way.add(exchange)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from reference_backend import process
+from reference_backend import open_inference_grpc, process
 from reference_backend.pool import Pool
 from reference_backend.served import Service
 from reference_backend.server import Api
@@ -29,6 +29,7 @@ def put(root: Path, place: str, toml: str = ADDER) -> None:
 class Store:
     root: Path
     url: str
+    grpc: str
     pool: Pool
 
 
@@ -53,6 +54,8 @@ async def running_store(root: Path, models: Mapping[str, str] | None = None, *ar
         await runner.setup()
         try:
             await web.TCPSite(runner, "127.0.0.1", 0).start()
-            yield Store(root, f"http://127.0.0.1:{runner.addresses[0][1]}", pool)
+            url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+            async with open_inference_grpc.listening(pool, api.in_flight, time.monotonic, "127.0.0.1:0") as port:
+                yield Store(root, url, f"127.0.0.1:{port}", pool)
         finally:
             await runner.cleanup()

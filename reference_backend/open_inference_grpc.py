@@ -1,0 +1,290 @@
+"""The Open Inference Protocol over gRPC, and gRPC's own health protocol, on a port of their own.
+
+The same models, judged and refused as over HTTP (open_inference.py): an `ApiError` is a status here, its headers are
+trailers. The deadline is the client's, a call that its client gives up is cancelled down to the model. A version alone
+is meant by the metadata `x-weir-base-path`, as by a path's prefix over HTTP.
+
+`grpc.health.v1` knows "" and the service (ready as `/v2/health/ready` is), and `model/<name>@<version>`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+import grpc
+import grpc.aio
+import numpy as np
+from google.protobuf.message import DecodeError
+from grpc.aio import ServicerContext
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from open_inference import SERVICE
+from open_inference import inference_pb2 as pb
+from reference_backend import open_inference
+from reference_backend.in_flight import InFlight
+from reference_backend.incoming import DEADLINE_HEADER, milliseconds
+from reference_backend.load_report import FORMAT_HEADER, orca
+from reference_backend.open_inference import LARGEST_BODY, check_parameters, chosen
+from reference_backend.pool import Pool
+from reference_backend.protocol import ApiError
+from reference_backend.served import Served, State
+from reference_backend.stateless import Stateless, bad_tensor
+from reference_backend.tensor_codec import CONTENTS, datatype_of, from_list, from_raw, to_raw
+from reference_backend.tensors import Array, Tensors
+
+CODES = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    404: grpc.StatusCode.NOT_FOUND,
+    413: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+OPTIONS = [
+    ("grpc.max_receive_message_length", LARGEST_BODY),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.so_reuseport", 0),
+]
+OF_CONNECTION = ("connection",)  # headers that say something of a connection of HTTP/1.1
+log = logging.getLogger(__name__)
+
+
+class PortTakenError(Exception):
+    """Nothing can listen at this address."""
+
+
+@contextlib.asynccontextmanager
+async def listening(pool: Pool, in_flight: InFlight, clock: Callable[[], float], address: str) -> AsyncIterator[int]:
+    """The listener, and its port. What is still in flight at the end is cut. Raises PortTakenError."""
+    servicer = Servicer(pool, in_flight, clock)
+    healthy = health.aio.HealthServicer()
+    server = grpc.aio.server(options=OPTIONS)
+    server.add_generic_rpc_handlers((servicer.handlers(),))
+    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:  # what gRPC says of a port that is taken
+        raise PortTakenError(address) from error
+    await server.start()
+    telling = asyncio.ensure_future(tell_health(pool, healthy))
+    try:
+        yield port
+    finally:
+        telling.cancel()
+        await server.stop(None)
+
+
+async def tell_health(pool: Pool, healthy: Any) -> None:
+    """Keep gRPC's health as the pool is, for ever."""
+    serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+    told: dict[str, int] = {}
+    while True:
+        seen = pool.changes
+        now = dict.fromkeys(told, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+        now |= {"": pool.state.is_useful, SERVICE: pool.state.is_useful}
+        now |= {f"model/{served.entry}": served.state.is_useful for served in pool}
+        for name, state in now.items():
+            status = (serving if state else not_serving) if isinstance(state, bool) else state
+            if told.get(name) != status:
+                told[name] = status
+                await healthy.set(name, status)
+        await pool.wait_change(seen)
+
+
+class Servicer:
+    """The service's methods, by name."""
+
+    def __init__(self, pool: Pool, in_flight: InFlight, clock: Callable[[], float]) -> None:
+        self._pool = pool
+        self._in_flight = in_flight
+        self._clock = clock
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """All of them. Messages are decoded here, so that what cannot be is the client's fault and not ours."""
+        unary = {
+            "ServerLive": (pb.ServerLiveRequest, self._live),
+            "ServerReady": (pb.ServerReadyRequest, self._ready),
+            "ServerMetadata": (pb.ServerMetadataRequest, self._server),
+            "ModelReady": (pb.ModelReadyRequest, self._model_ready),
+            "ModelMetadata": (pb.ModelMetadataRequest, self._metadata),
+            "ModelConfig": (pb.ModelConfigRequest, self._config),
+            "ModelInfer": (pb.ModelInferRequest, self._infer),
+            "RepositoryIndex": (pb.RepositoryIndexRequest, self._index),
+            "RepositoryModelLoad": (pb.RepositoryModelLoadRequest, self._load),
+            "RepositoryModelUnload": (pb.RepositoryModelUnloadRequest, self._unload),
+        }
+        methods = {
+            name: grpc.unary_unary_rpc_method_handler(
+                self._unary(kind, act), response_serializer=lambda message: message.SerializeToString()
+            )
+            for name, (kind, act) in unary.items()
+        }
+        methods["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
+            self._stream, response_serializer=pb.ModelStreamInferResponse.SerializeToString
+        )
+        return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+    def _unary(
+        self, kind: type[Any], act: Callable[[Any, ServicerContext], Awaitable[object]]
+    ) -> Callable[[bytes, ServicerContext], Awaitable[object]]:
+        async def answer(message: bytes, context: ServicerContext) -> object:
+            try:
+                with self._in_flight:
+                    return await act(_decoded(kind, message), context)
+            except ApiError as error:
+                refusal = error
+            except Exception:  # a bug of ours: the client learns that, the log learns which
+                log.exception("internal error")
+                refusal = ApiError(500, "internal_error", "internal error")
+            trailers = [(name, value) for name, value in refusal.headers.items() if name not in OF_CONNECTION]
+            context.set_trailing_metadata((*(context.trailing_metadata() or ()), *trailers))
+            await context.abort(CODES.get(refusal.status, grpc.StatusCode.INTERNAL), refusal.message)
+            return None
+
+        return answer
+
+    async def _live(self, _asked: object, _context: ServicerContext) -> object:
+        return pb.ServerLiveResponse(live=True)
+
+    async def _ready(self, _asked: object, _context: ServicerContext) -> object:
+        return pb.ServerReadyResponse(ready=self._pool.state.is_useful)
+
+    async def _server(self, _asked: object, _context: ServicerContext) -> object:
+        return pb.ServerMetadataResponse(
+            name=open_inference.NAME, version=open_inference.VERSION, extensions=open_inference.EXTENSIONS
+        )
+
+    async def _model_ready(self, asked: pb.ModelReadyRequest, context: ServicerContext) -> object:
+        return pb.ModelReadyResponse(ready=self._find(asked.name, asked.version, context).state is State.READY)
+
+    async def _metadata(self, asked: pb.ModelMetadataRequest, context: ServicerContext) -> object:
+        told = open_inference.metadata(self._pool, self._find(asked.name, asked.version, context))
+        for side in ("inputs", "outputs"):
+            told[side] = [
+                pb.ModelMetadataResponse.TensorMetadata(name=spec.name, datatype=spec.datatype, shape=spec.shape)
+                for spec in told[side]
+            ]
+        return pb.ModelMetadataResponse(**told)
+
+    async def _config(self, asked: pb.ModelConfigRequest, context: ServicerContext) -> object:
+        told = open_inference.config(self._find(asked.name, asked.version, context))
+        told["input"] = [pb.ModelInput(**each) for each in told["input"]]
+        told["output"] = [pb.ModelOutput(**each) for each in told["output"]]
+        return pb.ModelConfigResponse(config=pb.ModelConfig(**told))
+
+    async def _infer(self, asked: pb.ModelInferRequest, context: ServicerContext) -> pb.ModelInferResponse:
+        served = self._find(asked.model_name, asked.model_version, context)
+        try:
+            with served.use(Stateless) as model:
+                wanted = chosen(model, [each.name for each in asked.outputs])
+                outputs = await model.infer(read_inputs(asked), self._deadline(context))
+                return answer(served, asked, {name: outputs[name] for name in wanted})
+        finally:
+            _report_load(served, context)
+
+    async def _stream(self, messages: AsyncIterator[bytes], context: ServicerContext) -> AsyncIterator[object]:
+        """One answer to each message, in their order; what goes wrong is told in the answer and ends nothing."""
+        async for message in messages:
+            try:
+                with self._in_flight:
+                    asked = _decoded(pb.ModelInferRequest, message)
+                    yield pb.ModelStreamInferResponse(infer_response=await self._infer(asked, context))
+            except ApiError as error:
+                yield pb.ModelStreamInferResponse(error_message=error.message)
+
+    async def _index(self, asked: pb.RepositoryIndexRequest, _context: ServicerContext) -> object:
+        told = open_inference.index(self._pool, only_ready=asked.ready)
+        models = [pb.RepositoryIndexResponse.ModelIndex(**each) for each in told]
+        return pb.RepositoryIndexResponse(models=models)
+
+    async def _load(self, asked: pb.RepositoryModelLoadRequest, _context: ServicerContext) -> object:
+        await open_inference.load(self._pool, asked.model_name)
+        return pb.RepositoryModelLoadResponse()
+
+    async def _unload(self, asked: pb.RepositoryModelUnloadRequest, _context: ServicerContext) -> object:
+        self._pool.unload(asked.model_name)
+        return pb.RepositoryModelUnloadResponse()
+
+    def _find(self, name: str, version: str, context: ServicerContext) -> Served:
+        """Raises ApiError 404, 503."""
+        place = _metadata(context).get("x-weir-base-path", "").split("/")[-2:]
+        if len(place) < 2:
+            return self._pool.find(name, version or None)
+        served = self._pool.find(name, version or place[1])
+        if place != [served.entry.name, served.entry.version]:
+            raise ApiError(404, "model_not_found", f"model {str(served.entry)!r} is not served at this path")
+        return served
+
+    def _deadline(self, context: ServicerContext) -> float | None:
+        """The sooner of the call's own and the gateway's. Raises ApiError 400."""
+        seconds = [left for left in (context.time_remaining(),) if left is not None]
+        said = milliseconds(_metadata(context).get(DEADLINE_HEADER))
+        if said is not None:
+            seconds.append(said / 1000)
+        return self._clock() + min(seconds) if seconds else None
+
+
+def _decoded(kind: type[Any], message: bytes) -> Any:
+    try:
+        return kind.FromString(message)
+    except DecodeError as error:
+        raise ApiError(400, "bad_request", f"the message is no {kind.DESCRIPTOR.name}") from error
+
+
+def _metadata(context: ServicerContext) -> Mapping[str, str]:
+    return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+
+
+def _report_load(served: Served, context: ServicerContext) -> None:
+    form = _metadata(context).get(FORMAT_HEADER, "").strip().lower()
+    if form in ("json", "text") and served.model is not None:
+        source = served.model.reporter.source
+        context.set_trailing_metadata((("endpoint-load-metrics", orca(source.load(), source.changes, form)),))
+
+
+def read_inputs(asked: pb.ModelInferRequest) -> Tensors:
+    """The tensors of a request, raw or in their fields. Raises ApiError 400."""
+    check_parameters(_plain(asked.parameters))
+    raw = asked.raw_input_contents
+    if raw and len(raw) != len(asked.inputs):
+        raise ApiError(400, "bad_tensor", f"there are {len(asked.inputs)} inputs and raw contents of {len(raw)}")
+    inputs: dict[str, Array] = {}
+    for place, each in enumerate(asked.inputs):
+        check_parameters(_plain(each.parameters))
+        if each.name in inputs:
+            raise bad_tensor(each.name, "is there twice")
+        if raw and each.HasField("contents"):
+            raise bad_tensor(each.name, "has contents, although there are raw contents")
+        if raw:
+            inputs[each.name] = from_raw(each.name, each.datatype, each.shape, raw[place])
+        else:
+            elements = getattr(each.contents, CONTENTS[each.datatype]) if each.datatype in CONTENTS else ()
+            inputs[each.name] = from_list(each.name, each.datatype, each.shape, elements)
+    return inputs
+
+
+def answer(served: Served, asked: pb.ModelInferRequest, outputs: Tensors) -> pb.ModelInferResponse:
+    """The answer, raw where the request was, or where a datatype has no field."""
+    tensors = [
+        pb.ModelInferResponse.InferOutputTensor(name=name, datatype=datatype_of(array), shape=array.shape)
+        for name, array in outputs.items()
+    ]
+    told = pb.ModelInferResponse(
+        model_name=served.entry.name, model_version=served.entry.version, id=asked.id, outputs=tensors
+    )
+    if asked.raw_input_contents or any(array.dtype == np.float16 for array in outputs.values()):
+        told.raw_output_contents.extend(to_raw(array) for array in outputs.values())
+    else:
+        for tensor, array in zip(told.outputs, outputs.values(), strict=True):
+            getattr(tensor.contents, CONTENTS[tensor.datatype]).extend(array.ravel().tolist())
+    return told
+
+
+def _plain(parameters: Mapping[str, pb.InferParameter]) -> dict[str, Any]:
+    """Parameters by name, as Python has them."""
+    chosen_fields = {name: each.WhichOneof("parameter_choice") for name, each in parameters.items()}
+    return {name: getattr(parameters[name], field) for name, field in chosen_fields.items() if field}
