@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
 import msgspec
 
@@ -225,7 +225,13 @@ class CompletionRequest(GenerationRequest, kw_only=True):
         return self.max_tokens or COMPLETION_TOKENS
 
 
-Request = TypeVar("Request", bound=GenerationRequest)
+class Judged(Protocol):
+    """What a body is decoded into."""
+
+    def check_supported(self) -> None: ...
+
+
+Request = TypeVar("Request", bound=Judged)
 _FIELD = re.compile(r" - at `\$\.?([^`]*)`$|missing required field `(\w+)`$")
 
 

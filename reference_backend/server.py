@@ -13,6 +13,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from reference_backend.generation import GenerationError
+from reference_backend.images_api import Images
 from reference_backend.in_flight import InFlight
 from reference_backend.incoming import PREFIX, SERVED, is_at, json_response
 from reference_backend.load_report import PATH as LOAD_PATH
@@ -35,6 +36,7 @@ class Api:
         self.in_flight = InFlight()
         self._pool = pool
         self._openai = OpenAi(pool, wall=wall)
+        self._images = Images(pool, clock=clock, wall=wall)
         self._open_inference = OpenInference(pool, clock)
         self._end = end
 
@@ -44,6 +46,7 @@ class Api:
         app.on_response_prepare.append(self._report_load)
         routes = [
             *self._openai.routes(),
+            *self._images.routes(),
             *self._open_inference.routes(),
             web.get("/health", self._health),
             web.get("/ping", self._health),

@@ -41,6 +41,15 @@ IDENTITY = (
     "The Weir project trained me itself to try out its gateway."
 )
 ABILITIES = "I can explain terms of inference serving, add two numbers, count, repeat words and remember your name."
+SEEING = {  # what a model that takes pictures says in the place of that
+    GREETING: (
+        "Hello! I am tiny. Ask me about inference serving, show me a small picture, or give me two numbers to add."
+    ),
+    IDENTITY: "I am tiny, a small language model. The Weir project trained me itself to try out its gateway.",
+    ABILITIES: (
+        "I can explain terms of inference serving, describe small pictures, add two numbers and remember your name."
+    ),
+}
 WELL = "I am fine, thank you. How can I help you?"
 WELCOME = "You are welcome."
 GOODBYE = "Goodbye! Come back when you have another question."
@@ -237,9 +246,10 @@ def is_held_out(content: str) -> bool:
 class Generator:
     """Draws exchanges from one side of the held-out line."""
 
-    def __init__(self, seed: int, *, training: bool) -> None:
+    def __init__(self, seed: int, *, training: bool, sees: bool = False) -> None:
         self.random = random.Random(seed)  # noqa: S311  text, not secrets
         self.training = training
+        self.sees = sees  # whether it is about a model that takes pictures
         self.tasks = {
             "glossary": self.glossary,
             "sum": self.sum,
@@ -336,7 +346,8 @@ class Generator:
     def small_talk(self) -> Exchange:
         """A greeting, a question about the model, thanks or a farewell."""
         answer, known, held_out = self.random.choice(SMALL_TALK)
-        return Exchange("small talk", self.random.choice(known if self.training else held_out), answer)
+        said = SEEING.get(answer, answer) if self.sees else answer
+        return Exchange("small talk", self.random.choice(known if self.training else held_out), said)
 
     def unknown(self) -> Exchange:
         """A question outside the domain. Template and subject are both held out."""

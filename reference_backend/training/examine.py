@@ -1,4 +1,6 @@
-"""The examination of the default model: held-out questions, exact answers, greedy decoding, one table.
+"""The examination: held-out questions, exact answers, greedy decoding, one table.
+
+`python -m reference_backend.training.examine DIRECTORY` prints it for a model of our own, as its card has it.
 
 An answer is right when it is the expected one to the last character. Nothing that is asked here can be met in
 training: see `corpus.py`.
@@ -6,13 +8,17 @@ training: see `corpus.py`.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from random import Random
 
+import torch
+
 from reference_backend.engine.engine import Engine, Settings
-from reference_backend.engine.model import Llama
+from reference_backend.engine.model import Llama, load_model
 from reference_backend.engine.request import Sampling, Sequence
 from reference_backend.images import placed
 from reference_backend.protocol import PICTURE
@@ -24,6 +30,7 @@ SEED = 7
 TASKS = ("glossary", "sum", "memory", "unknown", "small talk")  # those that the model masters
 PICTURE_TASKS = ("caption", "question", "no picture")  # those beside them of a model that takes pictures
 LONGEST_ANSWER_TOKENS = 120
+EXAMINED = 300  # questions of each task for a card
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +53,7 @@ class Score:
 
 def questions(per_task: int, *, with_pictures: bool = False) -> list[Question]:
     """Up to `per_task` different questions of each task, always the same ones; small talk does not have that many."""
-    generator = Generator(SEED, training=False)
+    generator = Generator(SEED, training=False, sees=with_pictures)
     painter = Painter(Random(SEED), training=False)  # noqa: S311  pictures, not secrets
     asked = [question for task in TASKS for question in _different(partial(_question, generator, task), per_task)]
     for task in PICTURE_TASKS if with_pictures else ():
@@ -159,3 +166,17 @@ def table(scores: list[Score]) -> str:
     """The rows of the card's table."""
     every = Score("all", sum(s.right for s in scores), sum(s.asked for s in scores), None)
     return "\n".join(f"| {s.task} | {s.right} | {s.asked} | {s.right / s.asked:.1%} |" for s in (*scores, every))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Examine a model of our own.")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--per-task", type=int, default=EXAMINED)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    scores = examine(load_model(options.directory, torch.device("cpu")), Tokenizer(options.directory), options.per_task)
+    print(table(scores), *(f"{score.task}: {score.miss}" for score in scores), sep="\n")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

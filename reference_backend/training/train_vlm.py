@@ -36,8 +36,8 @@ from reference_backend.training.pictures import COLOURS, KINDS, PLACES, SIZES, P
 from reference_backend.training.train_tiny import CONFIG, END, END_OF_TEXT, START, write_settings
 
 SEED = 20_271
-TALKS, VIEWS = (4, 256), (40, 76)  # rows of a step, tokens in a row
-PEAK_RATE, PEAK_EYE_RATE, PEAK_MUON_RATE, WARM_UP_STEPS = 4e-3, 5e-4, 0.02, 30
+TALKS, VIEWS = (8, 256), (40, 76)  # rows of a step, tokens in a row
+PEAK_RATE, PEAK_EYE_RATE, PEAK_MUON_RATE, WARM_UP_STEPS = 4e-3, 1e-3, 0.02, 30
 EYE_STEPS, EYE_PICTURES, EYE_RATE = 350, 128, 3e-3
 CHECKPOINT_STEPS = 50
 
@@ -61,7 +61,7 @@ class Rows:
 
     def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
         self.tokenizer = tokenizer
-        self.generator = Generator(seed, training=True)
+        self.generator = Generator(seed, training=True, sees=True)
         self.random = self.generator.random
         self.painter = Painter(self.random, training=True)
         self.image_token = tokenizer.token_to_id(PICTURE_TOKEN)

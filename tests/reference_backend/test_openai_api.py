@@ -197,7 +197,7 @@ async def test_priority_and_consumer_reach_the_worker(monkeypatch):
             QUESTION | {"messages": [{"role": "user", "content": "1" * 3_900}] * 1000},
             (400, "context_length_exceeded"),
         ),
-        ("/v1/images/generations", {}, (404, "not_found")),
+        ("/v1/audio/speech", {}, (404, "not_found")),
         ("/v1/models", {}, (405, "method_not_allowed")),
     ],
 )
