@@ -9,8 +9,10 @@ What the contract allows is the table below, and no more:
   says that a request may run twice. Otherwise 502 for a backend that broke, and 504 for one that said nothing in time;
 - after the first byte: an answer that breaks off with its backend, and says so where it is a stream;
 - no answer at all: from a worker that was killed, or on a connection that a gateway on its way out has just closed;
-- any refusal for want of a backend, from a gateway that has just started after etcd lost everything: it cannot know more
-  than those that have registered again since;
+- any refusal for want of a backend, from a gateway that has just started after etcd lost everything (wiped, or frozen
+  for as long as leases live): it cannot know more than those that have registered again since;
+- the same, and 502, when no backend of the service can be used: one has a fault, the others are to be tried again only
+  when their breaker has rested, or registered again while etcd could not tell it;
 - 503 `keys_unavailable` for a token of a key that the identity provider could not be asked for;
 - from etcd, Redis, a policy and a registration: nothing whatsoever.
 """
@@ -86,8 +88,15 @@ _ECHOES: Mapping[Kind, float] = {
     Kind.KEYS_SILENT: 12.0,
 }
 _NO_BACKEND = frozenset({"no_backend", "circuit_open", "overloaded", "queue_full"})
+_REGISTRATION = frozenset({Kind.FLAP, Kind.WITHDRAW})
 BLIND_SECONDS = 10.0
 """As long as a lease: by then each backend has noticed that it is not registered any more."""
+FREEZE_SECONDS = 6.5
+"""Frozen for so long, etcd may end each lease when it comes back: they were kept alive a third of a lease before."""
+REST_SECONDS = 6.0
+"""After a fault of a backend: its breaker rests 3 s, and another time where the last probe met the end of the fault."""
+HEAR_SECONDS = 12.0
+"""After etcd has come back: a gateway that was refused often tries again within 10 s."""
 KILL_LOSES_SECONDS = 1.0
 """What was answered so shortly before SIGKILL may not have been written to the log yet."""
 
@@ -103,7 +112,11 @@ def loss(outcome: Outcome, windows: Iterable[Window]) -> str | None:
             return "let in without a good token" if outcome.consumer == INTRUDER else None
         case Ending.REFUSED:
             is_allowed = _may_be_refused(outcome, around) or _is_blind(outcome, windows)
-            return None if is_allowed else f"refused with {outcome.status} {outcome.code}"
+            return (
+                None
+                if is_allowed or _is_left_alone(outcome, windows)
+                else f"refused with {outcome.status} {outcome.code}"
+            )
         case Ending.CUT:
             return _cut(outcome, around)
         case Ending.UNANSWERED:
@@ -141,8 +154,37 @@ def _is_blind(outcome: Outcome, windows: Iterable[Window]) -> bool:
     lately = [
         each for each in windows if each.begun <= outcome.ended_at and outcome.sent_at <= each.ended + BLIND_SECONDS
     ]
-    is_wiped = any(window.kind is Kind.ETCD_WIPE for window in lately)
-    return outcome.code in _NO_BACKEND and is_wiped and _is_away(outcome, lately)
+    return outcome.code in _NO_BACKEND and any(map(_loses_leases, lately)) and _is_away(outcome, lately)
+
+
+def _loses_leases(window: Window) -> bool:
+    if window.kind is Kind.ETCD_FREEZE:
+        return window.ended - window.begun >= FREEZE_SECONDS
+    return window.kind is Kind.ETCD_WIPE
+
+
+def _is_left_alone(outcome: Outcome, windows: Sequence[Window]) -> bool:
+    """Whether no backend of the service could be used when the request came, or one less than that then broke."""
+    usable = [
+        backend
+        for backend in SERVICES[outcome.service]
+        if not any(
+            window.target == backend and window.begun <= outcome.ended_at and outcome.sent_at <= _over(window, windows)
+            for window in windows
+        )
+    ]
+    return outcome.code in (*_NO_BACKEND, "upstream_failed") and not usable
+
+
+def _over(window: Window, windows: Iterable[Window]) -> float:
+    """When the backend is in use again after this fault of it."""
+    if window.kind not in _REGISTRATION:
+        return window.ended + REST_SECONDS
+    heard = window.ended
+    for each in sorted(windows, key=lambda each: each.begun):
+        if each.target == "etcd" and each.begun <= heard <= each.ended + HEAR_SECONDS:
+            heard = each.ended + HEAR_SECONDS
+    return max(heard, window.ended + REST_SECONDS)
 
 
 def _cut(outcome: Outcome, around: Sequence[Window]) -> str | None:

@@ -101,7 +101,8 @@ LANES: Mapping[str, Lane] = {
     "policy": Lane(
         ("policy",), (Kind.POLICY_SWAP, Kind.POLICY_BAD, Kind.POLICY_HALF, Kind.POLICY_GONE), (1.0, 3.0), (1.0, 4.0)
     ),
-    "keys": Lane(("keys",), (Kind.KEYS_ERROR, Kind.KEYS_SILENT, Kind.KEYS_ROTATE), (3.0, 6.0), (12.0, 16.0)),
+    # An unknown key may be asked for once in ten seconds: not another one before the gateways may ask again.
+    "keys": Lane(("keys",), (Kind.KEYS_ERROR, Kind.KEYS_SILENT, Kind.KEYS_ROTATE), (3.0, 6.0), (22.0, 28.0)),
     "workers": Lane(("a",), (Kind.WORKER_KILL,), (1.0, 1.0), (12.0, 20.0)),
     "replica": Lane(("b",), (Kind.DRAIN,), (0.0, 0.0), (12.0, 20.0)),
 }

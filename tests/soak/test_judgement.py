@@ -117,10 +117,45 @@ def test_only_a_fault_that_was_in_force_meanwhile_counts(begun, ended, is_lost) 
         ([window(Kind.ETCD_WIPE, "etcd", 0.0, 5.0), window(Kind.DRAIN, "b", 0.0, 6.0)], True),
         ([window(Kind.ETCD_KILL, "etcd", 0.0, 5.0), window(Kind.DRAIN, "a", 0.0, 6.0)], True),
         ([window(Kind.ETCD_WIPE, "etcd", -9.0, -1.0), window(Kind.DRAIN, "a", 0.0, 6.0)], True),
+        ([window(Kind.ETCD_FREEZE, "etcd", 0.0, 6.6), window(Kind.DRAIN, "a", 0.0, 7.0)], False),
+        ([window(Kind.ETCD_FREEZE, "etcd", 0.0, 6.4), window(Kind.DRAIN, "a", 0.0, 7.0)], True),
     ],
 )
 def test_a_gateway_that_starts_when_etcd_has_lost_everything_knows_no_better(faults, is_lost) -> None:
     assert (loss(NO_BACKEND, faults) is not None) is is_lost
+
+
+# Two of the three of `chat`: broken now, and its breaker still at rest.
+TWO_GONE = [window(Kind.RESET), window(Kind.ERROR, "chat-1", 3.0, 5.0)]
+
+
+@pytest.mark.parametrize(
+    ("third", "is_lost"),
+    [
+        ([], True),
+        ([window(Kind.CUT, "chat-2", 0.0, 2.0)], True),  # long over
+        ([window(Kind.CUT, "chat-2", 2.0, 4.5)], False),
+        ([window(Kind.BUSY, "embed-2", 2.0, 4.5)], True),
+        ([window(Kind.WITHDRAW, "chat-2", 0.0, 2.0)], True),
+        # registered again while etcd could not tell
+        ([window(Kind.WITHDRAW, "chat-2", 0.0, 2.0), window(Kind.ETCD_HOLE, "etcd", 1.0, 3.0)], False),
+        ([window(Kind.FLAP, "chat-2", -20.0, -17.0), window(Kind.ETCD_KILL, "etcd", -18.0, -10.0)], True),
+        (
+            [
+                window(Kind.FLAP, "chat-2", -20.0, -17.0),
+                window(Kind.ETCD_KILL, "etcd", -18.0, -10.0),
+                window(Kind.ETCD_FREEZE, "etcd", -5.0, 0.0),
+            ],
+            False,
+        ),
+        ([window(Kind.WITHDRAW, "chat-2", 0.0, 2.0), window(Kind.ETCD_HOLE, "etcd", 2.5, 9.0)], True),
+    ],
+)  # fmt: skip
+def test_a_service_without_a_backend_that_could_be_used_loses_nothing(third, is_lost) -> None:
+    for code, status in (("no_backend", 503), ("circuit_open", 503), ("overloaded", 503)):
+        refused = asked(REFUSED, status, code)
+        assert (loss(refused, [*TWO_GONE, *third]) is not None) is is_lost
+    assert loss(asked(REFUSED, 401, "unauthenticated"), [*TWO_GONE, *third]) is not None
 
 
 def test_losses_are_told_with_their_reason() -> None:
