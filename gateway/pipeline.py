@@ -166,7 +166,7 @@ class Pipeline:
         if seconds == UNKNOWN:
             seconds = await account.take(trail.mark)
         if seconds:
-            return account.refusal(seconds)
+            return account.refusal_at_once(seconds)
         with account:
             trail.limit = trail.lap()
             trail.limit_lines = account.headers(trail.mark)

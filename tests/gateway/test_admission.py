@@ -39,6 +39,7 @@ class TestAccount:
         account = alone.account(FREE, "alice")
         assert [account.take_nowait(0.0) for _ in range(2)] == [0.0, 0.0]
         refusal = account.refusal(account.take_nowait(0.25))
+        assert account.refusal_at_once(7.0).__dict__ == {**refusal.__dict__, "retry_after": 7.0}
         assert refusal.rule == "plans.free.requests"
         assert refusal.retry_after == pytest.approx(0.75)
         assert refusal.message == "The request limit of this plan is reached: 60 per 1m0s."
