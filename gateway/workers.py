@@ -31,8 +31,10 @@ async def run_workers(path: Path, config: Config, say: Callable[[str], None]) ->
     SIGHUP is passed on; a second SIGTERM ends them at once.
     """
     admin = config.admin.listen
-    if 0 in (admin.port, config.listen.port):
-        raise CannotRun("several workers cannot share port 0; name the ports in `listen` and `admin.listen`")
+    if 0 in (admin.port, config.listen.port, config.grpc.listen.port if config.grpc is not None else -1):
+        raise CannotRun(
+            "several workers cannot share port 0; name the ports in `listen`, `admin.listen` and `grpc.listen`"
+        )
     host = REACHED_BY.get(admin.host, admin.host)
     async with aiohttp.ClientSession(timeout=PROBE_TIMEOUT) as session:
         probe = Probe(session)

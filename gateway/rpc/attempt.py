@@ -18,7 +18,7 @@ from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from grpc.aio import AioRpcError
+from grpc.aio import AioRpcError, BaseError
 
 from gateway.attempts import caller_line, note_attempt, outcome_of, refusal_of
 from gateway.meter import UNKNOWN
@@ -134,6 +134,7 @@ class Exchange:
         self._refusal: errors.Refusal | None = None  # what the client is told, where the ending does not say it
         self._is_client_done = not client.method.is_stream  # it sends no more
         self._committed = False  # a message has gone out
+        self._is_stalled = False  # one is on its way to the client, who has not taken it yet
         self._activity = 0.0
         self._alarm: asyncio.TimerHandle | None = None
 
@@ -177,6 +178,8 @@ class Exchange:
             task = asyncio.current_task()
             if not self._is_cut or (task is not None and task.cancelling()):
                 raise
+        except BaseError:  # gRPC itself would not do it
+            self._fail(Failure.PROTOCOL)
         finally:
             if not self._committed:
                 trail.upstream += trail.lap()
@@ -184,12 +187,13 @@ class Exchange:
     def tell(self, name_line: bytes) -> None:
         """Tell the client how it ended, unless another backend may be tried."""
         client, trail, ending = self._client, self._trail, self.ending
-        if ending.failure is not None:
+        if ending.failure is not None or ending is LEFT:
             return
         refusal = self._refusal
         if refusal is None and ending is not _OK:
             refusal = broken_off(ending.reason, self.overdue)
         if refusal is None:
+            trail.status = self.status
             status = client.trailers
             client.end_well(self._call, trail, name_line + b"x-weir-attempts: %d\r\n" % (len(trail.attempts) + 1))
             client.trailers += status
@@ -216,12 +220,16 @@ class Exchange:
         self._rpc = rpc
         message = await rpc
         self.load_report = value_in(await rpc.trailing_metadata() or (), "endpoint-load-metrics")
+        if not isinstance(message, bytes):  # OK, and nothing else
+            self._fail(Failure.PROTOCOL)
+            return
         await self._pass_on(message)
         self._end_well()
 
     async def _stream(self, rpc: Any) -> None:
         self._rpc = rpc
-        await rpc.write(self._call.body)
+        with contextlib.suppress(asyncio.InvalidStateError):  # it has ended already: reading tells why
+            await rpc.write(self._call.body)
         self.has_read_on = True
         sending = asyncio.create_task(self._send_more(rpc))
         try:
@@ -239,15 +247,19 @@ class Exchange:
         if not self._committed:
             self._committed = True
             trail.upstream += trail.lap()
-            trail.status = 200
+            self.status = 200
             trail.first_token = trail.mark - trail.start
         trail.bytes_out += len(message)
+        self._is_stalled = True
         try:
             async with asyncio.timeout(CLIENT_STALL_SECONDS):
                 await self._client.context.write(message)
         except TimeoutError:
             self._refusal = errors.ClientTimeout("The answer was not read in time.")
             self._cut(Ending("client_slow"))
+        except BaseError:  # the client is gone, and soon this task is told so
+            self._cut(LEFT)
+        self._is_stalled = False
         self._activity = trail.clock()
         trail.waited = self._activity - trail.mark
 
@@ -289,8 +301,8 @@ class Exchange:
         """See whether anything is overdue, and set the alarm for when it might be."""
         trail = self._trail
         phase = Phase.STREAMING if self._committed else Phase.WAITING
-        due, kind = next_due(phase, self._timeouts, trail.start, self._activity)
         now = trail.clock()
+        due, kind = next_due(phase, self._timeouts, trail.start, now if self._is_stalled else self._activity)
         if now < due:
             self._alarm = asyncio.get_running_loop().call_later(due - now + 0.001, self._look_again)
             return
@@ -317,7 +329,7 @@ class Exchange:
 
     def _end_well(self) -> None:
         self.status = 200
-        if self.ending is LEFT:
+        if self.ending is LEFT and not self._is_cut:
             self.ending = _OK if self._refusal is None else Ending(end_reason_of(self._refusal))
 
     def _fail(self, failure: Failure) -> None:
@@ -347,7 +359,6 @@ class Exchange:
             client = self._client
             client.code, client.message = Code(code), details[:_LONGEST_DETAILS]
             client.trailers = passing(trailing)
-            self._trail.status = self.status
             self.ending = _OK
         elif self._committed:
             self.ending = Ending("upstream_error")

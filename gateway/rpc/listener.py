@@ -45,6 +45,7 @@ SPARE_BYTES: Final = 1024 * 1024
 """Messages so much over the limit are read, so that their sender can be told; larger ones end by gRPC's own word."""
 
 MOST_CALLS: Final = 256  # at a time on one connection
+STATUS_SECONDS: Final = 0.5  # at the end: for statuses that are on their way
 HEALTH_SECONDS: Final = 0.25  # between two looks whether the gateway is ready
 MOST_WATCHES: Final = 256  # of its health
 QUESTIONS_AT_ONCE: Final = 8
@@ -101,6 +102,7 @@ class RpcListener:
         self._is_ready = is_ready
         self._certificates = certificates
         self._clock = clock
+        self._shares_port = shares_port
         self._scheme = b"http" if certificates is None else b"https"
         self._health = health.aio.HealthServicer()
         self._server = _Server(
@@ -116,23 +118,29 @@ class RpcListener:
         """Take the port, and give its number; calls are served after `start`. Raises OSError."""
         # gRPC tells hostile clients' mistakes, with what they sent; what goes wrong with us the pipeline tells
         logging.getLogger("grpc").setLevel(logging.CRITICAL)
-        place = str(address).encode()
+        self._address = address
+        try:
+            yield address.port if self._shares_port else self._bind()
+        finally:
+            for task in self._background:
+                task.cancel()
+            await self._server.shutdown(STATUS_SECONDS)
+            await asyncio.gather(*self._background, return_exceptions=True)
+
+    def _bind(self) -> int:
+        place = str(self._address).encode()
         if self._certificates is None:
-            port = self._server.add_insecure_port(place)
+            port: int = self._server.add_insecure_port(place)
         else:
             port = self._server.add_secure_port(place, _credentials(self._certificates))
         if not port:  # gRPC does not say why
             raise OSError("it is in use, or not an address of this machine")
-        try:
-            yield port
-        finally:
-            for task in self._background:
-                task.cancel()
-            await self._server.shutdown(None)
-            await asyncio.gather(*self._background, return_exceptions=True)
+        return port
 
     async def start(self) -> None:
-        """Serve calls."""
+        """Serve calls. A port that is shared is taken only now: before, it would take clients away from others."""
+        if self._shares_port:
+            self._bind()
         await self._server.start()
         self._spawn(self._server.refuse_strangers())
         self._spawn(self._tell_health())
@@ -227,9 +235,13 @@ class _Server(cygrpc.AioServer):  # type: ignore[misc]  # gRPC carries no types
                 if self.is_running():
                     raise
                 return
-            refusal = loop.create_task(cygrpc._handle_rpc("", _Nobody, (), call, loop, False))  # noqa: SLF001  see above
+            refusal = loop.create_task(self._refuse(call))
             refusals.add(refusal)
             refusal.add_done_callback(refusals.discard)
+
+    async def _refuse(self, call: Any) -> None:
+        with contextlib.suppress(grpc.aio.BaseError):  # who has left already need not be told
+            await cygrpc._handle_rpc("", _Nobody, (), call, asyncio.get_running_loop(), False)  # noqa: SLF001  see above
 
 
 class _Nobody:
@@ -256,6 +268,7 @@ def _options(limits: Limits, connections: int, shares_port: bool) -> tuple[tuple
         ("grpc.http2.min_ping_interval_without_data_ms", _PING_MS),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.so_reuseport", int(shares_port)),
+        ("grpc.compression_enabled_algorithms_bitset", 1),  # identity: a small message could be packed gigabytes
         # What a client may send before it is read. For a message that is read the window grows to its size.
         ("grpc.http2.lookahead_bytes", _WINDOW_BYTES),
         ("grpc.http2.bdp_probe", 0),

@@ -55,8 +55,9 @@ _FAILING: Final = {
     Code.UNAUTHENTICATED: (401, Failure.PROTOCOL),
 }  # fmt: skip
 
-# gRPC's own words for an answer over `max_receive_message_length`, which it tells as if the backend had said it.
+# gRPC's own words, which it tells as if the backend had said them.
 _TOO_LARGE: Final = "eceived message larger than max"
+_NO_CONNECTION: Final = "failed to connect to all addresses"  # it was lost since the call was begun
 
 
 def code_of(refusal: Refusal) -> Code:
@@ -79,4 +80,6 @@ def meaning_of(code: int, details: str, *, not_started: bool) -> tuple[int, Fail
     status, failure = _FAILING[known]
     if known is Code.UNAVAILABLE and not_started:
         failure = Failure.NOT_STARTED
+    elif known is Code.UNAVAILABLE and _NO_CONNECTION in details:
+        return 0, Failure.CONNECT_FAIL
     return status, failure

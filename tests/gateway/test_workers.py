@@ -42,9 +42,8 @@ asyncio.run(main())
 @pytest.fixture
 def config():
     first = free_ports(3)[0]  # worker i listens on the admin port + i
-    return SimpleNamespace(
-        listen=Address("127.0.0.1", first), admin=SimpleNamespace(listen=Address("127.0.0.1", first + 1)), workers=2
-    )
+    admin = SimpleNamespace(listen=Address("127.0.0.1", first + 1))
+    return SimpleNamespace(listen=Address("127.0.0.1", first), admin=admin, grpc=None, workers=2)
 
 
 @pytest.fixture
@@ -102,7 +101,10 @@ async def test_a_worker_that_cannot_start_ends_the_whole(config, monkeypatch):
 
 
 async def test_port_0_cannot_be_shared(config):
-    config.listen = Address("127.0.0.1", 0)
+    config.grpc = SimpleNamespace(listen=Address("127.0.0.1", 0))
+    with pytest.raises(CannotRun, match="several workers cannot share port 0"):
+        await workers.run_workers(None, config, print)
+    config.grpc, config.listen = None, Address("127.0.0.1", 0)
     with pytest.raises(CannotRun, match="several workers cannot share port 0"):
         await workers.run_workers(None, config, print)
 

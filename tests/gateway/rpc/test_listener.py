@@ -94,6 +94,10 @@ async def test_sizes_have_bounds(tmp_path) -> None:
             assert (refused.code, "larger than" in refused.details) == ("RESOURCE_EXHAUSTED", True)
         assert (await caller.refused(**{f"x_{number}": "y" for number in range(101)})).code == "RESOURCE_EXHAUSTED"
         assert (await caller.refused(x_large="y" * 20_000)).code == "RESOURCE_EXHAUSTED"
+        packed = caller.channel.unary_unary(INFER.decode())
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await packed(infer(raw_input_contents=[b"x" * 900]), compression=grpc.Compression.Gzip)
+        assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
         assert len(backend.messages) == 1
 
         async def large(message, context):

@@ -60,6 +60,7 @@ def test_what_a_refusal_is_called(refusal, code) -> None:
         (Code.DEADLINE_EXCEEDED, "", False, (504, Failure.SERVER_ERROR)),
         (Code.UNAVAILABLE, "", False, (503, Failure.SERVER_ERROR)),
         (Code.UNAVAILABLE, "", True, (503, Failure.NOT_STARTED)),
+        (Code.UNAVAILABLE, "failed to connect to all addresses; last error: x", False, (0, Failure.CONNECT_FAIL)),
         (Code.INTERNAL, "", True, (500, Failure.SERVER_ERROR)),
         (Code.RESOURCE_EXHAUSTED, "queue full", False, (429, Failure.BUSY)),
         (Code.RESOURCE_EXHAUSTED, "CLIENT: Received message larger than max (9 vs. 4)", False, (502, Failure.PROTOCOL)),
