@@ -3,6 +3,7 @@
 weir bench --only unary,stream --peers weir,envoy_full --rounds 3 --seconds 5
 weir bench profile        # what each part of a unary request costs in our own code
 weir bench backend        # tokens per second of the reference backend
+weir bench backend --beside chat,mlp    # and beside the other model servers that are installed here
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from benchmarks import beside as besides
 from benchmarks import model_server, replay, report
 from benchmarks.bench import WORKLOADS, Outcome, run
 from benchmarks.figures import Round
@@ -111,8 +113,22 @@ def profile(arguments: tuple[str, ...]) -> None:
 @click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Of each, in turn.")
 @click.option("--seconds", type=click.IntRange(1, 600), default=5, show_default=True, help="Of each round.")
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write the figures there, too.")
-def backend(model: str, streams: tuple[int, ...], rounds: int, seconds: int, file: Path | None) -> None:
-    """Measure the reference backend: tokens per second and time to the first one, by streams at once."""
+@click.option(
+    "--beside",
+    type=Names(tuple(besides.WORKLOADS)),
+    metavar="LIST",
+    help=f"Workloads to do beside other servers instead: {', '.join(tuple(besides.WORKLOADS))}.",
+)
+def backend(
+    model: str, streams: tuple[int, ...], rounds: int, seconds: int, file: Path | None, beside: list[str] | None
+) -> None:
+    """Measure the reference backend: tokens per second and time to the first one, by streams at once.
+
+    With --beside: beside other model servers, which `sh benchmarks/install_peers.sh NAME` installs.
+    """
+    if beside is not None:
+        _beside(beside, rounds, seconds, file)
+        return
     found: dict[int, list[Round]] = {count: [] for count in streams}
     with tempfile.TemporaryDirectory(prefix="weir-bench-") as folder:
         for count, figures in model_server.measure(model, Path(folder), streams, rounds, seconds):
@@ -124,6 +140,16 @@ def backend(model: str, streams: tuple[int, ...], rounds: int, seconds: int, fil
     if file is not None:
         file.write_text(json.dumps(model_server.document(model, found), indent=1))
     print(model_server.page(found))
+
+
+def _beside(names: list[str], rounds: int, seconds: int, file: Path | None) -> None:
+    found = []
+    for name in names:
+        with tempfile.TemporaryDirectory(prefix="weir-bench-") as folder:
+            found.append(besides.run(besides.WORKLOADS[name], Path(folder), rounds, seconds, print))
+        if file is not None:  # after each: an interrupted run keeps what it has
+            file.write_text(json.dumps(besides.document(found), indent=1))
+    print(besides.page(found))
 
 
 @bench.command(epilog="Example: weir bench markdown benchmarks/results/20261123-170000.json")

