@@ -24,7 +24,7 @@ import uvloop
 
 from benchmarks import report
 from benchmarks.figures import Figure, Round, micros_each, percentile, spreads
-from benchmarks.processes import HOST, Process, free_ports, wait_port
+from benchmarks.processes import HOST, Process, free_ports, wait_healthy
 from benchmarks.streams import LATE_SECONDS, Seen, Stream, Task
 
 STREAMS = (1, 8, 32)
@@ -140,7 +140,7 @@ def measure(
         env={"PYTHONPATH": str(root)},
     )
     try:
-        wait_port(port, READY_SECONDS)
+        wait_healthy(f"http://{HOST}:{port}/health", READY_SECONDS)
         asks = requests(Path(model).resolve().name if Path(model).is_dir() else model)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             for _ in range(rounds):

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,16 @@ def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server((HOST, 0))) for _ in range(count)]
         return [each.getsockname()[1] for each in sockets]
+
+
+def wait_healthy(url: str, seconds: float) -> None:
+    """Until what is there answers with 200. Raises Failed."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=1):  # other statuses are OSErrors, too
+            return
+        time.sleep(0.05)
+    raise Failed(f"{url} is not healthy after {seconds:.0f} s")
 
 
 def wait_port(port: int, seconds: float = 20.0) -> None:
