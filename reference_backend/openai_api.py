@@ -28,6 +28,7 @@ from reference_backend.protocol import (
     ApiError,
     ChatAnswer,
     ChatRequest,
+    Choice,
     CompletionAnswer,
     CompletionRequest,
     GenerationRequest,
@@ -35,7 +36,9 @@ from reference_backend.protocol import (
     Usage,
 )
 from reference_backend.served import State
+from reference_backend.structured import Trials, Unfit
 from reference_backend.tokenizer import TemplateRefused
+from reference_backend.tools import Form, form_of
 
 LARGEST_BODY = 4 * 1024 * 1024
 MOST_PICTURES = 16  # in one request: to decode one can take 50 ms
@@ -51,6 +54,7 @@ class OpenAi:
     def __init__(self, pool: Pool, *, wall: Callable[[], float]) -> None:
         self._pool = pool
         self._wall = wall
+        self._trials = Trials()
         self._started_at = int(wall())
 
     def routes(self) -> list[web.RouteDef]:
@@ -65,13 +69,27 @@ class OpenAi:
         body = await self._read(request, ChatRequest)
         with self._using(request, body) as model:
             messages = [message.plain(sees=model.sees) for message in body.messages]
-            _check_length(model, sum(len(message.content) for message in messages), "messages")
+            form = form_of(model.tokenizer.template_source or "") if body.offered() else None
+            grammar = await self._grammar(body, form)
+            tools = protocol.builtins(body.offered())
+            _check_length(model, sum(message.characters for message in messages) + len(str(tools)), "messages")
             try:
-                prompt = await asyncio.to_thread(model.tokenizer.encode_chat, messages)
+                prompt = await asyncio.to_thread(model.tokenizer.encode_chat, messages, tools)
                 pictures = await asyncio.to_thread(_pictures, model, prompt, body) if model.sees else []
             except (TemplateRefused, PictureRefused) as error:
                 raise ApiError(400, "bad_request", str(error), param="messages") from error
-            return await self._answer(request, body, model, prompt, ChatAnswer, pictures)
+            return await self._answer(request, body, model, prompt, ChatAnswer, pictures, grammar, form)
+
+    async def _grammar(self, body: ChatRequest, form: Form | None) -> str | None:
+        """What the answer keeps to, if to anything. Raises ApiError for what it cannot keep to."""
+        try:
+            grammar, clauses = body.structure(form)
+            if grammar is not None:
+                await self._trials.check(grammar, clauses)
+        except Unfit as error:
+            message = f"{error.place}: {error}"
+            raise ApiError(400, "bad_schema", message[: protocol.LONGEST_SHOWN], param=error.place) from error
+        return grammar
 
     async def _completion(self, request: web.Request) -> web.StreamResponse:
         body = await self._read(request, CompletionRequest)
@@ -98,6 +116,8 @@ class OpenAi:
         prompt: list[int],
         kind: type[Answer],
         pictures: Sequence[Picture] = (),
+        grammar: str | None = None,
+        form: Form | None = None,
     ) -> web.StreamResponse:
         room = model.worker.context - len(prompt)
         if room < 1:
@@ -112,8 +132,12 @@ class OpenAi:
             (body.cache_salt or "").encode(),
             list(pictures),
         )
-        with Generation(model.worker, model.reporter, prompt, body.sampling(room), asked) as generation:
-            reader = Reader(generation, model.tokenizer, body.stops(), len(prompt))
+        samplings = body.samplings(room, model.tokenizer.largest_token, grammar)
+        if len(samplings) > model.bound:
+            message = f"n is {len(samplings)}, and this backend takes {model.bound} requests at a time"
+            raise ApiError(400, "bad_request", message, param="n")
+        with Generation(model.worker, model.reporter, prompt, samplings, asked) as generation:
+            reader = Reader(generation, model.tokenizer, body.stops(), len(prompt), form)
             try:
                 return await (self._stream if body.stream else self._whole)(request, answer, reader, model.reporter)
             finally:
@@ -122,24 +146,24 @@ class OpenAi:
     async def _whole(
         self, _request: web.Request, answer: Answer, reader: Reader, _reporter: Reporter
     ) -> web.StreamResponse:
+        choices = [Choice() for _ in reader.choices]
         piece = await _first(reader)
-        text, logprobs = piece.text, piece.logprobs
-        while piece.finish is None:
+        choices[piece.choice].add(piece.text, piece.finish, piece.logprobs, piece.calls)
+        while reader.choices:
             piece = await reader.next()
-            text += piece.text
-            if piece.logprobs is not None:
-                logprobs = [*(logprobs or []), *piece.logprobs]
-        return json_response(answer.whole(text, protocol.finish_reason(piece.finish), reader.usage, logprobs))
+            choices[piece.choice].add(piece.text, piece.finish, piece.logprobs, piece.calls)
+        return json_response(answer.whole(choices, reader.usage))
 
     async def _stream(
         self, request: web.Request, answer: Answer, reader: Reader, reporter: Reporter
     ) -> web.StreamResponse:
+        choices = len(reader.choices)
         first = await _first(reader)
         response = web.StreamResponse(headers={"content-type": "text/event-stream", "cache-control": "no-cache"})
         is_complete = False
         try:
             await response.prepare(request)
-            await _write(response, answer, first, reader, lambda: reporter.beside_usage(request))
+            await _write(response, answer, choices, first, reader, lambda: reporter.beside_usage(request))
             is_complete = True
         except ConnectionResetError:
             log.debug("the client left")
@@ -191,7 +215,7 @@ def _priority(request: web.Request) -> Priority:
 async def _first(reader: Reader) -> Piece:
     """The first piece. Raises ApiError 504 when the deadline passed before there was any text."""
     piece = await reader.next()
-    if piece.finish == "deadline" and not piece.text:
+    if piece.is_late and not piece.text:
         raise ApiError(504, "deadline", "the deadline passed before the answer began")
     return piece
 
@@ -199,23 +223,26 @@ async def _first(reader: Reader) -> Piece:
 async def _write(
     response: web.StreamResponse,
     answer: Answer,
+    choices: int,
     first: Piece,
     reader: Reader,
     load: Callable[[], dict[str, LoadReport]],
 ) -> None:
     """An event for each piece, and the ending."""
     piece = first
-    await response.write(b"".join(protocol.event(opening) for opening in answer.opening()))
-    while piece.finish is None:
-        await response.write(protocol.event(answer.chunk(piece.text, logprobs=piece.logprobs)))
+    await response.write(b"".join(protocol.event(opening) for opening in answer.opening(choices)))
+    while reader.choices:
+        await response.write(_events(answer, piece))
         piece = await reader.next()
-    await response.write(_ending(answer, piece, protocol.finish_reason(piece.finish), reader.usage, load()))
+    ending = protocol.event(answer.usage_chunk(reader.usage) | load()) if answer.with_usage else b""
+    await response.write(_events(answer, piece) + ending + protocol.DONE)
 
 
-def _ending(answer: Answer, piece: Piece, finish: str, usage: Usage, load: dict[str, LoadReport]) -> bytes:
-    """All that is left of a stream, in one write. `load` stands beside the usage."""
-    events = [answer.chunk(piece.text, logprobs=piece.logprobs)] if piece.text or piece.logprobs else []
-    events.append(answer.chunk(None, finish))
-    if answer.with_usage:
-        events.append(answer.usage_chunk(usage) | load)
-    return b"".join(protocol.event(each) for each in events) + protocol.DONE
+def _events(answer: Answer, piece: Piece) -> bytes:
+    """What a piece brings, and the end of its choice behind it."""
+    events = []
+    if piece.text or piece.calls or piece.logprobs:
+        events.append(answer.chunk(piece.choice, piece.text, logprobs=piece.logprobs, calls=piece.calls))
+    if piece.finish is not None:
+        events.append(answer.chunk(piece.choice, None, piece.finish))
+    return b"".join(map(protocol.event, events))

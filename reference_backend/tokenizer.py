@@ -34,8 +34,24 @@ PICTURE_TOKEN = "<|image_pad|>"  # noqa: S105  stands for a piece of a picture, 
 
 @dataclass(frozen=True, slots=True)
 class Message:
+    """One turn of a conversation; `calls` are tool calls as templates know them, an answer to one names its id."""
+
     role: str
     content: str
+    calls: tuple[dict[str, Any], ...] = ()
+    call_id: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """As templates know it."""
+        turn: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.calls:
+            turn["tool_calls"] = list(self.calls)
+        return turn if self.call_id is None else turn | {"tool_call_id": self.call_id}
+
+    @property
+    def characters(self) -> int:
+        """About how many there are, calls included."""
+        return len(self.content) + sum(len(str(call["function"])) for call in self.calls)
 
 
 class Tokenizer:
@@ -45,7 +61,8 @@ class Tokenizer:
         settings = read_json(directory / "tokenizer_config.json")
         self._tokenizer = _load(directory / "tokenizer.json")
         self._special = {key: _content(settings[key]) for key in ("bos_token", "eos_token") if settings.get(key)}
-        self._template = _template(directory, settings)
+        self.template_source = _template_source(directory, settings)
+        self._template = None if self.template_source is None else _template(directory, self.template_source)
         self.end_tokens = self._end_tokens(directory)
         self.picture_token: int | None = self._tokenizer.token_to_id(PICTURE_TOKEN)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -68,13 +85,13 @@ class Tokenizer:
         ids: list[int] = self._tokenizer.encode(text).ids
         return ids
 
-    def encode_chat(self, messages: list[Message]) -> list[int]:
-        """A conversation up to where the assistant speaks. Raises TemplateRefused."""
+    def encode_chat(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
+        """A conversation up to where the assistant speaks, who may call these tools. Raises TemplateRefused."""
         if self._template is None:
             raise TemplateRefused("this model has no chat template; use /v1/completions")
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+        turns = [message.as_json() for message in messages]
         try:
-            text = self._template.render(messages=turns, add_generation_prompt=True, **self._special)
+            text = self._template.render(messages=turns, tools=tools, add_generation_prompt=True, **self._special)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise TemplateRefused(str(error)) from error
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -114,16 +131,20 @@ def _content(token: Any) -> str:
     return str(token["content"] if isinstance(token, dict) else token)
 
 
-def _template(directory: Path, settings: dict[str, Any]) -> jinja2.Template | None:
+def _template_source(directory: Path, settings: dict[str, Any]) -> str | None:
     """The chat template: its own file in newer directories, inside tokenizer_config.json in others."""
     path = directory / "chat_template.jinja"
     source = path.read_text(encoding="utf-8") if path.exists() else settings.get("chat_template")
     if isinstance(source, list):
         source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
-    if source is None:
-        return None
+    return None if source is None else str(source)
+
+
+def _template(directory: Path, source: str) -> jinja2.Template:
     # A template is code from whoever made the model: it gets no file, no attribute access and no way to change data.
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
     environment.globals["raise_exception"] = _refuse
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     try:
@@ -176,12 +197,12 @@ class TextStream:
         if found:
             self.is_stopped, self._held = True, ""
             return text[: min(found)]
-        held = max((_overlap(text, stop) for stop in self._stops), default=0)
+        held = max((overlap(text, stop) for stop in self._stops), default=0)
         certain = len(text) - held
         self._held = text[certain:]
         return text[:certain]
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """How many characters at the end of the text begin the stop string."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-size:])), 0)

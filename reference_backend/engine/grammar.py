@@ -34,7 +34,7 @@ LIMITS = LLParserLimits(
     max_grammar_size=100_000,
     verbose_errors=False,
 )
-FIRST_SECONDS, SECONDS_PER_TOKEN = 0.5, 0.002  # what all steps of an answer may take together
+FIRST_SECONDS, SECONDS_PER_TOKEN = 0.5, 0.002  # of the processor: what all steps of an answer may take together
 COMPILED = 32  # grammars that are kept: clients send the same few again and again
 TRIAL_STEPS = 256  # bytes of an answer that is made up to see whether it can be followed
 _LISTING = re.compile(r"\n +\d+ \| ")
@@ -74,7 +74,10 @@ class Matched:
 
 
 class Grammars:
-    """Compiles grammars for the tokens of one model. Raises ModelError for a tokenizer that cannot be used so."""
+    """Compiles grammars for the tokens of one model. Raises ModelError for a tokenizer that cannot be used so.
+
+    `clock` tells what the calling thread has had of the processor: others at work do not make a grammar expensive.
+    """
 
     def __init__(self, tokenizer: Path, vocabulary: int, end_tokens: Iterable[int], clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -104,10 +107,10 @@ class Grammars:
 def json_grammar(schema: dict[str, Any], *, is_strict: bool) -> str:
     """What keeps to a JSON schema, as an expression of the notation.
 
-    Not strict: keywords that cannot be kept to are passed over, `oneOf` is taken for `anyOf`. Blanks are bounded,
-    because a model may otherwise write nothing else; what people indent is within the bound.
+    Not strict: keywords that cannot be kept to are passed over, `oneOf` is taken for `anyOf`. Blanks are one,
+    or a new line with up to 16: a model may otherwise write nothing else.
     """
-    options = {"whitespace_pattern": r"\n? {1,16}|\n", "lenient": not is_strict, "coerce_one_of": not is_strict}
+    options = {"whitespace_pattern": r" |\n {0,16}", "lenient": not is_strict, "coerce_one_of": not is_strict}
     return f"%json {json.dumps(schema | {'x-guidance': options})}"
 
 
@@ -129,6 +132,6 @@ def fault(grammar: str, rng: Random) -> str | None:
 
 def _reason(error: str) -> str:
     """What llguidance says, in one line, without the listing of our grammar."""
-    said = _LISTING.split(error.removesuffix("<non-verbose/>"))[0]
+    said = _LISTING.split(error.removesuffix("<non-verbose/>"))[0].partition(" while processing json-schema:")[0]
     reason = " ".join(said.rpartition("failed to compile JSON schema: ")[2].split())
     return "nothing can satisfy it" if reason.startswith("NoExtension") else reason

@@ -184,7 +184,10 @@ def load(start: Start, clock: Callable[[], float], ranks: Ranks = ALONE, rng: ra
             prepare=quickened(model),
             # Several ranks must find the same: there a grammar has bounds, but none of time.
             grammars=Grammars(
-                tokenizer, model.config.vocab_size, start.end_tokens, clock if ranks.size == 1 else lambda: 0.0
+                tokenizer,
+                model.config.vocab_size,
+                start.end_tokens,
+                time.thread_time if ranks.size == 1 else lambda: 0.0,
             )
             if tokenizer.exists()
             else None,

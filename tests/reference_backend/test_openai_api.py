@@ -177,7 +177,7 @@ async def test_priority_and_consumer_reach_the_worker(monkeypatch):
     ("path", "body", "expected"),
     [
         ("/v1/chat/completions", QUESTION | {"model": "gpt-7"}, (404, "model_not_found")),
-        ("/v1/chat/completions", QUESTION | {"n": 2}, (400, "bad_request")),
+        ("/v1/chat/completions", QUESTION | {"n": 128}, (400, "bad_request")),
         ("/v1/chat/completions", [], (400, "bad_request")),
         (
             "/v1/chat/completions",

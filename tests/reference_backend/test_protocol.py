@@ -11,18 +11,24 @@ from reference_backend.protocol import (
     ApiError,
     ChatAnswer,
     ChatRequest,
+    Choice,
     CompletionAnswer,
     CompletionRequest,
     TokenLogprob,
     Usage,
     decode,
 )
+from reference_backend.tools import QWEN, CallPiece
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
 def chat(**changes):
     return json.dumps({"model": "tiny", "messages": HELLO} | changes).encode()
+
+
+def tool(name, parameters=None, **more):
+    return {"type": "function", "function": {"name": name, "parameters": parameters} | more}
 
 
 BAD_CHATS = [
@@ -32,7 +38,7 @@ BAD_CHATS = [
     (b"{", None, "truncated"),
     (b'{"model": "\xff"}', None, "utf-8"),
     (b'{"model": "\\ud800"}', None, ""),
-    (b'{"tools": ' + b"[" * 100_000, None, "recursion"),
+    (b'{"functions": ' + b"[" * 100_000, None, "recursion"),
     (b'{"model": "tiny", "temperature": NaN}', None, "malformed"),
     (chat(temperature=0).replace(b'"temperature": 0', b'"temperature": 1e999'), "temperature", "out of range"),
     (json.dumps({"messages": HELLO}).encode(), "model", "missing required field `model`"),
@@ -42,7 +48,6 @@ BAD_CHATS = [
     (chat(messages=[]), "messages", "length >= 1"),
     (chat(messages="Hello"), "messages", "Expected `array`"),
     (chat(messages=HELLO * 1001), "messages", "length <= 1000"),
-    (chat(messages=[{"role": "user"}]), "messages[0]", "missing required field `content`"),
     (chat(messages=[{"role": "wizard", "content": ""}]), "messages[0].role", "Invalid enum value 'wizard'"),
     (chat(messages=[{"role": "w" * 5000, "content": ""}]), "messages[0].role", "Invalid enum value"),
     (chat(messages=[{"role": "user", "content": [1]}]), "messages[0].content[0]", "Expected `object`"),
@@ -57,14 +62,28 @@ BAD_CHATS = [
     (chat(temperature="hot"), "temperature", "Expected `float"),
     (chat(top_p=0), "top_p", "> 0"),
     (chat(top_p=1.1), "top_p", "<= 1"),
-    (chat(n=2), "n", "<= 1"),
+    (chat(n=129), "n", "<= 128"),
+    (chat(n=2, best_of=3), "best_of", "best_of is not supported beyond n"),
+    (chat(best_of=2), "best_of", "best_of is not supported beyond n"),
     (chat(n=0), "n", ">= 1"),
     (chat(stop=""), "stop", "length >= 1"),
     (chat(stop=["a"] * 5), "stop", "length <= 4"),
     (chat(stop=[1]), "stop[0]", "Expected `str`"),
     (chat(seed=2**63), "seed", "<= 9223372036854775807"),
     (chat(seed="x"), "seed", "Expected `int"),
-    (chat(tools=[{"type": "function"}]), "tools", "tools is not supported"),
+    (chat(tools=[{"type": "function"}]), "tools[0]", "missing required field `function`"),
+    (chat(tools=[{"type": "custom", "custom": {"name": "f"}}]), "tools[0].type", "Invalid enum value 'custom'"),
+    (chat(tools=[tool("a b")]), "tools[0].function.name", "matching regex"),
+    (chat(tools=[tool("f"), tool("f")]), "tools", "two tools have the same name"),
+    (chat(tools=[tool(f"f{n}") for n in range(129)]), "tools", "length <= 128"),
+    (chat(tools=[tool("f", {"type": "string"})]), "tools[0].function.parameters.type", "are an object"),
+    (chat(tools=[tool("f", [])]), "tools[0].function.parameters", "Expected `object | null`"),
+    (chat(tools=[tool("f")], tool_choice="any"), "tool_choice", "Invalid enum value 'any'"),
+    (chat(tools=[tool("f")], tool_choice=tool("g")), "tool_choice", "names 'g', which is not among the tools"),
+    (chat(tool_choice="required"), "tool_choice", "tool_choice: required needs tools"),
+    (chat(tools=[tool("f")], parallel_tool_calls="no"), "parallel_tool_calls", "Expected `bool | null`"),
+    (chat(tools=[tool("f")], ignore_eos=True), "ignore_eos", "does not go with structured output"),
+    (chat(functions=[{"name": "f"}]), "functions", "functions is not supported"),
     (chat(logprobs="yes"), "logprobs", "Expected `bool | null`"),
     (chat(logprobs=True, top_logprobs=21), "top_logprobs", "<= 20"),
     (chat(top_logprobs=2), "top_logprobs", "top_logprobs needs logprobs: true"),
@@ -77,9 +96,21 @@ BAD_CHATS = [
     (chat(repetition_penalty="NaN"), "repetition_penalty", "Expected `float"),
     (chat(cache_salt=""), "cache_salt", "length >= 1"),
     (chat(echo=True), "echo", "echo is not supported"),
-    (chat(logit_bias={"5": 1}), "logit_bias", "not supported"),
-    (chat(response_format={"type": "json_object"}), "response_format", "not supported"),
-    (chat(tool_choice={"type": "function"}), "tool_choice", "not supported"),
+    (chat(logit_bias={"5": 101}), "logit_bias[...]", "<= 100"),
+    (chat(logit_bias={"five": 1}), "logit_bias", "Expected `int"),
+    (chat(response_format={"type": "xml"}), "response_format.type", "Invalid value 'xml'"),
+    (chat(response_format={"type": "json_schema"}), "response_format", "missing required field `json_schema`"),
+    (
+        chat(response_format={"type": "json_schema", "json_schema": {"name": "", "schema": {}}}),
+        "response_format.json_schema.name",
+        "matching regex",
+    ),
+    (
+        chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": True}}),
+        "response_format.json_schema.schema",
+        "Expected `object`",
+    ),
+    (chat(tool_choice={"type": "function"}), "tool_choice", "missing required field `function`"),
     (chat(modalities=["text", "audio"]), "modalities", "not supported"),
 ]
 
@@ -169,11 +200,11 @@ def test_what_even_a_model_that_sees_cannot_read_is_refused(part):
 )
 def test_the_answer_ends_where_the_client_or_the_context_says(form, fields, limit):
     request = decode(json.dumps({"model": "tiny"} | fields).encode(), form)
-    assert request.sampling(room=100).max_tokens == limit
+    assert request.samplings(100, 9)[0].max_tokens == limit
 
 
 def test_sampling_defaults_are_those_of_openai():
-    assert decode(chat(), ChatRequest).sampling(10) == Sampling(max_tokens=10)
+    assert decode(chat(), ChatRequest).samplings(10, 9) == [Sampling(max_tokens=10)]
 
 
 @pytest.mark.parametrize(
@@ -187,19 +218,114 @@ def test_sampling_defaults_are_those_of_openai():
             {"presence_penalty": -2, "frequency_penalty": 2, "repetition_penalty": 1.1},
             {"presence_penalty": -2.0, "frequency_penalty": 2.0, "repetition_penalty": 1.1},
         ),
+        ({"logit_bias": {"9": -100, "0": 1.5}}, {"bias": ((9, -100.0), (0, 1.5))}),
         ({"logprobs": True}, {"logprobs": 0}),
         ({"logprobs": True, "top_logprobs": 7}, {"logprobs": 7}),
         ({"logprobs": False, "top_logprobs": 0}, {}),
     ],
 )
 def test_what_is_asked_reaches_the_sampler(fields, sampling):
-    assert decode(chat(**fields), ChatRequest).sampling(10) == Sampling(max_tokens=10, **sampling)
+    assert decode(chat(**fields), ChatRequest).samplings(10, 9) == [Sampling(max_tokens=10, **sampling)]
+
+
+def test_choices_have_seeds_of_their_own_and_the_first_that_of_the_client():
+    seeds = [sampling.seed for sampling in decode(chat(n=128, seed=2**63 - 1), ChatRequest).samplings(10, 9)]
+    assert (seeds[0], len(set(seeds))) == (2**63 - 1, 128)
+    assert all(-(2**63) <= seed < 2**63 for seed in seeds)
+    assert [sampling.seed for sampling in decode(chat(n=2), ChatRequest).samplings(10, 9)] == [None, None]
+
+
+@pytest.mark.parametrize("token", [-1, 10])
+def test_a_bias_for_a_token_that_is_not_there_is_refused(token):
+    with pytest.raises(ApiError, match=f"{token} is no token of this model; its last is 9"):
+        decode(chat(logit_bias={token: 1}), ChatRequest).samplings(10, 9)
+
+
+@pytest.mark.parametrize(
+    "message", [{"role": "user"}, {"role": "assistant", "tool_calls": []}, {"role": "tool", "tool_call_id": "1"}]
+)
+def test_a_message_needs_content(message):
+    with pytest.raises(ApiError, match="needs content"):
+        decode(chat(messages=[message]), ChatRequest).messages[0].plain(sees=False)
+
+
+def test_earlier_calls_and_their_results_are_plain_for_templates():
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": [1]}'}}
+    broken = call | {"function": {"name": "f", "arguments": "{a"}}
+    sent = [
+        {"role": "assistant", "content": None, "tool_calls": [call, broken]},
+        {"role": "tool", "tool_call_id": "c1", "content": "2"},
+    ]
+    asked, told = [each.plain(sees=False).as_json() for each in decode(chat(messages=sent), ChatRequest).messages]
+    assert asked["content"] == ""
+    assert [each["function"]["arguments"] for each in asked["tool_calls"]] == [{"a": [1]}, "{a"]
+    assert told == {"role": "tool", "content": "2", "tool_call_id": "c1"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "start"),
+    [
+        ({}, None),
+        ({"response_format": {"type": "text"}}, None),
+        ({"tools": [tool("f")], "tool_choice": "none"}, None),
+        ({"response_format": {"type": "json_object"}}, "start: %json {"),
+        ({"tools": [tool("f")]}, "start: TEXT | behind_text call ("),
+        ({"tools": [tool("f")], "parallel_tool_calls": False}, "start: TEXT | behind_text call\n"),
+        ({"tools": [tool("f")], "tool_choice": "required"}, 'start: "<tool_call>" call ('),
+        ({"tools": [tool("f"), tool("g")], "tool_choice": tool("g")}, 'start: "<tool_call>" call\n'),
+        ({"tools": [tool("f")], "response_format": {"type": "json_object"}}, 'start: "<tool_call>" call ("\\n<tool_call>" call)* | %json {'),
+    ],
+)  # fmt: skip
+def test_what_is_asked_becomes_a_grammar(fields, start):
+    grammar, clauses = decode(chat(**fields), ChatRequest).structure(QWEN)
+    assert (grammar is None) is (start is None) is (not clauses)
+    assert grammar is None or grammar.startswith(start)
+    assert grammar is None or ('"f' in grammar) is ("tools" in fields and fields.get("tool_choice") != tool("g"))
+
+
+def test_tools_for_a_model_that_knows_none_are_refused():
+    with pytest.raises(ApiError, match="takes no tools"):
+        decode(chat(tools=[tool("f")]), ChatRequest).structure(None)
+
+
+def test_calls_are_told_whole_and_piece_by_piece():
+    pieces = [
+        CallPiece(0, "", "c1", "f"),
+        CallPiece(0, '{"a"'),
+        CallPiece(0, ": 1}"),
+        CallPiece(1, "", "c2", "g"),
+        CallPiece(1, "{}"),
+    ]
+    whole = Choice()
+    whole.add("", "tool_calls", None, pieces)
+    answer = ChatAnswer("chatcmpl-1", 1, "tiny")
+    message = answer.whole([whole], Usage(1, 1))["choices"][0]["message"]
+    assert message["content"] is None
+    assert [(each["id"], each["function"]) for each in message["tool_calls"]] == [
+        ("c1", {"name": "f", "arguments": '{"a": 1}'}),
+        ("c2", {"name": "g", "arguments": "{}"}),
+    ]
+    [chunk] = answer.chunk(0, "", calls=pieces[:2])["choices"]
+    assert chunk["delta"] == {
+        "tool_calls": [
+            {"index": 0, "id": "c1", "type": "function", "function": {"name": "f", "arguments": ""}},
+            {"index": 0, "function": {"arguments": '{"a"'}},
+        ]
+    }
+
+
+@pytest.mark.parametrize(
+    ("finish", "has_called", "told"),
+    [("stop", False, "stop"), ("stop", True, "tool_calls"), ("length", True, "length"), ("deadline", False, "length")],
+)
+def test_ends_have_the_names_of_openai(finish, has_called, told):
+    assert protocol.finish_reason(finish, has_called=has_called) == told
 
 
 @pytest.mark.parametrize(("asked", "alternatives"), [({}, None), ({"logprobs": 0}, 0), ({"logprobs": 5}, 5)])
 def test_completions_ask_for_logprobs_by_number(asked, alternatives):
     body = json.dumps({"model": "tiny", "prompt": "a"} | asked).encode()
-    assert decode(body, CompletionRequest).sampling(10).logprobs == alternatives
+    assert decode(body, CompletionRequest).samplings(10, 9)[0].logprobs == alternatives
 
 
 @pytest.mark.parametrize(
@@ -214,7 +340,7 @@ def test_errors_have_the_form_of_openai(status, kind):
 
 def test_a_chat_answer_is_this_json():
     answer = ChatAnswer("chatcmpl-1", 1_800_000_000, "tiny")
-    assert answer.whole("Hi.", "stop", Usage(9, 3, 8)) == {
+    assert answer.whole([Choice("Hi.", "stop")], Usage(9, 3, 8)) == {
         "id": "chatcmpl-1",
         "object": "chat.completion",
         "created": 1_800_000_000,
@@ -238,7 +364,7 @@ def test_a_chat_answer_is_this_json():
 
 def test_a_stream_of_completions_is_these_bytes():
     answer = CompletionAnswer("cmpl-1", 1, "tiny", with_usage=True)
-    events = [answer.chunk("Hi"), answer.chunk(None, "length"), answer.usage_chunk(Usage(1, 1))]
+    events = [answer.chunk(0, "Hi"), answer.chunk(0, None, "length"), answer.usage_chunk(Usage(1, 1))]
     frame = b'"id":"cmpl-1","object":"text_completion","created":1,"model":"tiny","choices":'
     assert b"".join(protocol.event(each) for each in events) == (
         b"data: {" + frame + b'[{"text":"Hi","index":0,"logprobs":null,"finish_reason":null}],"usage":null}\n\n'
@@ -252,7 +378,7 @@ LOGPROBS = [TokenLogprob("Hi", -0.5, [("Hi", -0.5), ("Ho", -1.0)]), TokenLogprob
 
 
 def test_logprobs_of_a_chat():
-    [choice] = ChatAnswer("chatcmpl-1", 1, "tiny").chunk("Hi", logprobs=LOGPROBS)["choices"]
+    [choice] = ChatAnswer("chatcmpl-1", 1, "tiny").chunk(0, "Hi", logprobs=LOGPROBS)["choices"]
     assert choice["logprobs"] == {
         "content": [
             {
@@ -271,7 +397,7 @@ def test_logprobs_of_a_chat():
 
 
 def test_logprobs_of_a_completion():
-    [choice] = CompletionAnswer("cmpl-1", 1, "tiny").whole("Hi", "length", Usage(1, 2), LOGPROBS)["choices"]
+    [choice] = CompletionAnswer("cmpl-1", 1, "tiny").whole([Choice("Hi", "length", LOGPROBS)], Usage(1, 2))["choices"]
     assert choice["logprobs"] == {
         "tokens": ["Hi", "\N{REPLACEMENT CHARACTER}"],
         "token_logprobs": [-0.5, -2.0],

@@ -51,7 +51,7 @@ def tiny_engine(*, slots: int = 4, context: int = 512) -> Engine:
 @cache
 def tiny_grammars() -> Grammars:
     model, tokenizer = tiny()
-    return Grammars(DIRECTORY / "tokenizer.json", model.config.vocab_size, tokenizer.end_tokens, time.perf_counter)
+    return Grammars(DIRECTORY / "tokenizer.json", model.config.vocab_size, tokenizer.end_tokens, time.thread_time)
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,8 @@ def follow(constraint, text):
         ('{"y":1}', '{"'),
         ("[1]", ""),
         ("Sure!", ""),
-        ('{"x":' + " " * 17 + "1}", '{"x":' + " " * 16),
+        ('{"x":  1}', '{"x": '),
+        ('{"x":\n' + " " * 17 + "1}", '{"x":\n' + " " * 16),
     ],
 )
 def test_an_answer_keeps_to_its_schema(text, taken):

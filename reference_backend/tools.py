@@ -1,0 +1,229 @@
+"""Tools: what clients declare, the grammar that calls of them keep to, and calls found in what a model writes.
+
+Each family of models writes calls in a form of its own, which its chat template teaches it. Two are known: that of Qwen
+(and Hermes), where calls stand in tags behind text, and that of Llama 3, where a call is the whole answer. The grammar
+is exact to the last blank, so that what is written under it can be told piece by piece, with no call ever taken back.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from reference_backend.engine.grammar import json_grammar
+from reference_backend.tokenizer import overlap
+
+MOST_TOOLS = 128  # OpenAI's bound
+Name = Annotated[str, msgspec.Meta(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+NOTHING: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+class Function(msgspec.Struct, kw_only=True, omit_defaults=True):
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct):
+    type: Literal["function"]
+    function: Function
+
+
+class Named(msgspec.Struct):
+    name: str
+
+
+class ToolNamed(msgspec.Struct):
+    """A tool choice that asks for one tool."""
+
+    type: Literal["function"]
+    function: Named
+
+
+class Called(msgspec.Struct):
+    """A function in an earlier message of the assistant. The arguments are JSON in a string."""
+
+    name: Name
+    arguments: str
+
+
+class EarlierCall(msgspec.Struct):
+    id: str
+    type: Literal["function"]
+    function: Called
+
+    def plain(self) -> dict[str, Any]:
+        """As templates know it: with the arguments as a value. Arguments that are no JSON object stay text."""
+        arguments: Any
+        try:
+            arguments = msgspec.json.decode(self.function.arguments, type=dict[str, Any])
+        except (msgspec.DecodeError, RecursionError):
+            arguments = self.function.arguments
+        function = {"name": self.function.name, "arguments": arguments}
+        return {"id": self.id, "type": self.type, "function": function}
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a family writes a call: `opening`, the name, `middle`, the arguments as JSON, `closing`.
+
+    `tag` is what tells a call from text; None where a call is all that is written.
+    """
+
+    tag: str | None
+    opening: str
+    middle: str
+    closing: str
+
+    @property
+    def head(self) -> re.Pattern[str]:
+        start = r"\A" if self.tag is None else re.escape(self.tag)
+        return re.compile(f"{start}{re.escape(self.opening)}([a-zA-Z0-9_-]+){re.escape(self.middle)}")
+
+
+QWEN = Form("<tool_call>", '\n{"name": "', '", "arguments": ', "}\n</tool_call>")
+LLAMA = Form(None, '{"name": "', '", "parameters": ', "}")
+
+
+def form_of(template: str) -> Form | None:
+    """The form that a chat template teaches, as far as it is known here."""
+    if "tools" not in template or "<function=" in template:
+        return None
+    if "<tool_call>" in template:
+        return QWEN
+    return LLAMA if '"parameters"' in template else None
+
+
+def schema_of(function: Function) -> dict[str, Any]:
+    """What its arguments keep to: an object, whatever else is said."""
+    return NOTHING if function.parameters is None else {"type": "object"} | function.parameters
+
+
+def call_grammar(form: Form, functions: list[Function], *, is_forced: bool, in_parallel: bool, content: str) -> str:
+    """Calls of these functions, and nothing else if `is_forced`; otherwise calls behind text, or no calls.
+
+    `content` is what an answer without calls keeps to, as an expression; empty: any text.
+    """
+    rules = [
+        f"tool_{index}: {_quoted(each.name + form.middle)} {json_grammar(schema_of(each), is_strict=bool(each.strict))}"
+        for index, each in enumerate(functions)
+    ]
+    named = " | ".join(f"tool_{index}" for index in range(len(functions)))
+    rules.append(f"call: {_quoted(form.opening)} ({named}) {_quoted(form.closing)}")
+    if form.tag is None:
+        calls = "call"
+        text = r"/([^{](.|\n)*)?/"
+    else:
+        calls = "call" + (f" ({_quoted(chr(10) + form.tag)} call)*" if in_parallel else "")
+        text = r"/(.|\n)*/"
+    if is_forced or content:
+        calls = calls if form.tag is None else f"{_quoted(form.tag)} {calls}"
+        start = calls if is_forced else f"{calls} | {content}"
+    elif form.tag is None:
+        start = f"TEXT | {calls}"
+    else:
+        start = f"TEXT | behind_text {calls}"
+        rules.append(f"behind_text[lazy]: TEXT {_quoted(form.tag)}")
+    return "\n".join([f"start: {start}", f"TEXT: {text}", *rules])
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text)
+
+
+@dataclass(frozen=True, slots=True)
+class CallPiece:
+    """A piece of a call. The first one of a call has its id and name, the others more of its arguments."""
+
+    index: int
+    arguments: str
+    id: str | None = None
+    name: str | None = None
+
+
+class CallReader:
+    """Tells calls from text in what a model writes in a form, piece by piece."""
+
+    def __init__(self, form: Form, new_id: Callable[[], str]) -> None:
+        self._form = form
+        self._new_id = new_id
+        self._held = ""
+        self._object: _Object | None = None  # the arguments that are being read
+        self._text_came = False
+        self.calls = 0
+
+    def feed(self, text: str) -> tuple[str, list[CallPiece]]:
+        """Take what was written; give the text and the pieces of calls that are certain by now."""
+        self._held += text
+        before, pieces = "", []
+        while True:
+            if self._object is None:
+                before += self._certain_text()
+                head = self._form.head.search(self._held)
+                if head is None or (self._text_came and self._form.tag is None):
+                    break
+                self._held = self._held[head.end() :]
+                pieces.append(CallPiece(self.calls, "", self._new_id(), head[1]))
+                self.calls, self._object = self.calls + 1, _Object()
+            end = self._object.end_in(self._held)
+            if arguments := self._held[:end]:
+                pieces.append(CallPiece(self.calls - 1, arguments))
+            self._held = self._held[len(arguments) :]
+            if end is None:
+                break
+            self._object = None
+        return before, pieces
+
+    def finish(self) -> str:
+        """The text that was held back. A call that did not get as far as its name is no text."""
+        return "" if self.calls or self._has_opening() else self._held
+
+    def _has_opening(self) -> bool:
+        opening = self._form.tag or self._form.opening
+        return opening in self._held
+
+    def _certain_text(self) -> str:
+        """Text in front of the first call; behind it there is none."""
+        if self.calls:
+            return ""
+        if self._form.tag is None:
+            opening = self._form.opening
+            is_certain = self._text_came or not (opening.startswith(self._held) or self._held.startswith(opening))
+            certain = len(self._held) if is_certain else 0
+        else:
+            at = self._held.find(self._form.tag)
+            certain = at if at >= 0 else len(self._held) - overlap(self._held, self._form.tag)
+        text, self._held = self._held[:certain], self._held[certain:]
+        self._text_came = self._text_came or bool(text)
+        return text
+
+
+class _Object:
+    """Sees where a JSON object ends that comes in pieces."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._in_string = self._is_escaped = False
+
+    def end_in(self, text: str) -> int | None:
+        """Take the next piece; give where in it the object ends, if it does."""
+        for at, character in enumerate(text):
+            if self._is_escaped:
+                self._is_escaped = False
+            elif self._in_string:
+                self._is_escaped, self._in_string = character == "\\", character != '"'
+            elif character == '"':
+                self._in_string = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+                if not self._depth:
+                    return at + 1
+        return None

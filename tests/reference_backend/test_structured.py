@@ -1,0 +1,134 @@
+"""Schemas of strangers: tried in a process of its own, and refused with the place in the request."""
+
+import asyncio
+from random import Random
+
+import msgspec
+import pytest
+
+from reference_backend import structured
+from reference_backend.structured import Clause, JsonSchema, ResponseFormat, Trials, Unfit, clause_of, composed, faults
+
+BAD = {"type": "strnig"}
+WRONG = "Invalid type: strnig"
+TOO_DEEP = {}
+for _ in range(2000):
+    TOO_DEEP = {"items": TOO_DEEP}
+
+
+def clause(schema, *, place="schema", is_strict=False):
+    return Clause(place, schema, is_strict)
+
+
+def task(*clauses):
+    return structured._Task(f"start: {clauses[0].grammar}", list(clauses))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        (None, None),
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, Clause("response_format", {"type": "object"}, is_strict=True)),
+        (
+            {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "null"}, "strict": True}},
+            Clause("response_format.json_schema.schema", {"type": "null"}, is_strict=True),
+        ),
+        (
+            {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "null"}}},
+            Clause("response_format.json_schema.schema", {"type": "null"}, is_strict=False),
+        ),
+    ],
+)
+def test_a_format_is_a_schema_to_keep_to(wanted, expected):
+    assert clause_of(msgspec.convert(wanted, ResponseFormat | None)) == expected
+
+
+@pytest.mark.parametrize("field", ["shema", "grammar"])
+def test_a_field_of_a_schema_that_is_not_known_is_refused(field):
+    with pytest.raises(msgspec.ValidationError, match=f"unknown field `{field}`"):
+        msgspec.convert({"type": "json_schema", "json_schema": {"name": "x", field: {}}}, JsonSchema)
+
+
+@pytest.mark.parametrize(
+    ("schema", "place"),
+    [
+        (BAD, "schema"),
+        ({"properties": {"a": {"type": "null"}, "b": BAD}}, "schema.properties.b"),
+        ({"items": {"anyOf": [{"type": "null"}, BAD]}}, "schema.items.anyOf[1]"),
+        ({"prefixItems": [{}, {"additionalProperties": BAD}]}, "schema.prefixItems[1].additionalProperties"),
+        ({"properties": {"a": {"$ref": "#/$defs/x"}}, "$defs": {"x": {"items": BAD}}}, "schema.$defs.x.items"),
+        ({"$ref": "#/$defs/x", "$defs": {"x": {}, "y": BAD}}, None),  # nobody refers to it
+    ],
+)
+def test_what_is_wrong_is_found_where_it_is(schema, place):
+    found = list(faults(task(clause(schema)), Random(0)))
+    assert [reason for _, reason in found] == [WRONG] * len(found)
+    assert (found[-1][0] if found else None) == place
+
+
+def test_the_first_clause_that_is_wrong_is_told():
+    clauses = [clause({}, place="a"), clause(BAD, place="b"), clause(BAD, place="c")]
+    assert list(faults(task(*clauses), Random(0))) == [("b", WRONG)]
+
+
+def test_clauses_that_are_good_alone_and_not_together_are_told_too():
+    clauses = [clause({}, place="a"), clause({}, place="b")]
+    assert [place for place, _ in faults(structured._Task("start: nobody", clauses), Random(0))] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [(TOO_DEEP, "it is nested too deep"), ({"const": "x" * 200_000}, "may have 131072 characters")],
+)
+def test_what_nobody_would_write_is_not_even_tried(schema, reason):
+    with pytest.raises(Unfit, match=reason):
+        composed(lambda: clause(schema).grammar, "schema")
+
+
+HOSTILE = {"allOf": [{"type": "string", "pattern": f"(a|b)*a(a|b){{{n}}}"} for n in range(2, 30)]}  # takes for ever
+TRIED = [
+    ({"type": "object", "properties": {"a": {"type": "integer"}}}, None),
+    ({"properties": {"a": BAD}}, ("schema.properties.a", WRONG)),
+    (HOSTILE, ("schema", structured.TOO_MUCH)),
+]
+
+
+async def test_schemas_are_tried_in_processes_that_are_ended(monkeypatch):
+    monkeypatch.setattr(structured, "TRIALS_AT_ONCE", 3)
+    trials = Trials()
+
+    async def refused(schema):
+        wanted = clause(schema)
+        try:
+            await trials.check(f"start: {wanted.grammar}", [wanted])
+        except Unfit as error:
+            return error.place, str(error)
+
+    assert await asyncio.gather(*(refused(schema) for schema, _ in TRIED)) == [expected for _, expected in TRIED]
+
+
+async def test_what_is_good_is_not_tried_again(monkeypatch):
+    tried = []
+
+    async def note(task, _place):
+        tried.append(msgspec.json.decode(task)["grammar"])
+
+    trials = Trials()
+    monkeypatch.setattr(trials, "_try", note)
+    monkeypatch.setattr(structured, "REMEMBERED", 2)
+    for grammar in ("a", "b", "a", "c", "a", "b"):
+        await trials.check(grammar, [clause({})])
+    assert tried == ["a", "b", "c", "b"]
+
+
+async def test_a_client_that_leaves_ends_the_trial():
+    """Whoever comes next does not wait for it."""
+    trials = Trials()
+    wanted = clause(HOSTILE)
+    for _ in range(3):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0):
+                await trials.check(f"start: {wanted.grammar}", [wanted])
+    good = clause({})
+    await trials.check(f"start: {good.grammar}", [good])
