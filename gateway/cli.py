@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import click
@@ -117,8 +118,11 @@ def serve(config: Path, worker: int | None) -> None:
         raise WrongUse("\nweir: ".join(invalid.lines(str(config)))) from invalid
     if worker is None and loaded.workers > 1:
         from gateway.workers import run_workers
+        from observability.line_writer import LineWriter
 
-        asyncio.run(run_workers(config, loaded, _say))
+        # Workers are looked after also while nobody takes what is said of them.
+        with closing(LineWriter(2)) as errors:
+            asyncio.run(run_workers(config, loaded, lambda sentence: errors.write(f"weir: {sentence}".encode())))
         return
     import uvloop
 

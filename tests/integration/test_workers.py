@@ -47,11 +47,11 @@ def config(discovery, data, admin):
 
 
 @contextlib.asynccontextmanager
-async def serve(folder, discovery, data, admin, more=""):
+async def serve(folder, discovery, data, admin, more="", stderr=asyncio.subprocess.PIPE):
     (folder / "policy.yaml").write_text(POLICY)
     (folder / "weir.yaml").write_text(config(discovery, data, admin) + more)
     command = (sys.executable, "-m", "gateway.cli", "serve", "--config", str(folder / "weir.yaml"))
-    process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+    process = await asyncio.create_subprocess_exec(*command, stderr=stderr)
     try:
         yield process
     finally:
@@ -178,6 +178,31 @@ async def test_the_first_worker_to_know_nothing_says_so_to_clients(tmp_path, mon
             while not gateway.is_listening:
                 await asyncio.sleep(0.01)
         assert await ask(session, port) == 503
+
+
+async def test_workers_are_looked_after_while_nobody_takes_what_is_said_of_them(tmp_path, backend):
+    port = free_ports(3)[0]
+    reading, writing = os.pipe()
+    with open(reading, "rb"), open(writing, "wb") as errors:
+        os.set_blocking(writing, False)
+        with contextlib.suppress(BlockingIOError):
+            while os.write(writing, b" " * 65536):
+                pass
+        os.set_blocking(writing, True)
+        async with (
+            asyncio.timeout(90),
+            serve(tmp_path, static(backend), data=port, admin=port + 1, stderr=errors) as process,
+            aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session,
+        ):
+            for _ in range(2):
+                await until_ready(session, port + 2)
+                before = worker_of(process.pid, 1)
+                os.kill(before, signal.SIGKILL)
+                while before in children_of(process.pid):
+                    await asyncio.sleep(0.02)
+            await until_ready(session, port + 2)
+            process.send_signal(signal.SIGTERM)
+            assert await process.wait() == 0
 
 
 async def wait_certificates_read(session, admin, count):
