@@ -38,6 +38,7 @@ from discovery.etcd import Credentials, EtcdClient, EtcdSettings, EtcdSource
 from discovery.probe import HttpProbe
 from discovery.source import Source, SourceFailure
 from discovery.static import StaticBackend, StaticSource
+from discovery.store import GRACE_SECONDS
 from gateway import admin, config
 from gateway.admission import Admission
 from gateway.attempts import Forwarder
@@ -57,6 +58,7 @@ from gateway.gauges import register_gauges, register_identity, register_load, re
 from gateway.handshake import TlsDoor
 from gateway.identify import Identifier
 from gateway.keys import KeyStore
+from gateway.last_good import LastGood
 from gateway.local_answers import LocalAnswers
 from gateway.memory import Memory
 from gateway.pipeline import InForce, Pipeline, Settings
@@ -100,9 +102,10 @@ FEWEST_CONNECTIONS = 16
 class Gateway:
     """A running gateway, for as long as `running` is entered."""
 
-    def __init__(self, settings: Config, worker: int | None = None) -> None:
+    def __init__(self, settings: Config, worker: int | None = None, last_good: LastGood | None = None) -> None:
         self.config = settings
         self.worker = worker
+        self._last_good = last_good  # policy, of all workers
         self.id = secrets.token_hex(8)
         self.version = version_of("weir")
         self.clock = time.perf_counter
@@ -240,6 +243,11 @@ class Gateway:
             reasons.append("no issuer's keys could be read yet, so nobody could be let in")
         return reasons
 
+    def _lacks_backends(self) -> bool:
+        """Whether a service that the policy names has none."""
+        named = {target.service for route in self.policy.policy.routes for target in route.to}
+        return not named <= {backend.endpoint.service for backend in self.fleet.backends.values()}
+
     # Parts
 
     def _observers(self, stack: contextlib.AsyncExitStack) -> Fanout:
@@ -289,13 +297,14 @@ class Gateway:
         place = self.config.policy
         source: PolicySource
         if place.file is not None:
-            source = FilePolicy(place.file, observe, self.wall)
+            source = FilePolicy(place.file, observe, self.wall, kept=self._last_good)
         elif etcd is not None and place.etcd is not None:
             client = await stack.enter_async_context(EtcdClient(self._settings(etcd)))
             keys = EtcdSource(client, f"{etcd.prefix}/policies/", MAX_POLICY_BYTES)
             source = EtcdPolicy(
-                keys, place.etcd, Path.cwd(), observe, self.wall, rng=self.rng, observe_discovery=_translate(observe)
-            )
+                keys, place.etcd, Path.cwd(), observe, self.wall, rng=self.rng, observe_discovery=_translate(observe),
+                kept=self._last_good,
+            )  # fmt: skip
         else:
             raise CannotRun("`policy: {etcd: ...}` needs `discovery.etcd`; name a file, or say where etcd is")
         try:
@@ -477,9 +486,17 @@ class Gateway:
         self.is_listening = True
 
     async def _open_when_of_use(self, listener: asyncio.Server) -> None:
-        """Listen on the shared port, but leave requests to other workers while this one would have to refuse them."""
+        """Listen on the shared port, but leave requests to other workers while this one would have to refuse them.
+
+        Backends come back one by one to an etcd that was wiped. Other workers go on with those they knew for
+        GRACE_SECONDS; as long a newcomer waits for one of each service.
+        """
         while self._missing() and await _is_served(self.data_address):  # noqa: ASYNC110  another process: no event tells
             await asyncio.sleep(OTHER_WORKERS_SECONDS)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GRACE_SECONDS):
+                while self._lacks_backends() and await _is_served(self.data_address):  # noqa: ASYNC110  as above
+                    await asyncio.sleep(OTHER_WORKERS_SECONDS)
         if not self.pipeline.draining:
             await self._open(listener)
 
@@ -534,7 +551,7 @@ class Gateway:
                 observe(events.OverloadChanged(overload.state, overload.reason))
 
 
-async def serve(settings: Config, *, worker: int | None = None) -> None:
+async def serve(settings: Config, *, worker: int | None = None, last_good: LastGood | None = None) -> None:
     """Run a gateway until SIGTERM or SIGINT, which drain it; a second one ends it at once. Raises CannotRun."""
     check_supply()
     _raise_file_limit()
@@ -552,7 +569,7 @@ async def serve(settings: Config, *, worker: int | None = None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     loop.add_signal_handler(signal.SIGHUP, lambda: None)  # during the start: the policy is read anew anyway
-    gateway = Gateway(settings, worker)
+    gateway = Gateway(settings, worker, last_good)
     try:
         async with gateway.running():
             loop.add_signal_handler(signal.SIGHUP, gateway.reload)

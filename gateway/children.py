@@ -49,6 +49,7 @@ class Program:
     name: str
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
+    descriptors: tuple[int, ...] = ()  # of open files that it gets under the same numbers
     log: Path | None = None  # where its output goes; None: where ours goes
     is_ready: Callable[[], Awaitable[bool]] | None = None  # None: as soon as it runs
     grace: float | None = None  # seconds between SIGTERM and SIGKILL; None: as long as it takes
@@ -135,6 +136,7 @@ class Child:
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
+                    pass_fds=program.descriptors,
                     process_group=0,
                     preexec_fn=die_with(os.getpid()),
                 )

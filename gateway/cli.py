@@ -105,7 +105,8 @@ def up(port: int, admin_port: int, backends: int, model: str, no_redis: bool) ->
 @weir.command(epilog="Example: weir serve --config weir.yaml")
 @click.option("--config", required=True, type=existing_file, metavar="FILE", help="A weir.yaml.")
 @click.option("--worker", type=int, hidden=True, help="Which worker process this is.")
-def serve(config: Path, worker: int | None) -> None:
+@click.option("--last-good", type=int, hidden=True, help="The descriptor of what workers keep of their policy.")
+def serve(config: Path, worker: int | None, last_good: int | None) -> None:
     """Run the gateway alone, until SIGTERM or Ctrl-C, which drain it."""
     from gateway.config import load
     from policies.problems import InvalidDocument
@@ -127,9 +128,11 @@ def serve(config: Path, worker: int | None) -> None:
     import uvloop
 
     from gateway import app
+    from gateway.last_good import LastGood
 
+    kept = LastGood(last_good) if last_good is not None else None
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(app.serve(loaded, worker=worker))
+        runner.run(app.serve(loaded, worker=worker, last_good=kept))
 
 
 @weir.command(

@@ -10,6 +10,9 @@ Kubernetes does it, a bind mount, a network file system, a machine out of inotif
 A text counts once two reads in a row gave the same, so a file that is still being written is left to its writer.
 
 EtcdPolicy follows one key under {prefix}/policies/ through the same watch that discovery uses.
+
+One of several workers begins with the policy that the others have in force, and the text of the moment is news to it as
+to them: it starts while that text is bad, or etcd away.
 """
 
 from __future__ import annotations
@@ -25,8 +28,9 @@ from random import Random
 from typing import NoReturn
 
 from discovery.source import Observe as ObserveDiscovery
-from discovery.source import Source
+from discovery.source import Source, SourceFailure
 from discovery.watch import Delta, Watch
+from gateway.last_good import LastGood
 from observability.events import Observer, PolicyReloaded
 from policies import document
 from policies.policy import Policy
@@ -64,13 +68,16 @@ class LoadError:
 class PolicySource(ABC):
     """The policy in force, and those who want to know when it changes. `start` comes before everything else."""
 
-    def __init__(self, name: str, base: Path, observe: Observer, wall: Callable[[], float]) -> None:
+    def __init__(
+        self, name: str, base: Path, observe: Observer, wall: Callable[[], float], kept: LastGood | None
+    ) -> None:
         self.name = name  # a path or a key, for people
         self.last_error: LoadError | None = None
         self.loaded_at = 0.0  # Unix seconds
         self._base = base  # what file names in the policy are relative to
         self._observe = observe
         self._wall = wall
+        self._kept = kept
         self._policy: Policy | None = None
         self._seen: Reading | None = None  # the last reading that was judged
         self._news = asyncio.Event()
@@ -93,7 +100,14 @@ class PolicySource(ABC):
 
     async def start(self) -> None:
         """Load the first policy. Raises InvalidDocument with what is wrong, also when there is no text."""
+        kept = self._kept.read() if self._kept is not None else None
+        if kept is not None:
+            with contextlib.suppress(InvalidDocument):  # what it names beside it may be gone
+                self._put_in_force(await self._parse(kept))
         self._seen = await self._read()
+        if self._policy is not None:
+            await self._judge(self._seen)
+            return
         if isinstance(self._seen, Unreadable):
             raise InvalidDocument([self._seen.problem])
         self._put_in_force(await self._parse(self._seen))
@@ -129,7 +143,16 @@ class PolicySource(ABC):
         self._put_in_force(policy)
 
     async def _parse(self, text: bytes) -> Policy:
-        return await asyncio.to_thread(document.parse, text, base=self._base)
+        return await asyncio.to_thread(self._parse_and_keep, text)
+
+    def _parse_and_keep(self, text: bytes) -> Policy:
+        policy = document.parse(text, base=self._base)
+        if self._kept is not None:
+            try:
+                self._kept.write(text)
+            except OSError as error:
+                log.warning("a worker that starts while the policy is bad will not know the last good one: %s", error)
+        return policy
 
     def _put_in_force(self, policy: Policy) -> None:
         """The same text as before keeps the same object: nothing that hangs on it starts anew."""
@@ -162,10 +185,11 @@ class FilePolicy(PolicySource):
         observe: Observer,
         wall: Callable[[], float],
         *,
+        kept: LastGood | None = None,
         poll: float = POLL_SECONDS,
         settle: float = SETTLE_SECONDS,
     ) -> None:
-        super().__init__(str(path), path.absolute().parent, observe, wall)
+        super().__init__(str(path), path.absolute().parent, observe, wall, kept)
         self._path = path
         self._poll = poll
         self._settle = settle
@@ -200,8 +224,9 @@ class EtcdPolicy(PolicySource):
         *,
         rng: Random,
         observe_discovery: ObserveDiscovery,
+        kept: LastGood | None = None,
     ) -> None:
-        super().__init__(f"etcd:policies/{name}", base, observe, wall)
+        super().__init__(f"etcd:policies/{name}", base, observe, wall, kept)
         self._source = source
         self._key = name
         self._watch = Watch(source, self._apply, observe_discovery, rng)
@@ -209,8 +234,14 @@ class EtcdPolicy(PolicySource):
 
     async def start(self) -> None:
         """Load the first policy. Raises InvalidDocument as above, SourceFailure when etcd does not answer."""
-        listing = await self._source.list()
-        self._apply(Delta(listing.items, ()))
+        try:
+            listing = await self._source.list()
+        except SourceFailure as failure:
+            if self._kept is None or self._kept.read() is None:
+                raise
+            self._latest = Unreadable(f"cannot be read: {failure}")
+        else:
+            self._apply(Delta(listing.items, ()))
         await super().start()
 
     async def run(self) -> NoReturn:

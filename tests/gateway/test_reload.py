@@ -13,6 +13,7 @@ import pytest
 
 from discovery.source import Unavailable
 from gateway import reload
+from gateway.last_good import LastGood, unnamed_file
 from gateway.reload import EtcdPolicy, FilePolicy, PolicySource
 from policies import document
 from policies.problems import InvalidDocument
@@ -324,10 +325,61 @@ async def test_reading_and_parsing_stay_off_the_loop(path, monkeypatch):
     assert threading.main_thread() not in threads
 
 
+# A worker that starts later
+
+
+@pytest.fixture
+def kept():
+    with unnamed_file() as descriptor:
+        yield LastGood(descriptor)
+
+
+@pytest.mark.parametrize(
+    ("now", "result"), [(BAD, "invalid"), (None, "unreadable"), (text("a"), "ok"), (text("b"), "ok")]
+)
+async def test_it_begins_with_the_policy_that_others_have_in_force(path, kept, now, result):
+    await Story(path, kept=kept).source.start()
+    if now is None:
+        path.unlink()
+    else:
+        put(path, now)
+    late = Story(path, kept=kept)
+    async with running(late.source) as source:
+        assert name_of(source) == ("b" if now == text("b") else "a")
+        assert late.results == ["ok", result]
+        assert bool(source.last_error) == (result != "ok")
+        put(path, text("c"))
+        await until(lambda: name_of(source) == "c")
+        assert source.last_error is None
+    last = Story(path, kept=kept)
+    put(path, BAD)
+    await last.source.start()
+    assert name_of(last.source) == "c"
+
+
+async def test_what_others_have_kept_may_be_bad_by_now(path, kept):
+    kept.write(BAD.encode())
+    story = Story(path, kept=kept)
+    await story.source.start()
+    assert (name_of(story.source), story.results) == ("a", ["ok"])
+    kept.write(BAD.encode())
+    put(path, BAD)
+    with pytest.raises(InvalidDocument):
+        await Story(path, kept=kept).source.start()
+
+
+async def test_a_text_that_cannot_be_kept_is_in_force_all_the_same(path, caplog):
+    with open("/dev/full", "r+b", buffering=0) as full:
+        story = Story(path, kept=LastGood(full.fileno()))
+        await story.source.start()
+    assert name_of(story.source) == "a"
+    assert "a worker that starts while the policy is bad" in caplog.text
+
+
 # etcd
 
 
-def etcd_policy(source: ScriptedSource) -> tuple[EtcdPolicy, list]:
+def etcd_policy(source: ScriptedSource, kept: LastGood | None = None) -> tuple[EtcdPolicy, list]:
     events = []
     followed = EtcdPolicy(
         source,
@@ -337,6 +389,7 @@ def etcd_policy(source: ScriptedSource) -> tuple[EtcdPolicy, list]:
         lambda: WALL,
         rng=Random(1),
         observe_discovery=lambda _: None,
+        kept=kept,
     )
     return followed, events
 
@@ -383,3 +436,16 @@ async def test_etcd_that_is_away_at_the_start():
     source.is_away = True
     with pytest.raises(Unavailable):
         await etcd_policy(source)[0].start()
+
+
+async def test_a_worker_starts_while_etcd_is_away_and_follows_it_later(kept):
+    source = ScriptedSource()
+    source.is_away = True
+    kept.write(text("a").encode())
+    policy, _ = etcd_policy(source, kept)
+    async with running(policy):
+        assert name_of(policy) == "a"
+        assert "cannot be read" in policy.last_error.errors[0]
+        source.is_away = False
+        await source.put("default", text("b").encode())
+        await until(lambda: name_of(policy) == "b")

@@ -48,7 +48,7 @@ def config():
 
 @pytest.fixture
 def small_worker(config, monkeypatch):
-    def worker(path, number, is_ready):
+    def worker(path, number, kept, is_ready):
         admin = config.admin.listen.port + number
         argv = (sys.executable, "-I", "-S", "-c", WORKER, str(config.listen.port), str(admin))
         return Program(f"worker-{number}", argv, is_ready=is_ready)
@@ -91,7 +91,7 @@ async def test_all_answer_on_one_port_and_one_that_dies_is_replaced(config, smal
 
 
 async def test_a_worker_that_cannot_start_ends_the_whole(config, monkeypatch):
-    def worker(path, number, is_ready):
+    def worker(path, number, kept, is_ready):
         return Program(f"worker-{number}", (sys.executable, "-c", f"raise SystemExit({3 * number})"), is_ready=is_ready)
 
     config.workers = 2
@@ -110,6 +110,7 @@ async def test_port_0_cannot_be_shared(config):
 
 
 def test_a_worker_is_serve_with_its_number(tmp_path):
-    program = workers.worker(tmp_path / "weir.yaml", 2, None)
-    assert program.argv[1:] == ("-m", "gateway.cli", "serve", "--config", str(tmp_path / "weir.yaml"), "--worker", "2")
-    assert program.log is None
+    program = workers.worker(tmp_path / "weir.yaml", 2, 5, None)
+    command = f"-m gateway.cli serve --config {tmp_path}/weir.yaml --worker 2 --last-good 5"
+    assert program.argv[1:] == tuple(command.split())
+    assert (program.descriptors, program.log) == ((5,), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -178,6 +179,71 @@ async def test_the_first_worker_to_know_nothing_says_so_to_clients(tmp_path, mon
             while not gateway.is_listening:
                 await asyncio.sleep(0.01)
         assert await ask(session, port) == 503
+
+
+@contextlib.asynccontextmanager
+async def neighbour(port):
+    """Somebody else who listens on the shared port; the set has what it takes for connections."""
+    seen = []
+
+    async def note(_, writer):
+        seen.append(writer)
+        writer.close()
+
+    async with await asyncio.start_server(note, "127.0.0.1", port, reuse_port=True):
+        yield seen
+
+
+@pytest.mark.parametrize("comes", ["a backend", "the end of its patience", "the end of the other"])
+async def test_a_worker_that_finds_an_empty_etcd_leaves_requests_to_the_other_for_a_while(
+    tmp_path, backend, monkeypatch, comes
+):
+    port = free_ports(3)[0]
+    (tmp_path / "policy.yaml").write_text(POLICY)
+    if comes == "the end of its patience":
+        monkeypatch.setattr(app, "GRACE_SECONDS", 0.5)
+    with EtcdServer(tmp_path) as etcd:
+        text = config(f"etcd: {{endpoints: ['{etcd.url}']}}", port, port + 1)
+        gateway = app.Gateway(configuration.parse(text.encode(), {}, base=tmp_path), worker=1)
+        async with contextlib.AsyncExitStack() as stack, asyncio.timeout(30):
+            other = contextlib.AsyncExitStack()
+            seen = await other.enter_async_context(neighbour(port))
+            stack.push_async_callback(other.aclose)
+            await stack.enter_async_context(gateway.running())
+            while len(seen) < 2:  # it has looked again
+                await asyncio.sleep(0.01)
+            assert gateway.discovery.watch.revision
+            assert not gateway.is_listening
+            if comes == "a backend":
+                url = f"http://127.0.0.1:{backend}"
+                await stack.enter_async_context(announced(etcd.url, "llm/1", url, models=("m",)))
+            elif comes == "the end of the other":
+                await other.aclose()
+            while not gateway.is_listening:
+                await asyncio.sleep(0.01)
+            assert bool(gateway.fleet.backends) == (comes == "a backend")
+
+
+async def test_a_worker_starts_while_the_policy_is_bad_and_serves_by_the_last_good_one(tmp_path, backend):
+    port = free_ports(3)[0]
+    async with (
+        asyncio.timeout(90),
+        serve(tmp_path, static(backend), data=port, admin=port + 1) as process,
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session,
+    ):
+        await until_said(process, b"is ready", times=2)
+        (tmp_path / "policy.yaml").write_text("version: 1\nroutes: [")
+        os.kill(worker_of(process.pid, 1), signal.SIGKILL)
+        await until_said(process, b"was ended by SIGKILL; starting it again")
+        await until_ready(session, port + 2)
+        told = json.loads((await page(session, port + 2, "/api/policy")).partition(" ")[2])
+        assert "policy.yaml:3:1 not YAML" in told["last_error"]["errors"][0]
+        assert [await ask(session, port) for _ in range(50)] == [200] * 50
+        (tmp_path / "policy.yaml").write_text(POLICY.replace("all", "everything"))
+        while '"last_error":null' not in (await page(session, port + 2, "/api/policy")).replace(" ", ""):
+            await asyncio.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert await process.wait() == 0
 
 
 async def test_workers_are_looked_after_while_nobody_takes_what_is_said_of_them(tmp_path, backend):
