@@ -1,74 +1,51 @@
 """The composition root: from a Config to a running gateway. The only place that knows all parts, clocks and dice.
 
 Start: policy, keys and store first, then discovery's first list, then the data listener; readiness follows. A gateway
-whose etcd or whose identity providers are away starts all the same and says so on /readyz. Stop: not ready, then no new
-connections, then the requests in flight get their time, then what is left is told that the gateway is shutting down.
+whose etcd or whose identity providers are away starts all the same and says so on /readyz. Stop: the reverse.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import gc
-import resource
 import secrets
-import signal
-import ssl
-import sys
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from importlib.metadata import version as version_of
-from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import aiohttp
-import msgspec
-import structlog
-from aiohttp import web
 
-from discovery import source as heard
-from discovery.announce import Announcement
-from discovery.discovery import Discovery, LiveGateways, backends_in, gateways_in
-from discovery.endpoint import ModelEntry, Registration
-from discovery.etcd import Credentials, EtcdClient, EtcdSettings, EtcdSource
-from discovery.probe import HttpProbe
-from discovery.source import Source, SourceFailure
-from discovery.static import StaticBackend, StaticSource
+from discovery.discovery import Discovery
+from discovery.source import SyncState
 from discovery.store import GRACE_SECONDS
-from gateway import admin, config
+from gateway import admin
 from gateway.admission import Admission
 from gateway.attempts import Forwarder
 from gateway.call import Ids
-from gateway.certificates import (
-    Certificates,
-    InvalidCertificates,
-    client_context,
-    named_in,
-    server_context,
-    system_context,
-)
+from gateway.certificates import Certificates, InvalidCertificates, client_context, named_in, server_context
 from gateway.children import CannotRun
-from gateway.config import Config, Etcd
+from gateway.config import Config
 from gateway.config_fields import Address
+from gateway.drain import drain
 from gateway.gauges import register_gauges, register_identity, register_load, register_load_streams
-from gateway.handshake import TlsDoor
 from gateway.identify import Identifier
 from gateway.keys import KeyStore
 from gateway.last_good import LastGood
+from gateway.listeners import address_of, allowed_connections, bind_data, cannot_listen, listen_admin, wait_useful
 from gateway.local_answers import LocalAnswers
-from gateway.memory import Memory
 from gateway.pipeline import InForce, Pipeline, Settings
-from gateway.reload import EtcdPolicy, FilePolicy, PolicySource
+from gateway.pressure import Pressure
+from gateway.reload import PolicySource
 from gateway.server import DataServer
+from gateway.sources import Sources
 from gateway.store import RedisStore
-from gateway.supply import check_supply
 from gateway.upstream.endpoint import Backend
 from gateway.upstream.fleet import Fleet
-from gateway.upstream.load_stream import STALE_SECONDS, LoadStreams
+from gateway.upstream.load_stream import LoadStreams
 from gateway.views import views
 from observability import events
 from observability.access_log import AccessLog
@@ -80,23 +57,13 @@ from observability.recent import Recent
 from observability.tail_sampling import TailSampler
 from observability.tracing import SpanExporter, otlp_export, spans
 from policies.breaker import State
-from policies.overload import Overload
 from policies.policy import Policy
-from policies.problems import InvalidDocument
 from policies.routing import plan_of
 
 if TYPE_CHECKING:
     from gateway.rpc.listener import RpcListener
 
-ACCEPT_SECONDS = 5.0  # how long a gateway that was told to stop still accepts, so that balancers get to know
-DRAIN_SECONDS = 60.0
-FIRST_LIST_SECONDS = 5.0
-OTHER_WORKERS_SECONDS = 0.25  # between two looks whether they serve
-LAG_PERIOD_SECONDS = 0.5
 GC_ALLOCATIONS = 50_000  # a request makes no cycles: looking for them after each 700 new objects costs 5 % for nothing
-MAX_POLICY_BYTES = 1024 * 1024
-RESERVED_FILES = 64  # for what is not a request: listeners, etcd, Redis, keys, probes, the log
-FEWEST_CONNECTIONS = 16
 
 
 class Gateway:
@@ -114,9 +81,7 @@ class Gateway:
         self._flush: Callable[[], None] = lambda: None
         self.metrics = Metrics(lambda: self._flush())  # noqa: PLW0108  what it is now is not what it will be
         self.recent = Recent(lambda: self._flush())  # noqa: PLW0108  as above
-        self._lags: deque[float] = deque([0.0], maxlen=int(10 / LAG_PERIOD_SECONDS))
-        self.overload = Overload()
-        self.memory = Memory()
+        self.pressure = Pressure(self.clock)
         self.data_address: Address
         self.admin_address: Address
         self.grpc_address: Address
@@ -140,8 +105,8 @@ class Gateway:
 
             await self._read_certificates(background, observe)
 
-            etcd = self.config.discovery.etcd
-            self.policy = await self._start_policy(stack, observe, etcd)
+            sources = Sources(self.config, self.certificates, observe, self.wall, self.rng)
+            self.policy = await sources.start_policy(stack, self._last_good)
             background(self.policy.run())
 
             session = await stack.enter_async_context(aiohttp.ClientSession())
@@ -149,7 +114,7 @@ class Gateway:
             background(keys.run())
             await keys.wait_tried()
 
-            gateways = await self._join_gateways(stack, background, observe, etcd)
+            gateways = await sources.join_gateways(stack, background, self.id, self._about())
             store = None
             if self.config.redis is not None:
                 store = RedisStore(self.config.redis.url, rng=self.rng, observe=observe)
@@ -159,9 +124,11 @@ class Gateway:
                 await store.wait_probed()
             admission = Admission(store, gateways, self.clock)
 
-            self.fleet = fleet = self._make_fleet(observe)
+            self.fleet = fleet = Fleet(self.clock, self.rng, _tell_breaker(observe), sources.backend_tls())
             stack.callback(fleet.close)
-            self.discovery = await self._start_discovery(stack, background, observe, etcd, fleet)
+            if certificates := self.certificates.get("backends"):
+                certificates.subscribe(fleet.renew_connections)
+            self.discovery, self.load_streams = await sources.start_discovery(stack, background, fleet)
             background(self._tidy())
 
             identifier = Identifier(keys, lambda principal: plan_of(self.policy.policy, principal))
@@ -190,10 +157,10 @@ class Gateway:
                 idle=limits.idle,
                 head_timeout=limits.head_timeout,
                 header_bytes=limits.header,
-                connections=self._most_connections(),
+                connections=allowed_connections(self.config),
                 name=f"weir-{self.id}".encode(),
             )
-            background(self._watch_load(observe))
+            background(self.pressure.watch(self.pipeline, observe))
             register_gauges(
                 self.metrics,
                 self.pipeline,
@@ -202,16 +169,20 @@ class Gateway:
                 self.discovery,
                 self.policy,
                 store,
-                lambda: max(self._lags),
+                lambda: self.pressure.lag,
                 self.certificates.values(),
             )
-            register_load(self.metrics, self.overload, self.memory)
+            register_load(self.metrics, self.pressure.overload, self.pressure.memory)
             register_load_streams(self.metrics, self.load_streams)
             register_identity(self.metrics, keys, identifier)
             await self._listen_admin(stack)
             if self.config.grpc is not None:
                 self.grpc = await self._bind_grpc(stack, self.config.grpc.listen, ids, server)
-            listener = await self._bind_data(stack, server, observe)
+            listen, certificates = self.config.listen, self.certificates.get("listener")
+            shares_port = self.worker is not None
+            listener = await bind_data(stack, server, listen, certificates, observe, shares_port=shares_port)
+            self.data_address = address_of(listener, listen)
+            stack.push_async_callback(drain, self.pipeline, self.forwarder, listener, server, self.grpc)
             if self.worker is None:
                 await self._open(listener)
             else:
@@ -236,7 +207,7 @@ class Gateway:
     def _missing(self) -> list[str]:
         """What is not known yet, without which every request would be refused."""
         reasons = []
-        if not self.discovery.watch.revision and self.discovery.watch.state is heard.SyncState.COLD:
+        if not self.discovery.watch.revision and self.discovery.watch.state is SyncState.COLD:
             reasons.append("discovery has not listed the backends yet")
         policy = self.policy.policy
         if not policy.anonymous and not any(self.keys.keys_of(issuer) for issuer in policy.issuers):
@@ -281,115 +252,14 @@ class Gateway:
                 raise CannotRun(f"cannot use what `{key}` names: {invalid}") from invalid
             background(one.run())
 
-    def _make_fleet(self, observe: events.Observer) -> Fleet:
-        fleet = Fleet(self.clock, self.rng, _tell_breaker(observe), self._backend_tls())
-        if certificates := self.certificates.get("backends"):
-            certificates.subscribe(fleet.renew_connections)
-        return fleet
-
-    def _backend_tls(self) -> Callable[[], ssl.SSLContext]:
-        certificates = self.certificates.get("backends")
-        return certificates.context if certificates is not None else system_context
-
-    async def _start_policy(
-        self, stack: contextlib.AsyncExitStack, observe: events.Observer, etcd: Etcd | None
-    ) -> PolicySource:
-        place = self.config.policy
-        source: PolicySource
-        if place.file is not None:
-            source = FilePolicy(place.file, observe, self.wall, kept=self._last_good)
-        elif etcd is not None and place.etcd is not None:
-            client = await stack.enter_async_context(EtcdClient(self._settings(etcd)))
-            keys = EtcdSource(client, f"{etcd.prefix}/policies/", MAX_POLICY_BYTES)
-            source = EtcdPolicy(
-                keys, place.etcd, Path.cwd(), observe, self.wall, rng=self.rng, observe_discovery=_translate(observe),
-                kept=self._last_good,
-            )  # fmt: skip
-        else:
-            raise CannotRun("`policy: {etcd: ...}` needs `discovery.etcd`; name a file, or say where etcd is")
-        try:
-            await source.start()
-        except InvalidDocument as invalid:
-            raise CannotRun("\nweir: ".join(invalid.lines(source.name))) from invalid
-        except SourceFailure as failure:
-            raise CannotRun(f"cannot read {source.name}: {failure}; is etcd running?") from failure
-        return source
-
-    async def _join_gateways(
-        self,
-        stack: contextlib.AsyncExitStack,
-        background: Callable[..., None],
-        observe: events.Observer,
-        etcd: Etcd | None,
-    ) -> Callable[[], int]:
-        """Be one of the gateways under /gateways/, and know how many there are."""
-        if etcd is None:
-            return lambda: 1
-        client = await stack.enter_async_context(EtcdClient(self._settings(etcd)))
-        watcher = await stack.enter_async_context(EtcdClient(self._settings(etcd)))
-        gateways = LiveGateways(gateways_in(watcher, etcd.prefix), rng=self.rng, observe=_translate(observe))
-        background(gateways.run())
-        about = {
+    def _about(self) -> dict[str, object]:
+        """What other gateways and operators find in etcd."""
+        return {
             "admin": str(self._admin_listen()),
             "data": str(self.config.listen),
             "started_at": self.wall(),
             "version": self.version,
         }
-        key = f"{etcd.prefix}/gateways/{self.id}"
-        await stack.enter_async_context(Announcement(client, key, msgspec.json.encode(about), rng=self.rng))
-        return lambda: gateways.count
-
-    async def _start_discovery(
-        self,
-        stack: contextlib.AsyncExitStack,
-        background: Callable[..., None],
-        observe: events.Observer,
-        etcd: Etcd | None,
-        fleet: Fleet,
-    ) -> Discovery:
-        settings = self.config.discovery
-        source: Source
-        if etcd is not None:
-            source = backends_in(await stack.enter_async_context(EtcdClient(self._settings(etcd))), etcd.prefix)
-        else:
-            try:
-                source = StaticSource(map(_static, settings.static or ()))
-            except ValueError as error:
-                raise CannotRun(f"discovery.static: {error}") from error
-        discovery = Discovery(
-            source,
-            probe=await stack.enter_async_context(HttpProbe(self._backend_tls())),
-            allow_networks=settings.allow_networks,
-            rng=self.rng,
-            observe=_translate(observe),
-            on_load=lambda key, report: fleet.hear_header(key, report.encode("latin-1", "replace")),
-        )
-        self.load_streams = LoadStreams(
-            lambda key, report: fleet.hear_load(key, report, STALE_SECONDS),
-            fleet.forget_load,
-            self._backend_tls(),
-            self.rng,
-        )
-        discovery.store.subscribe(lambda snapshot: fleet.replace(snapshot.endpoints))
-        discovery.store.subscribe(lambda snapshot: self.load_streams.update(snapshot.endpoints))
-        discovery.prober.subscribe(fleet.note_health)
-        background(discovery.run())
-        background(self.load_streams.run())
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(FIRST_LIST_SECONDS):
-                await discovery.wait_listed()
-        return discovery
-
-    def _settings(self, etcd: Etcd) -> EtcdSettings:
-        certificates = self.certificates.get("etcd")
-
-        def credentials() -> Credentials:
-            if certificates is None:
-                return Credentials()
-            pem = certificates.in_force.pem
-            return Credentials(pem.ca, pem.cert, pem.key)
-
-        return EtcdSettings(etcd.endpoints, etcd.username, etcd.password_file, credentials)
 
     # Listeners
 
@@ -402,57 +272,7 @@ class Gateway:
         documents = views(self.fleet, self.discovery, self.policy, self.recent)
         token = auth.token if auth is not None else None
         app = admin.admin_app(self.metrics, self.not_ready, documents, token, self.clock)
-        runner = web.AppRunner(app, access_log=None, keepalive_timeout=admin.IDLE_SECONDS)
-        await runner.setup()
-        stack.push_async_callback(runner.cleanup)
-        listen = self._admin_listen()
-        protocol = admin.at_most(admin.MOST_CONNECTIONS, cast("web.Server", runner.server))
-        try:
-            listener = await asyncio.get_running_loop().create_server(protocol, listen.host, listen.port)
-        except OSError as error:
-            raise _cannot_listen("admin.listen", listen, error) from error
-        stack.callback(listener.close)
-        self.admin_address = Address(listen.host, listener.sockets[0].getsockname()[1])
-
-    def _most_connections(self) -> int:
-        """How many clients at a time, and a word to the operator if it is fewer than were asked for."""
-        wanted, files = self.config.limits.connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        if self.config.grpc is not None and files != resource.RLIM_INFINITY:
-            files = files * 2 // 3  # as many clients may come over gRPC, who share the connections to the backends
-        most = most_connections(wanted, files)
-        if most < wanted:
-            structlog.get_logger().warning(
-                "fewer connections than limits.connections",
-                connections=most,
-                wanted=wanted,
-                open_files=files,
-                hint="raise the limit of open files (ulimit -n, LimitNOFILE), or lower limits.connections",
-            )
-        return most
-
-    async def _bind_data(
-        self, stack: contextlib.AsyncExitStack, server: DataServer, observe: events.Observer
-    ) -> asyncio.Server:
-        """Take the data port, without listening there yet."""
-        listen = self.config.listen
-        factory: object = server
-        if certificates := self.certificates.get("listener"):
-            factory = door = TlsDoor(server, certificates.context, server.head_timeout, observe)
-            stack.callback(door.abort)
-        try:
-            listener = await asyncio.get_running_loop().create_server(
-                cast("Callable[[], asyncio.Protocol]", factory),
-                listen.host,
-                listen.port,
-                backlog=4096,
-                reuse_port=self.worker is not None,
-                start_serving=False,
-            )
-        except OSError as error:
-            raise _cannot_listen("listen", listen, error) from error
-        self.data_address = Address(listen.host, listener.sockets[0].getsockname()[1])
-        stack.push_async_callback(self._drain, listener, server)
-        return listener
+        self.admin_address = await listen_admin(stack, app, self._admin_listen())
 
     async def _bind_grpc(
         self, stack: contextlib.AsyncExitStack, listen: Address, ids: Ids, server: DataServer
@@ -475,7 +295,7 @@ class Gateway:
         try:
             port = await stack.enter_async_context(grpc.bound(listen))
         except OSError as error:
-            raise _cannot_listen("grpc.listen", listen, error) from error
+            raise cannot_listen("grpc.listen", listen, error) from error
         self.grpc_address = Address(listen.host, port)
         return grpc
 
@@ -491,99 +311,17 @@ class Gateway:
         Backends come back one by one to an etcd that was wiped. Other workers go on with those they knew for
         GRACE_SECONDS; as long a newcomer waits for one of each service.
         """
-        while self._missing() and await _is_served(self.data_address):  # noqa: ASYNC110  another process: no event tells
-            await asyncio.sleep(OTHER_WORKERS_SECONDS)
+        await wait_useful(self.data_address, lambda: not self._missing())
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(GRACE_SECONDS):
-                while self._lacks_backends() and await _is_served(self.data_address):  # noqa: ASYNC110  as above
-                    await asyncio.sleep(OTHER_WORKERS_SECONDS)
+                await wait_useful(self.data_address, lambda: not self._lacks_backends())
         if not self.pipeline.draining:
             await self._open(listener)
-
-    # Ends
-
-    async def _drain(self, listener: asyncio.Server, server: DataServer) -> None:
-        """Let what is under way end; what will not, or may not because a second signal came, is told and cut."""
-        self.pipeline.draining = True
-        try:
-            if server.connections or self.grpc is not None:
-                await asyncio.sleep(ACCEPT_SECONDS if self.pipeline.inflight else 0)
-            listener.close()
-            server.close_idle()
-            if self.grpc is not None:
-                self.grpc.stop_accepting()
-            await self._wait_idle(DRAIN_SECONDS)
-        finally:
-            listener.close()
-            for relay in tuple(self.forwarder.relays):
-                relay.drain()
-            if self.grpc is not None:
-                self.grpc.drain()
-            await self._wait_idle(1.0)
-            server.abort()
-            await self._wait_idle(1.0)  # each request has its record before the log closes
-
-    async def _wait_idle(self, seconds: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                while self.pipeline.inflight:  # noqa: ASYNC110  a poll at the end costs less than an event in each request
-                    await asyncio.sleep(0.05)
-
-    # Housekeeping
 
     async def _tidy(self) -> None:
         while True:
             await asyncio.sleep(1.0)
             self.fleet.tidy()
-
-    async def _watch_load(self, observe: events.Observer) -> None:
-        """Measure how late the loop is and how much memory is in use; take on less where it is too much."""
-        overload = self.overload
-        while True:
-            before = self.clock()
-            await asyncio.sleep(LAG_PERIOD_SECONDS)
-            now = self.clock()
-            lag = max(0.0, now - before - LAG_PERIOD_SECONDS)
-            self._lags.append(lag)
-            if overload.note(now, lag, self.memory.share()):
-                self.pipeline.keeps_connections = overload.keeps_connections
-                self.pipeline.takes_requests = overload.takes_requests
-                observe(events.OverloadChanged(overload.state, overload.reason))
-
-
-async def serve(settings: Config, *, worker: int | None = None, last_good: LastGood | None = None) -> None:
-    """Run a gateway until SIGTERM or SIGINT, which drain it; a second one ends it at once. Raises CannotRun."""
-    check_supply()
-    _raise_file_limit()
-    # Threads write logs and export spans: none may hold the loop for Python's usual 5 ms, at each callback anew.
-    sys.setswitchinterval(0.00005)
-    loop = asyncio.get_running_loop()
-    task = asyncio.current_task()
-    stop = asyncio.Event()
-
-    def on_signal() -> None:
-        if stop.is_set() and task is not None:
-            task.cancel()
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
-    loop.add_signal_handler(signal.SIGHUP, lambda: None)  # during the start: the policy is read anew anyway
-    gateway = Gateway(settings, worker, last_good)
-    try:
-        async with gateway.running():
-            loop.add_signal_handler(signal.SIGHUP, gateway.reload)
-            structlog.get_logger().info(
-                "serving",
-                data=str(gateway.data_address),
-                admin=str(gateway.admin_address),
-                **({"grpc": str(gateway.grpc_address)} if gateway.grpc is not None else {}),
-                version=gateway.version,
-            )
-            await stop.wait()
-    except asyncio.CancelledError:
-        if not stop.is_set():
-            raise
 
 
 @contextlib.asynccontextmanager
@@ -603,67 +341,7 @@ async def _background() -> AsyncIterator[Callable[..., None]]:
         raise failures.exceptions[0] from None
 
 
-def most_connections(wanted: int, files: int) -> int:
-    """How many clients a process with so many open files may take at a time.
-
-    Each may need a second one for its backend. Who would be one too many is closed at once, so that no request, probe
-    or lease fails for want of a file.
-    """
-    if files == resource.RLIM_INFINITY:
-        return wanted
-    return min(wanted, max(FEWEST_CONNECTIONS, files // 2 - RESERVED_FILES))
-
-
-async def _is_served(address: Address) -> bool:
-    """Whether somebody listens there."""
-    try:
-        async with asyncio.timeout(OTHER_WORKERS_SECONDS):
-            _, writer = await asyncio.open_connection(address.host, address.port)
-    except TimeoutError:  # somebody who is busy
-        return True
-    except OSError:
-        return False
-    writer.close()
-    return True
-
-
 def _tell_breaker(observe: events.Observer) -> Callable[[Backend, State], None]:
     return lambda backend, state: observe(
         events.BreakerChanged(backend.endpoint.service, backend.endpoint.id, state.value)
     )
-
-
-def _translate(observe: events.Observer) -> heard.Observe:
-    """Discovery's own events as those that metrics and logs know."""
-
-    def translated(event: heard.DiscoveryEvent) -> None:
-        match event:
-            case heard.Rejected(key, reason):
-                observe(events.DiscoveryRejected(key, reason))
-            case heard.Resynced(reason, revision):
-                observe(events.DiscoveryResynced(reason, revision))
-            case heard.StateChanged(state):
-                observe(events.DiscoveryState(state.value))
-            case heard.HealthChanged(service, backend, healthy, reason):
-                observe(events.BackendHealth(service, backend, healthy, reason))
-
-    return translated
-
-
-def _static(one: config.StaticBackend) -> StaticBackend:
-    models = tuple(ModelEntry(name, one.version) for name in one.models)
-    registration = Registration(one.url, models=models, weight=one.weight, grpc_port=one.grpc_port)
-    return StaticBackend(one.service, registration)
-
-
-def _cannot_listen(key: str, listen: Address, error: OSError) -> CannotRun:
-    if error.errno == errno.EADDRINUSE:
-        return CannotRun(f"{listen} is in use; stop what listens there, or set another `{key}`")
-    return CannotRun(f"cannot listen on {listen}: {error.strerror or error}; set another `{key}`")
-
-
-def _raise_file_limit() -> None:
-    """As many open files as the system lets us have: each request in flight is two."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

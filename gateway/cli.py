@@ -127,12 +127,12 @@ def serve(config: Path, worker: int | None, last_good: int | None) -> None:
         return
     import uvloop
 
-    from gateway import app
+    from gateway import process
     from gateway.last_good import LastGood
 
     kept = LastGood(last_good) if last_good is not None else None
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(app.serve(loaded, worker=worker, last_good=kept))
+        runner.run(process.serve(loaded, worker=worker, last_good=kept))
 
 
 @weir.command(

@@ -142,7 +142,7 @@ async def cut(proxy: FaultProxy) -> None:
 
 
 async def test_E01_etcd_is_away_at_the_start(row, own_etcd, impatient, monkeypatch) -> None:
-    monkeypatch.setattr("gateway.app.FIRST_LIST_SECONDS", 0.2)
+    monkeypatch.setattr("gateway.sources.FIRST_LIST_SECONDS", 0.2)
     own_etcd.kill()
     row.more_tasks, row.more_descriptors = 6, 6  # at the end two watches stand
     async with (
@@ -463,7 +463,7 @@ async def test_E11_more_keys_than_anybody_has_backends(row, etcd, prefix, monkey
 
 
 async def test_E12_the_gateway_loses_its_own_lease(row, etcd, prefix, monkeypatch) -> None:
-    monkeypatch.setattr("gateway.app.Announcement", partial(Announcement, ttl=2))
+    monkeypatch.setattr("gateway.sources.Announcement", partial(Announcement, ttl=2))
     monkeypatch.setattr("discovery.announce.RETRY_CAP_SECONDS", 0.5)
     async with (
         FaultProxy(etcd.port) as line,

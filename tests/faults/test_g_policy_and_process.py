@@ -198,7 +198,7 @@ async def the_one_that_answers(addresses) -> Admin:
 
 # The process
 
-SHORT_DRAIN = "import gateway.app as app; app.ACCEPT_SECONDS, app.DRAIN_SECONDS = 0.5, 1.5"
+SHORT_DRAIN = "import gateway.drain as drain; drain.ACCEPT_SECONDS, drain.DRAIN_SECONDS = 0.5, 1.5"
 
 
 async def test_G05_sigterm_with_fifty_streams(row):
@@ -337,7 +337,7 @@ async def test_G08_a_bug_before_the_answer_and_one_after_its_head(row, monkeypat
 
 async def test_G09_the_event_loop_is_blocked_once_and_for_long(row, monkeypatch):
     """5 s of lateness are 1 s here, and it is measured each 0.1 s instead of each 0.5 s."""
-    monkeypatch.setattr("gateway.app.LAG_PERIOD_SECONDS", 0.1)
+    monkeypatch.setattr("gateway.pressure.LAG_PERIOD_SECONDS", 0.1)
     monkeypatch.setattr(Overload.__init__, "__defaults__", (1.0,))
     held, may_stop = Held(), asyncio.Event()
 
@@ -354,12 +354,12 @@ async def test_G09_the_event_loop_is_blocked_once_and_for_long(row, monkeypatch)
             client.send(chat_request())
             time.sleep(0.5)
             assert (await client.answer()).status == 200  # once: latency and nothing else
-            await until(lambda: max(gateway._lags) > 0.3)
+            await until(lambda: gateway.pressure.lag > 0.3)
             assert (await scrape(gateway)).value("weir_loop_lag_seconds") > 0.3
-            assert gateway.overload.state == "normal"
+            assert gateway.pressure.overload.state == "normal"
 
             blocking = asyncio.create_task(block(), name="block")
-            await until(lambda: gateway.overload.state == "shedding", 60)
+            await until(lambda: gateway.pressure.overload.state == "shedding", 60)
             refused = await client.ask()
             assert (refused.status, refused.json["error"]["code"]) == (503, "overloaded")
             assert "retry-after" in refused.headers
@@ -367,7 +367,7 @@ async def test_G09_the_event_loop_is_blocked_once_and_for_long(row, monkeypatch)
             assert (await client.answer()).status == 200
             may_stop.set()
             await blocking
-            await until(lambda: gateway.overload.state == "normal")
+            await until(lambda: gateway.pressure.overload.state == "normal")
             assert (await client.ask()).status == 200
             held.go_on.set()
             answer = await stream.answer()
@@ -386,8 +386,8 @@ async def test_G10_memory_nears_the_limit_of_the_cgroup(row, monkeypatch):
         (row.home / "memory.current").write_text(f"{1000 * share + 100:.0f}\n")
 
     use(0.5)
-    monkeypatch.setattr("gateway.app.LAG_PERIOD_SECONDS", 0.05)
-    monkeypatch.setattr("gateway.app.Memory", lambda: Memory(row.home, row.home / "own"))
+    monkeypatch.setattr("gateway.pressure.LAG_PERIOD_SECONDS", 0.05)
+    monkeypatch.setattr("gateway.pressure.Memory", lambda: Memory(row.home, row.home / "own"))
     held = Held()
     async with ScriptedBackend(held) as backend, row.gateway(backend.url, bystander=False) as gateway:
         async with RawClient(gateway.data_address) as stream:
@@ -395,7 +395,7 @@ async def test_G10_memory_nears_the_limit_of_the_cgroup(row, monkeypatch):
             await until(lambda: held.begun)
             for share, state, number in ((0.93, "no_keep_alive", 1), (0.97, "shedding", 2), (0.5, "normal", 0)):
                 use(share)
-                await until(lambda state=state: gateway.overload.state == state)
+                await until(lambda state=state: gateway.pressure.overload.state == state)
                 answer = await ask(gateway.data_address)
                 assert answer.status == (503 if state == "shedding" else 200)
                 assert (answer.headers.get("connection") == "close") is (state != "normal")

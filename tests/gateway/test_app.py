@@ -2,10 +2,6 @@
 
 import asyncio
 import contextlib
-import errno
-import json
-import os
-import signal
 import socket
 from types import SimpleNamespace
 
@@ -15,12 +11,9 @@ import pytest
 from discovery.source import SyncState
 from gateway import app as module
 from gateway import config as configuration
-from gateway.app import Gateway, serve
+from gateway.app import Gateway
 from gateway.children import CannotRun
-from gateway.config_fields import Address
-from tests.support.raw_client import RawClient, chat_request
-from tests.support.running_gateway import OPEN_POLICY, running_gateway, until
-from tests.support.scripted_backend import BackendConnection, Hangup, ScriptedBackend
+from tests.support.running_gateway import OPEN_POLICY, running_gateway
 
 pytestmark = pytest.mark.integration
 
@@ -91,25 +84,6 @@ async def test_what_is_missing_or_wrong_is_told_in_a_line(tmp_path, policy, text
     assert says in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("error", "says"),
-    [
-        (OSError(errno.EADDRINUSE, "x"), "127.0.0.1:80 is in use; stop what listens there, or set another `listen`"),
-        (
-            PermissionError(errno.EACCES, "Permission denied"),
-            "cannot listen on 127.0.0.1:80: Permission denied; set another `listen`",
-        ),
-        (
-            socket.gaierror(-2, "Name or service not known"),
-            "cannot listen on 127.0.0.1:80: Name or service not known; set another `listen`",
-        ),
-        (OSError("odd"), "cannot listen on 127.0.0.1:80: odd; set another `listen`"),
-    ],
-)
-def test_why_it_cannot_listen(error, says) -> None:
-    assert str(module._cannot_listen("listen", Address("127.0.0.1", 80), error)) == says
-
-
 DRAINING = "the gateway is draining"
 NOT_LISTED = "discovery has not listed the backends yet"
 NOT_OPEN = "the data port is not open yet"
@@ -150,123 +124,6 @@ def test_readiness(tmp_path, changes, reasons) -> None:
 def test_each_worker_has_an_admin_port_of_its_own(tmp_path, worker, port, listens) -> None:
     settings = config(tmp_path, CONFIG.replace("{listen: 127.0.0.1:0}", f"{{listen: 127.0.0.1:{port}}}"))
     assert Gateway(settings, worker)._admin_listen().port == listens
-
-
-class Served:
-    """`serve` in a task, with a backend that answers when it is told to."""
-
-    def __init__(self, monkeypatch, tmp_path) -> None:
-        self.home = tmp_path
-        self.may_answer = asyncio.Event()
-        self.asked = asyncio.Event()
-        self.gateways = []
-        monkeypatch.setattr(module, "ACCEPT_SECONDS", 0.0)
-        monkeypatch.setattr(module, "_raise_file_limit", lambda: None)
-        made = module.Gateway
-
-        def gateway(*arguments) -> Gateway:
-            self.gateways.append(made(*arguments))
-            return self.gateways[0]
-
-        monkeypatch.setattr(module, "Gateway", gateway)
-
-    async def script(self, connection: BackendConnection) -> None:
-        self.asked.set()
-        await self.may_answer.wait()
-        await connection.json({})
-        raise Hangup
-
-    @contextlib.asynccontextmanager
-    async def running(self):
-        async with ScriptedBackend(self.script) as backend:
-            text = CONFIG.replace("[]", f'[{{service: tiny, url: "{backend.url}", models: [tiny]}}]')
-            serving = asyncio.ensure_future(serve(config(self.home, text)))
-            await until(lambda: serving.done() or (self.gateways and hasattr(self.gateways[0], "data_address")))
-            try:
-                yield serving
-            finally:
-                self.may_answer.set()
-                serving.cancel()
-                await asyncio.gather(serving, return_exceptions=True)
-                loop = asyncio.get_running_loop()
-                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                    loop.remove_signal_handler(number)
-
-
-async def test_sigterm_lets_requests_end_and_takes_no_new_ones(tmp_path, monkeypatch) -> None:
-    served = Served(monkeypatch, tmp_path)
-    async with served.running() as serving:
-        gateway = served.gateways[0]
-        async with RawClient(gateway.data_address) as client:
-            client.send(chat_request())
-            await asyncio.wait_for(served.asked.wait(), 5)
-            os.kill(os.getpid(), signal.SIGTERM)
-            await until(lambda: gateway.pipeline.draining)
-            assert gateway.not_ready() == ("the gateway is draining",)
-            await until(lambda: not reachable(gateway.data_address))
-            assert not serving.done()
-            served.may_answer.set()
-            assert (await client.answer()).status == 200
-        await asyncio.wait_for(serving, 5)
-
-
-async def test_a_second_signal_ends_it_at_once(tmp_path, monkeypatch) -> None:
-    served = Served(monkeypatch, tmp_path)
-    async with served.running() as serving, RawClient(served.gateways[0].data_address) as client:
-        client.send(chat_request())
-        await asyncio.wait_for(served.asked.wait(), 5)
-        os.kill(os.getpid(), signal.SIGINT)
-        await until(lambda: served.gateways[0].pipeline.draining)
-        os.kill(os.getpid(), signal.SIGINT)
-        await asyncio.wait_for(asyncio.shield(serving), 10)
-        (request,) = served.gateways[0].recent.requests()  # it is told all the same, and has its record
-        assert (request["status"], request["end_reason"]) == (503, "drain")
-        assert (await client.answer()).json["error"]["code"] == "draining"
-
-
-async def test_a_part_that_fails_in_the_background_ends_the_gateway_with_its_error(tmp_path, monkeypatch) -> None:
-    fails = asyncio.Event()
-
-    async def tidy(self) -> None:
-        await fails.wait()
-        raise LookupError("a part has failed")
-
-    monkeypatch.setattr(module.Gateway, "_tidy", tidy)
-    served = Served(monkeypatch, tmp_path)
-    async with served.running() as serving:
-        assert not serving.done()
-        fails.set()
-        with pytest.raises(LookupError, match="a part has failed"):
-            await asyncio.wait_for(serving, 5)
-
-
-def reachable(address: Address) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection((address.host, address.port), 1):
-        return True
-    return False
-
-
-@pytest.mark.parametrize(
-    ("wanted", "files", "most"),
-    [
-        (20_000, 1_048_576, 20_000),
-        (20_000, 1024, 448),
-        (20_000, 256, 64),
-        (20_000, 20, 16),
-        (10, 20, 10),
-        (20_000, -1, 20_000),
-    ],
-)
-def test_there_are_no_more_clients_than_files_can_be_opened_for(wanted, files, most) -> None:
-    assert module.most_connections(wanted, files) == most
-
-
-async def test_the_operator_is_told_that_files_allow_fewer_clients(tmp_path, monkeypatch, capfd) -> None:
-    monkeypatch.setattr("gateway.app.resource.getrlimit", lambda _: (256, 256))
-    async with running_gateway(tmp_path):
-        pass
-    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
-    assert [(line["connections"], line["open_files"]) for line in lines if "fewer" in line["event"]] == [(64, 256)]
 
 
 async def test_two_failures_at_once_are_both_told() -> None:

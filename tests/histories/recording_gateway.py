@@ -23,6 +23,7 @@ import uvloop
 import discovery.discovery
 import discovery.store
 import gateway.app
+import gateway.drain
 import gateway.meter
 import gateway.store
 import policies.lease
@@ -30,6 +31,7 @@ from discovery.store import Snapshot
 from discovery.watch import Timing, Watch
 from gateway import config
 from gateway.app import Gateway
+from gateway.drain import wait_idle
 from gateway.upstream.endpoint import Backend
 from observability.request import RequestEnded
 
@@ -133,7 +135,7 @@ async def run(file: Path, record: Path, name: str) -> None:
         here.write("ready", data=str(here.data_address))
         await ended.wait()
         beating.cancel()
-        await here._wait_idle(5.0)
+        await wait_idle(here.pipeline, 5.0)
         here._flush()
 
 
@@ -141,7 +143,7 @@ def main() -> None:
     file, record, name, store_seconds = sys.argv[1:]
     gateway.store.STORE_SECONDS = gateway.meter.STORE_SECONDS = float(store_seconds)
     gateway.store.LEASE_SECONDS, policies.lease.SPENDABLE_SECONDS = LEASE_SECONDS, 0.98 * LEASE_SECONDS
-    gateway.app.ACCEPT_SECONDS = 0.0
+    gateway.drain.ACCEPT_SECONDS = 0.0
     discovery.store.GRACE_SECONDS = GRACE_SECONDS
     discovery.store.DAMPING_SECONDS = DAMPING_SECONDS
     timing = Timing(

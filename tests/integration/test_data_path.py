@@ -579,8 +579,8 @@ async def test_unknown_paths_and_models_are_404(tmp_path) -> None:
 
 
 async def test_draining_tells_streams_that_are_left(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("gateway.app.ACCEPT_SECONDS", 0.0)
-    monkeypatch.setattr("gateway.app.DRAIN_SECONDS", 0.2)
+    monkeypatch.setattr("gateway.drain.ACCEPT_SECONDS", 0.0)
+    monkeypatch.setattr("gateway.drain.DRAIN_SECONDS", 0.2)
 
     async def endless(connection: BackendConnection) -> None:
         await connection.begin_events()

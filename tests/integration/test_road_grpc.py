@@ -364,8 +364,8 @@ async def test_a_new_policy_is_for_new_calls_and_the_end_waits_for_the_old(tmp_p
 
 
 async def test_at_the_end_of_the_drain_a_client_is_told(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("gateway.app.ACCEPT_SECONDS", 0.0)
-    monkeypatch.setattr("gateway.app.DRAIN_SECONDS", 0.2)
+    monkeypatch.setattr("gateway.drain.ACCEPT_SECONDS", 0.0)
+    monkeypatch.setattr("gateway.drain.DRAIN_SECONDS", 0.2)
 
     async def wait(message, context):
         await asyncio.sleep(60)

@@ -288,7 +288,7 @@ async def test_names_that_clients_invent_make_no_series(tmp_path) -> None:
 
 
 async def test_ready_is_who_has_listed_its_backends_and_alive_is_who_answers(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("gateway.app.FIRST_LIST_SECONDS", 0.1)
+    monkeypatch.setattr("gateway.sources.FIRST_LIST_SECONDS", 0.1)
     etcd = EtcdServer(tmp_path)
     async with etcd_gateway(tmp_path, etcd.url, policy=OPEN_POLICY) as gateway:
         try:
@@ -310,7 +310,7 @@ async def test_ready_is_who_has_listed_its_backends_and_alive_is_who_answers(tmp
 
 
 async def test_a_gateway_that_drains_says_so_and_serves_on_until_it_is_done(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("gateway.app.ACCEPT_SECONDS", 0.5)
+    monkeypatch.setattr("gateway.drain.ACCEPT_SECONDS", 0.5)
     end = asyncio.Event()
 
     async def slow(connection: BackendConnection) -> None:

@@ -169,7 +169,7 @@ async def test_a_worker_that_comes_back_while_etcd_is_away_leaves_requests_to_th
 
 
 async def test_the_first_worker_to_know_nothing_says_so_to_clients(tmp_path, monkeypatch):
-    monkeypatch.setattr(app, "FIRST_LIST_SECONDS", 0.05)
+    monkeypatch.setattr("gateway.sources.FIRST_LIST_SECONDS", 0.05)
     port, nobody = free_ports(3)[0], free_port()
     (tmp_path / "policy.yaml").write_text(POLICY)
     text = config(f"etcd: {{endpoints: ['http://127.0.0.1:{nobody}']}}", port, port + 1)
