@@ -246,27 +246,32 @@ async def test_a_worker_starts_while_the_policy_is_bad_and_serves_by_the_last_go
         assert await process.wait() == 0
 
 
+def fill(pipe):
+    os.set_blocking(pipe, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(pipe, b" " * 65536):
+            pass
+    os.set_blocking(pipe, True)
+
+
 async def test_workers_are_looked_after_while_nobody_takes_what_is_said_of_them(tmp_path, backend):
     port = free_ports(3)[0]
     reading, writing = os.pipe()
-    with open(reading, "rb"), open(writing, "wb") as errors:
-        os.set_blocking(writing, False)
-        with contextlib.suppress(BlockingIOError):
-            while os.write(writing, b" " * 65536):
-                pass
-        os.set_blocking(writing, True)
+    with open(reading, "rb") as said, open(writing, "wb") as errors:
         async with (
             asyncio.timeout(90),
             serve(tmp_path, static(backend), data=port, admin=port + 1, stderr=errors) as process,
             aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session,
         ):
             for _ in range(2):
-                await until_ready(session, port + 2)
+                assert b"is ready" in await asyncio.to_thread(said.readline)
+            fill(writing)
+            for _ in range(2):  # the first end is told, the second waits for that
                 before = worker_of(process.pid, 1)
                 os.kill(before, signal.SIGKILL)
                 while before in children_of(process.pid):
                     await asyncio.sleep(0.02)
-            await until_ready(session, port + 2)
+                await until_ready(session, port + 2)
             process.send_signal(signal.SIGTERM)
             assert await process.wait() == 0
 
