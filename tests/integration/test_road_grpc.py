@@ -5,16 +5,21 @@ import contextlib
 import json
 import socket
 import time
+from types import SimpleNamespace
 
 import grpc
 import grpc.aio
+import numpy as np
 import pytest
+import tritonclient.grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tritonclient.utils import InferenceServerException
 
 from open_inference import inference_pb2
 from policies.identity import generate_signing_key, jwks_of, mint
 from tests.support.admin_client import scrape
 from tests.support.grpc_backend import Caller, GrpcBackend, grpc_gateway, infer, inferred
+from tests.support.model_store import ADDER, running_store
 from tests.support.otlp_receiver import OtlpReceiver
 from tests.support.running_gateway import policy_with, until
 
@@ -415,3 +420,52 @@ async def test_a_backend_that_is_gone_is_left_and_one_without_grpc_is_not_asked(
     async with GrpcBackend() as backend, grpc_gateway(tmp_path, backend, grpc_ports=()) as (gateway, caller):
         refused = await caller.refused()
         assert (refused.code, "`grpc_port`" in refused.details) == ("UNAVAILABLE", True)
+
+
+async def test_tritons_client_before_our_own_backend(tmp_path) -> None:
+    kind = tritonclient.grpc.InferInput
+    routes = '[{name: models, match: {path: "/v2/*"}, to: [{service: tiny}]}]'
+    policy = guarded(tmp_path, routes, "{free: {requests: 1/minute, burst: 8}}", "[{match: {any: true}, plan: free}]")
+
+    def inputs():
+        row = np.ones((1, 3), dtype=np.float32)
+        made = [kind("left", [1, 3], "FP32"), kind("right", [1, 3], "FP32"), kind("words", [1], "BYTES")]
+        for each, array in zip(made, (row, row, np.array([b"ab"], dtype=np.object_)), strict=True):
+            each.set_data_from_numpy(array)
+        return made
+
+    async with running_store(tmp_path / "store", {"adder/1": ADDER}) as store:
+        backend = SimpleNamespace(url=store.url, port=store.grpc.rpartition(":")[2])
+        async with (
+            grpc_gateway(tmp_path, backend, policy=policy, models="[adder]") as (gateway, _),
+            tritonclient.grpc.aio.InferenceServerClient(str(gateway.grpc_address)) as client,
+        ):
+            token = {"authorization": bearer()}
+            assert await client.is_server_live()
+            assert (await client.get_server_metadata()).name == "weir"
+            assert await client.is_model_ready("adder", headers=token)
+            assert (await client.get_model_metadata("adder", headers=token)).inputs[0].datatype == "FP32"
+            assert (await client.get_model_config("adder", headers=token)).config.input[0].name == "left"
+            index = await client.get_model_repository_index(headers=token)
+            assert [(one.name, one.state) for one in index.models] == [("adder", "READY")]
+            assert (await client.infer("adder", inputs(), headers=token)).as_numpy("sum").tolist() == [[2, 2, 2]]
+            (one,) = gateway.fleet.backends.values()
+            assert one._reported_until  # it told its load in the trailers
+
+            async def asked():
+                for number in range(9):
+                    yield {"model_name": "adder", "inputs": inputs(), "request_id": str(number)}
+
+            async def listen():
+                async for answer in client.stream_infer(asked(), headers=token):
+                    answers.append(answer)
+
+            answers = []
+            with pytest.raises(grpc.aio.AioRpcError, match="request limit of this plan"):
+                await listen()
+            assert [(result.get_response().id, error) for result, error in answers] == [
+                ("0", None), ("1", None), ("2", None),
+            ]  # fmt: skip
+            with pytest.raises(InferenceServerException, match="a bearer token is needed") as refused:
+                await client.infer("adder", inputs())
+            assert refused.value.status() == "StatusCode.UNAUTHENTICATED"
