@@ -185,7 +185,7 @@ class World:
             assert process.returncode is None, (self._home / f"{name}.log").read_text()[-3000:]
             return any(line["kind"] == "ready" for line in self._lines(name))
 
-        await until(ready, 30)
+        await until(ready, 100)
         (line,) = (line for line in self._lines(name) if line["kind"] == "ready")
         host, _, port = line["data"].rpartition(":")
         self._addresses[name] = Address(host, int(port))
