@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 
 from reference_backend import protocol
 from reference_backend.protocol import LONGEST_SHOWN, ApiError
@@ -77,6 +77,9 @@ class Pool:
     def _change(self) -> None:
         self.changes += 1
         self._news.set()
+        if self._service.most_awake is not None and not self.is_ending:
+            for served in surplus(self._served.values(), self._service.most_awake):
+                served.rest()
 
     async def wait_change(self, seen: int) -> None:
         """Wait until `changes` is another number than `seen`."""
@@ -148,3 +151,10 @@ class Pool:
         if served.state is State.CLOSED and self._served.get(served.entry) is served:
             del self._served[served.entry]
             self._change()
+
+
+def surplus(served: Iterable[Served], most_awake: int) -> list[Served]:
+    """Which are to sleep so that others have room: of those that nobody uses now, those used least recently."""
+    awake = [each for each in served if each.state in (State.LOADING, State.READY, State.DRAINING)]
+    idle = [each for each in awake if each.state is State.READY and not each.in_flight.count]
+    return sorted(idle, key=lambda each: each.used)[: max(0, len(awake) - most_awake)]

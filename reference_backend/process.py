@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import os
 import random
 import signal
 import sys
@@ -39,6 +40,7 @@ from reference_backend.stateless import KINDS
 
 log = logging.getLogger(__name__)
 PUBLISH_WITHIN = 2.0  # seconds
+STDOUT = 1
 LAST_WORDS = 5.0  # seconds for answers that are on their way when all models are gone
 PROTOCOLS: dict[repository.Kind, tuple[str, ...]] = {
     "language": ("openai",),
@@ -71,6 +73,7 @@ class Options:
     repository: Path | None
     serve: dict[str, str]  # names of models, and which of their versions
     sleep_after: float | None
+    most_awake: int | None
     service: str | None
     host: str
     port: int
@@ -107,6 +110,9 @@ def parse(arguments: Sequence[str]) -> Options:
         type=_positive,
         metavar="SECONDS",
         help="end the process of a model that nobody asked for so long",
+    )
+    parser.add_argument(
+        "--most-awake", type=_positive, metavar="N", help="versions that have a process; of more, the least used sleeps"
     )
     parser.add_argument("--service", help="service to register under (default: the model's name)")
     parser.add_argument("--etcd", type=_url, metavar="URL", help="register there (default: do not register)")
@@ -145,6 +151,7 @@ def parse(arguments: Sequence[str]) -> Options:
         repository=given.repository,
         serve=dict(given.serve),
         sleep_after=given.sleep_after,
+        most_awake=given.most_awake,
         service=given.service,
         host=given.host,
         port=given.port,
@@ -268,7 +275,9 @@ async def serve(options: Options, clock: Callable[[], float], wall: Callable[[],
         registry = Registry(options)
         if options.etcd is not None:
             registry.client = await stack.enter_async_context(EtcdClient(EtcdSettings(endpoints=(options.etcd,))))
-        service = Service(lambda entry: read(entry, options, clock, wall), registry.announced, options.sleep_after)
+        service = Service(
+            lambda entry: read(entry, options, clock, wall), registry.announced, options.sleep_after, options.most_awake
+        )
         pool = Pool(service, lambda name: entries(options, name), lambda: known(options))
         api = Api(pool, clock=clock, wall=wall, end=ending.set)
         registry.url = url = await stack.enter_async_context(listening(api, options, wall))
@@ -303,7 +312,8 @@ async def load(pool: Pool, wanted: Sequence[str], url: str) -> Exception | None:
         return failures[0]
     for failure in failures:
         log.error("cannot be served: %s", failure)
-    print(f"serving {ready or 'nothing'} at {url}", flush=True)  # noqa: T201  the one line that a caller waits for
+    with contextlib.suppress(OSError):  # a full disk behind it stops nobody
+        os.write(STDOUT, f"serving {ready or 'nothing'} at {url}\n".encode())  # the one line that a caller waits for
     return None
 
 

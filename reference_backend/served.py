@@ -4,10 +4,11 @@
     LOADING => FAILED     it cannot be loaded; `failure` says why. The first time that is its end
     READY => LOADING      its process is gone: what was in flight has been told so, the registration is withdrawn, and
                           another process is started, at once and then after delays that double
-    READY => ASLEEP       nobody asked for so long: its process has ended, its registration stays
+    READY => ASLEEP       nobody asked for so long, or others need room: its process has ended, its registration stays
     ASLEEP => LOADING     somebody asked
-    any => DRAINING       told to end: the registration says so, new requests are still taken while that gets around
+    READY => DRAINING     told to end: the registration says so, new requests are still taken while that gets around
     DRAINING => CLOSED    new requests are refused, old ones end, the rest is aborted
+    LOADING, ASLEEP => CLOSED   told to end while it takes nothing: at once
 
 Whoever uses it counts as in flight by a `with`, to the last byte.
 """
@@ -16,11 +17,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import secrets
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol, TypeVar
 
@@ -80,8 +82,10 @@ class Service:
     announce: Callable[[Entry, str, Model], AbstractAsyncContextManager[Announcement | None]]
     """Registers it under an id. Raises InvalidRegistration on entering."""
     sleep_after: float | None = None  # seconds
+    most_awake: int | None = None  # versions that have a process; of more, the one used least recently sleeps
     grace: float = ACCEPT_WHILE_DRAINING
     finish_within: float = FINISH_WITHIN
+    uses: Iterator[int] = field(default_factory=itertools.count)  # numbers uses, so that the least recent one is known
 
 
 class Served:
@@ -94,11 +98,14 @@ class Served:
         self.failure: ModelError | InvalidRegistration | None = None
         self.in_flight = InFlight()
         self.model: Model | None = None
+        self.used = 0  # the number of its last use
         self._service = service
         self._id = secrets.token_hex(6)
         self._ending = asyncio.Event()
         self._wanted = asyncio.Event()
+        self._surplus = asyncio.Event()
         self._settled = asyncio.Event()
+        self._life: asyncio.Task[object] | None = None
 
     def __repr__(self) -> str:
         return f"<Served {self.entry} {self.state.value}, {self.in_flight.count} in flight>"
@@ -122,6 +129,9 @@ class Served:
         """Have it for one request. Raises ApiError: 503 where it is not ready, 400 where it is of another kind."""
         if self.state is State.CLOSED:
             raise protocol.draining()
+        if self.state is State.FAILED:
+            message = f"model {self.entry} could not be loaded; the index of the repository says why"
+            raise protocol.not_started(503, "unavailable", message)
         if self.state not in (State.READY, State.DRAINING) or self.model is None:
             self._wanted.set()
             raise protocol.loading()
@@ -130,23 +140,38 @@ class Served:
             raise ApiError(400, "wrong_kind", message, param="model")
         with self.in_flight:
             self._wanted.set()
+            self.used = next(self._service.uses)
             yield self.model
 
     async def wait_settled(self) -> None:
         """Until it is known whether it can be served."""
         await self._settled.wait()
 
+    def rest(self) -> None:
+        """Have it sleep, if nobody uses it just now."""
+        if not self.in_flight.count:
+            self._surplus.set()
+
     def end(self) -> None:
         """Have it drain and go; `run` ends then."""
         self._ending.set()
+        if self.state is State.LOADING and self._life is not None:
+            self._life.cancel()
 
     async def run(self) -> None:
         """From loading to gone."""
+        self._life = asyncio.current_task()
         try:
-            self.model = await asyncio.to_thread(self._service.make, self.entry)
-            await self._live(self.model)
+            if not self._ending.is_set():
+                self.model = await asyncio.to_thread(self._service.make, self.entry)
+                await self._live(self.model)
+            self.state = State.CLOSED
         except (ModelError, InvalidRegistration) as error:
             self.state, self.failure = State.FAILED, error
+        except asyncio.CancelledError:
+            if not self._ending.is_set():
+                raise
+            self.state = State.CLOSED
         finally:
             self._settled.set()
 
@@ -157,6 +182,8 @@ class Served:
             while not self._ending.is_set():
                 try:
                     async with model.running():
+                        self.used = next(self._service.uses)
+                        self.state, self.failure = State.READY, None  # before anybody hears of it
                         if announcement is None:
                             announcement = await published.enter_async_context(
                                 self._service.announce(self.entry, self._id, model)
@@ -179,11 +206,9 @@ class Served:
                     delay = min(2 * delay, LAST_RESTART) or FIRST_RESTART
                     log.error("the process of %s is gone; another one is started in %.1f s", self.entry, delay)
                     await first_of(self._ending.wait(), asyncio.sleep(delay))
-        self.state = State.CLOSED
 
     async def _serve(self, model: Model) -> None:
         """READY => DRAINING, LOADING or ASLEEP."""
-        self.state, self.failure = State.READY, None
         self._settled.set()
         log.info("%s is ready", self.entry)
         await first_of(self._ending.wait(), model.wait_lost(), self._fall_asleep())
@@ -193,17 +218,21 @@ class Served:
             self.state = State.LOADING
 
     async def _fall_asleep(self) -> None:
-        """READY => ASLEEP, when nobody was there for so long. In one step with seeing it: nobody comes in between."""
+        """READY => ASLEEP. In one step with seeing that nobody is there, so that nobody comes in between."""
         while True:
             await self.in_flight.wait_idle()
             self._wanted.clear()
-            try:
-                async with asyncio.timeout(self._service.sleep_after):
-                    await self._wanted.wait()
-            except TimeoutError:
+            reasons = [self._surplus.wait(), *self._long_unused()]
+            await first_of(self._wanted.wait(), *reasons)
+            if not self._wanted.is_set():
                 break
-        self._wanted.clear()
+            self._surplus.clear()
+        self._surplus.clear()
         self.state = State.ASLEEP
+
+    def _long_unused(self) -> list[Coroutine[object, object, object]]:
+        seconds = self._service.sleep_after
+        return [] if seconds is None else [asyncio.sleep(seconds)]
 
     async def _drain(self, announcement: Announcement | None) -> None:
         """DRAINING => CLOSED. What is not over by then is aborted by whoever ends the model's life."""

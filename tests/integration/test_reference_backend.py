@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 
 import aiohttp
@@ -15,6 +16,7 @@ import pytest
 
 from discovery.etcd import EtcdClient, EtcdSettings, EtcdSource
 from tests.support.etcd_server import EtcdServer
+from tests.support.model_store import put
 from tests.support.otlp_receiver import OtlpReceiver
 
 pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
@@ -197,3 +199,32 @@ async def test_its_life_in_etcd_from_ready_to_drained(tmp_path):
             [span] = await collector.wait_spans(1)
             assert (span.trace_id, span.parent_id, span.service_name) == (TRACE, PARENT, "weir-backend")
             assert span.attributes["gen_ai.usage.output_tokens"] == 1900
+
+
+async def test_a_full_disk_behind_what_it_says_stops_nobody(tmp_path):
+    put(tmp_path, "adder/1")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with open("/dev/full", "w") as full:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "reference_backend", "--repository", str(tmp_path), "--port", str(port),
+            stdout=full, stderr=full,
+        )  # fmt: skip
+    try:
+        async with aiohttp.ClientSession() as session:
+
+            async def is_ready():
+                with contextlib.suppress(aiohttp.ClientConnectionError):
+                    async with session.get(f"http://127.0.0.1:{port}/health") as health:
+                        return health.status == 200
+
+            await until(is_ready)
+            async with session.post(f"http://127.0.0.1:{port}/drain") as drained:
+                assert drained.status == 200
+        async with asyncio.timeout(30):
+            assert await process.wait() == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()

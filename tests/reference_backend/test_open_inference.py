@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import os
 
 import aiohttp
 import numpy as np
@@ -302,7 +303,10 @@ async def test_a_deadline_is_kept(tmp_path):
 
 async def test_a_model_that_cannot_be_loaded_says_why_and_the_others_are_served(tmp_path):
     broken = ADDER + 'settings = {refuse = "no weights"}\n'
-    async with running_store(tmp_path, {"adder/1": ADDER, "broken/1": broken, "odd/1": "kind = 7"}) as store:
+    models = {"adder/1": ADDER, "broken/1": broken, "odd/1": "kind = 7", "mamba/1": ""}
+    (tmp_path / "mamba" / "1").mkdir(parents=True)
+    (tmp_path / "mamba" / "1" / "config.json").write_text('{"architectures": ["MambaForCausalLM"]}')
+    async with running_store(tmp_path, models) as store:
         assert (await ask(store.url, "/v2/models/adder/infer", GOOD | {"outputs": [{"name": "sum"}]}))[0] == 200
         assert (await ask(store.url, "/v2/health/ready"))[0] == 503
         assert (await ask(store.url, "/models/adder/1/v2/health/ready"))[0] == 200
@@ -311,8 +315,32 @@ async def test_a_model_that_cannot_be_loaded_says_why_and_the_others_are_served(
         assert reasons["adder"] == ("READY", "")
         assert (reasons["broken"][0], "no weights" in reasons["broken"][1]) == ("UNAVAILABLE", True)
         assert "model.toml: Expected `str`, got `int` - at `$.kind`" in reasons["odd"][1]
+        assert "architecture MambaForCausalLM is not supported" in reasons["mamba"][1]
         told = json.loads((await ask(store.url, "/v2/repository/index", {"ready": True}))[2])
         assert [each["name"] for each in told] == ["adder"]
         status, message = await error_of(store.url, "/v2/repository/models/broken/load", b"")
         assert (status, "no weights" in message) == (400, True)
         assert (await error_of(store.url, "/v2/models/broken/infer", GOOD))[0] == 503
+
+
+@pytest.mark.integration
+async def test_one_that_sleeps_has_no_process_and_wakes_when_it_is_asked_for(tmp_path):
+    apart = ADDER.replace("thread", "process")
+    body = GOOD | {"outputs": [{"name": "sum"}]}
+    async with running_store(tmp_path, {"adder/1": apart}, "--sleep-after", "1") as store, asyncio.timeout(60):
+        assert (await ask(store.url, "/v2/models/adder/infer", body))[0] == 200
+        [process] = children()
+        while children():
+            await asyncio.sleep(0.01)
+        assert (await ask(store.url, "/v2/models/adder/ready"))[0] == 503
+        assert (await ask(store.url, "/v2/health/ready"))[0] == 200
+        status, headers, _ = await ask(store.url, "/v2/models/adder/infer", body)
+        assert (status, headers["retry-after"], headers["x-backend-not-started"]) == (503, "1", "true")
+        while (await ask(store.url, "/v2/models/adder/infer", body))[0] != 200:
+            await asyncio.sleep(0.01)
+        assert children() != [process]
+
+
+def children():
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        return [int(pid) for pid in file.read().split()]

@@ -22,12 +22,12 @@ async def unannounced(*_args):
 class Store:
     """Versions by name, as the test puts them there; `slow` is what a model needs to load, `broken` cannot be."""
 
-    def __init__(self, **versions):
+    def __init__(self, most_awake=None, **versions):
         self.versions = versions
         self.slow, self.broken = 0.0, set()
         self.made = []
         self.told = []
-        self.pool = Pool(Service(self.make, unannounced, grace=0.5), self.wanted, list)
+        self.pool = Pool(Service(self.make, unannounced, most_awake=most_awake, grace=0.5), self.wanted, list)
 
     def wanted(self, name):
         return [Entry(name, version, None) for version in self.versions.get(name, [])]
@@ -161,6 +161,22 @@ async def test_unloading_drains_and_forgets():
             assert unknown.value.status == 404
         with pytest.raises(ApiError, match="'gone' in a wanted version"):
             await store.pool.load("gone")
+
+
+@virtual_time
+async def test_of_more_than_may_be_awake_the_least_recently_used_sleeps():
+    store = Store(most_awake=2, a=["1"], b=["1"], c=["1"])
+    async with store.pool.running():
+        for name in "abc":
+            await store.pool.load(name)
+        await asyncio.sleep(0.01)
+        assert store.states() == {"a@1": "asleep", "b@1": "ready", "c@1": "ready"}
+        with store.pool.find("b").use(Played):
+            with pytest.raises(ApiError, match="being loaded"), store.pool.find("a").use(Played):
+                pass
+            await asyncio.sleep(0.01)
+            assert store.states() == {"a@1": "ready", "b@1": "ready", "c@1": "asleep"}
+        assert store.pool.state is State.READY
 
 
 @virtual_time

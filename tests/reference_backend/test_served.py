@@ -66,6 +66,7 @@ async def living(told, failures=(), sleep_after=None, refusal=None, **how):
     async def announce(_entry, id_, _model):
         if refusal is not None:
             raise refusal
+        assert subject.state is State.READY  # whoever is told of it may ask it
         ids.append(id_)
         assert len(set(ids)) == 1
         told.append("announced")
@@ -158,8 +159,9 @@ async def test_a_process_that_is_gone_is_replaced_and_announced_anew():
 async def test_the_first_failure_is_the_end():
     async with living([], [ModelError("too large")]) as (subject, _):
         assert (subject.state, subject.reason) == (State.FAILED, "too large")
-        with pytest.raises(ApiError), subject.use(Played):
+        with pytest.raises(ApiError, match="the index of the repository says why") as refused, subject.use(Played):
             pass
+        assert (refused.value.status, refused.value.code) == (503, "unavailable")
 
 
 @virtual_time
@@ -198,6 +200,49 @@ async def test_one_that_sleeps_can_be_ended():
         await asyncio.sleep(6.0)
         assert subject.state is State.ASLEEP
     assert (subject.state, told) == (State.CLOSED, ["begins", "announced", "ends", "withdrawn"])
+
+
+@virtual_time
+async def test_one_that_is_told_to_rest_does_when_nobody_uses_it():
+    told = []
+    async with living(told) as (subject, _):
+        subject.rest()
+        await settle()
+        assert subject.state is State.ASLEEP
+        with pytest.raises(ApiError), subject.use(Played):
+            pass
+        await settle()
+        with subject.use(Played):
+            subject.rest()
+            await asyncio.sleep(100.0)
+        await settle()
+        assert subject.state is State.READY
+
+
+@virtual_time
+async def test_one_that_is_ended_while_it_loads_goes_at_once():
+    class Slow(Played):
+        @contextlib.asynccontextmanager
+        async def running(self):
+            await asyncio.sleep(1000.0)
+            yield
+
+    subject = Served(Entry("adder", "1", None), Service(lambda _entry: Slow([]), None))
+    life = asyncio.ensure_future(subject.run())
+    await asyncio.sleep(1.0)
+    subject.end()
+    await life
+    await subject.wait_settled()
+    assert subject.state is State.CLOSED
+    assert asyncio.get_running_loop().time() < 2.0
+
+
+@virtual_time
+async def test_one_that_is_ended_before_it_begins_never_does():
+    subject = Served(Entry("adder", "1", None), Service(None, None))
+    subject.end()
+    await subject.run()
+    assert subject.state is State.CLOSED
 
 
 @virtual_time

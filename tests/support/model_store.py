@@ -42,6 +42,8 @@ async def running_store(root: Path, models: Mapping[str, str] | None = None, *ar
     service = Service(
         lambda entry: process.read(entry, options, time.monotonic, time.time),
         unregistered,
+        options.sleep_after,
+        options.most_awake,
         grace=0.0,
         finish_within=0.0,
     )
