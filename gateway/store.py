@@ -347,6 +347,7 @@ async def within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
     lies in the socket, and would call Redis slow.
     """
     task = asyncio.ensure_future(work)
+    task.add_done_callback(_seen)  # also where it ends long after it was given up
     try:
         for share in (0.8, 0.2):
             if not task.done():
@@ -358,8 +359,12 @@ async def within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
         if not task.done():
             task.cancel()
             await asyncio.wait({task}, timeout=CLOSE_SECONDS)
-        if task.done() and not task.cancelled():
-            task.exception()  # seen
+
+
+def _seen(task: asyncio.Future[Any]) -> None:
+    """Take note of how it ended: asyncio reports what nobody has asked."""
+    if not task.cancelled():
+        task.exception()
 
 
 def script_arguments(key: bytes, replica: str, number: int, limit: Limit, ask: Ask) -> tuple[bytes | str | int, ...]:

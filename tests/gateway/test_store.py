@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import contextlib
 import random
 from collections import deque
@@ -12,7 +13,16 @@ from redis.asyncio import Redis
 from redis.asyncio.cluster import RedisCluster
 
 from gateway.redis_url import RedisUrlError, read_address
-from gateway.store import Question, RedisStore, StoreAnswerError, open_clients, read_reply, reason_of, within
+from gateway.store import (
+    CLOSE_SECONDS,
+    Question,
+    RedisStore,
+    StoreAnswerError,
+    open_clients,
+    read_reply,
+    reason_of,
+    within,
+)
 from observability.events import StoreChanged
 from policies.lease import Ask, Grant, Limit
 from policies.policy import Rate
@@ -209,6 +219,24 @@ class TestWithin:
 
         with pytest.raises(KeyError):
             await within(1.0, work())
+
+    @virtual_time
+    async def test_what_fails_long_after_it_was_given_up_is_seen(self):
+        told: list[dict[str, object]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+
+        async def work() -> None:
+            try:
+                await asyncio.sleep(10)
+            except asyncio.CancelledError:
+                await asyncio.sleep(10 * CLOSE_SECONDS)  # a connection takes its time to end
+                raise ConnectionError from None
+
+        with pytest.raises(TimeoutError):
+            await within(1.0, work())
+        await asyncio.sleep(10)
+        gc.collect()
+        assert told == []
 
     @virtual_time
     async def test_cancelled_it_cancels_the_work(self):
