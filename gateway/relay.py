@@ -164,6 +164,19 @@ class Relay(Wakeup):
         elif self._mode is Mode.RAW:
             self._out.append(data)
 
+    def on_chunk(self, chunk: bytes, at: int) -> None:
+        """A read was one whole chunk, whose content begins there: mostly an event. Its framing goes out as it came."""
+        content = chunk[at:-2]
+        self.on_body(content)
+        out = self._out
+        if self._is_chunked and len(out) == 1 and out[0] is content and self.ending is LEFT:
+            self._out = []
+            self._activity = self.trail.clock()
+            self.trail.bytes_out += len(chunk)
+            self._client.write(chunk)
+        else:
+            self.on_flush()
+
     def on_end(self) -> None:
         """The framing says that the answer is whole."""
         if self.ending is not LEFT:

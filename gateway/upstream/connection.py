@@ -3,19 +3,22 @@
 A connection carries one `Answer` at a time. It decides nothing: it feeds bytes to the parser and tells the answer what
 came (head, body, end) or how it broke. It goes back to its pool only after a whole answer, with nothing left over.
 
-The parser is llhttp in its strict mode; what it lets through is checked again in `answer.py`.
+The parser is llhttp in its strict mode; what it lets through is checked again in `answer.py`. A read that is one whole
+chunk, as most events of a stream come, is not shown to it: it has nothing to find there.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
 import httptools
 
 if TYPE_CHECKING:
     from gateway.outbox import Outbox
     from gateway.upstream.pool import Pool
+
+_CHUNK_HEADS: Final = [b"%x\r\n" % size for size in range(4096)]  # of an event, mostly; larger ones can be parsed
 
 MAX_HEAD_BYTES = 64 * 1024  # of a head; and of what stands between and behind a body's pieces, such as trailers
 
@@ -25,6 +28,7 @@ class Answer(Protocol):
 
     def on_head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None: ...
     def on_body(self, data: bytes) -> None: ...
+    def on_chunk(self, chunk: bytes, at: int) -> None: ...
     def on_end(self) -> None: ...
     def on_flush(self) -> None: ...
     def on_broken(self, reason: str) -> None: ...
@@ -35,8 +39,9 @@ class Connection:
     """An asyncio protocol: idle (answer is None) => busy (start) => idle (whole answer) or closed (anything else)."""
 
     __slots__ = (
-        "_alarm", "_bodyless_bytes", "_ends_by_itself", "_headers", "_in_head", "_is_paused", "_keeps_alive", "_outbox",
-        "_parser", "_rings_at", "answer", "got_bytes", "idle_since", "leftover", "pool", "reused", "transport", "whole",
+        "_alarm", "_bodyless_bytes", "_ends_by_itself", "_headers", "_in_head", "_is_between_chunks", "_is_paused",
+        "_keeps_alive", "_outbox", "_parser", "_rings_at", "answer", "got_bytes", "idle_since", "leftover", "pool",
+        "reused", "transport", "whole",
     )  # fmt: skip
 
     transport: asyncio.Transport
@@ -53,6 +58,7 @@ class Connection:
         self.whole = False  # the current answer has ended as its framing says
         self.leftover = False  # what comes is not heard: it came after the end of the answer, or after too large a head
         self._in_head = True
+        self._is_between_chunks = False
         self._bodyless_bytes = 0  # since the last piece of a body, or since the answer began
         self._headers: list[tuple[bytes, bytes]] = []
         self._ends_by_itself = False
@@ -67,6 +73,7 @@ class Connection:
         self.answer = answer
         self.got_bytes = self.whole = self.leftover = False
         self._in_head, self._bodyless_bytes, self._headers = True, 0, []
+        self._is_between_chunks = False
         self._outbox.write(self.transport, head_and_body)
 
     def finish(self, now: float) -> None:
@@ -133,6 +140,12 @@ class Connection:
         if answer is None:  # nobody asked: whatever it is, it must not reach the next request
             self.close()
             return
+        if self._is_between_chunks and not (self.whole or self.leftover):
+            at = _begin_of_chunk(data)
+            if at > 0:
+                self._bodyless_bytes = 0
+                answer.on_chunk(data, at)
+                return
         self.got_bytes = True
         self._bodyless_bytes += len(data)
         try:
@@ -146,6 +159,8 @@ class Connection:
             self.leftover = True
             answer.on_broken("upstream_protocol")
             return
+        if self._is_between_chunks and not data.endswith(b"\r\n"):
+            self._is_between_chunks = False  # within the line that begins the next one
         answer.on_flush()
 
     def _unreadable(self, answer: Answer) -> None:
@@ -202,11 +217,24 @@ class Connection:
         if self.answer is not None and not self.leftover:
             self.answer.on_body(data)
 
+    def on_chunk_header(self) -> None:
+        self._is_between_chunks = False
+
+    def on_chunk_complete(self) -> None:
+        self._is_between_chunks = True
+
     def on_message_complete(self) -> None:
         if self.answer is not None and not self.leftover:
             self.whole = True
             self._keeps_alive = self._ends_by_itself and self._parser.should_keep_alive()  # llhttp knows it only now
             self.answer.on_end()
+
+
+def _begin_of_chunk(data: bytes) -> int:
+    """Where the content begins of a read that is one whole chunk, framed as we would; 0 for any other."""
+    at = data.find(b"\r\n", 0, 5) + 2
+    size = len(data) - at - 2
+    return at if 0 < size < 4096 and data.startswith(_CHUNK_HEADS[size]) and data.endswith(b"\r\n") else 0
 
 
 def _size_of(headers: list[tuple[bytes, bytes]]) -> int:

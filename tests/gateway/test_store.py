@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import contextlib
+import gc
 import random
 from collections import deque
 from collections.abc import AsyncIterator, Callable

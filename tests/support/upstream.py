@@ -89,6 +89,9 @@ class Listener:
     def on_body(self, data: bytes) -> None:
         self.heard.append(data)
 
+    def on_chunk(self, chunk: bytes, at: int) -> None:
+        self.heard += [chunk[at:-2], "flush"]
+
     def on_end(self) -> None:
         self.heard.append("end")
 

@@ -1,6 +1,9 @@
 import asyncio
+import itertools
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gateway.upstream.connection import MAX_HEAD_BYTES
 from gateway.upstream.pool import Pool
@@ -42,6 +45,36 @@ def test_one_connection_carries_many_answers(pool) -> None:
         assert listener.heard == [200, b"hi", "end", "flush"]
         connection.finish(0.0)
         assert pool.take(0.0) is connection
+
+
+@given(
+    chunks=st.lists(
+        st.sampled_from(
+            [
+                b"2\r\nhi\r\n", b"2;a=b\r\nhi\r\n", b"02\r\nhi\r\n", b"5\r\n2\r\n\r\n\r\n", b"a\r\n0123456789\r\n",
+                b"A\r\n0123456789\r\n",
+                b"c\r\n1\r\nx\r\n0\r\n\r\n\r\n", b"2\r\nhi", b"\r\n", b"1\r\n", b"+2\r\nhi\r\n", b"3\r\nhi\r\n",
+                b"0\r\n\r\n", b"0\r\nx: y\r\n\r\n", b"2 \r\nhi\r\n",
+            ]
+        ),
+        max_size=6,
+    ),
+    ends=st.lists(st.integers(0, 60), max_size=4),
+)  # fmt: skip
+def test_chunks_are_read_alike_however_they_come(chunks, ends) -> None:
+    def told(*pieces: bytes) -> tuple[bytes, list[object], bool, bool]:
+        """The content and the other things heard; whether the answer is whole, and something is left."""
+        connection = connected(Pool(endpoint()))
+        heard = exchange(connection, CHUNKED, *pieces).heard
+        content = b"".join(one for one in heard if isinstance(one, bytes))
+        events = [one for one in heard if not isinstance(one, bytes) and one != "flush"]
+        return content, list(dict.fromkeys(events)), connection.whole, connection.leftover
+
+    stream = b"".join(chunks)
+    cuts = sorted({0, *(end for end in ends if end < len(stream)), len(stream)})
+    pieces = [stream[start:end] for start, end in itertools.pairwise(cuts)]
+    byte_by_byte = told(*(stream[at : at + 1] for at in range(len(stream))))
+    assert told(*chunks) == told(*pieces) == byte_by_byte
 
 
 @pytest.mark.parametrize(
