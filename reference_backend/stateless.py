@@ -153,7 +153,7 @@ class Stateless:
         self.outputs: Sequence[TensorSpec] = ()
         self.reporter = Reporter(self, wall)
         self._entry = entry
-        self._clock = clock
+        self.clock = clock
         self._in_flight = 0
         self._news = asyncio.Event()
         self._model: TensorModel | None = None
@@ -229,7 +229,7 @@ class Stateless:
             raise protocol.loading()
         if self._in_flight >= self.bound:
             raise self._full()
-        began = self._clock()
+        began = self.clock()
         with self._counted():
             try:
                 async with asyncio.timeout(None if deadline is None else deadline - began):
@@ -244,7 +244,7 @@ class Stateless:
                 raise protocol.worker_lost() from error
             except Failed as error:
                 raise protocol.engine_failed() from error
-        self.reporter.answered(self._clock() - began, self._clock() - began, 1)
+        self.reporter.answered(self.clock() - began, self.clock() - began, 1)
         return outputs
 
     def _full(self) -> ApiError:
@@ -267,7 +267,7 @@ class Stateless:
 
 
 class Embedding(Stateless):
-    fixed_inputs: ClassVar = {"text": ("BYTES", 1)}
+    fixed_inputs: ClassVar = {"text": ("BYTES", 1), "ids": ("INT64", 1), "lengths": ("INT64", 1)}
     fixed_outputs: ClassVar = {"embedding": ("FP32", 2), "tokens": ("INT64", 1)}
 
 
@@ -282,12 +282,13 @@ KINDS: Mapping[Kind, type[Stateless]] = {"tensor": Stateless, "embedding": Embed
 def check(inputs: Tensors, specs: Sequence[TensorSpec]) -> None:
     """Raise ApiError 400 for inputs that do not fit the specs, naming the tensor and what was expected."""
     wanted = {spec.name: spec for spec in specs}
-    for name in (*wanted, *inputs):
-        if name not in inputs:
+    for name, spec in wanted.items():
+        if name not in inputs and not spec.optional:
             raise bad_tensor(name, "is missing")
+    for name, array in inputs.items():
         if name not in wanted:
             raise bad_tensor(name, f"is none of this model's: {', '.join(wanted)}")
-        _check_one(inputs[name], wanted[name])
+        _check_one(array, wanted[name])
 
 
 def _check_one(array: Array, spec: TensorSpec) -> None:

@@ -2,12 +2,14 @@
 
 A `TensorModel` is made by an executor, a module that model.toml names. The server runs it in a process of its own
 (`isolation = "process"`) or beside itself (`"thread"`: no hop, for models that need microseconds); either way it talks
-to this interface, and what it hands over has been checked: every input is there, nothing else is, each has the datatype
-and a shape that its spec allows, is contiguous and in the machine's byte order.
+to this interface, and what it hands over has been checked: every input that is not optional is there, nothing else is,
+each has the datatype and a shape that its spec allows, is contiguous and in the machine's byte order.
 
 Three kinds of model have fixed names for what they take and give, so that the OpenAI paths can use them:
 
-    embedding  takes `text` BYTES [-1]; gives `embedding` FP32 [-1, d] and `tokens` INT64 [-1], the count for each text
+    embedding  takes `text` BYTES [-1], or `ids` INT64 [-1] and `lengths` INT64 [-1]: the tokens of all texts behind
+               each other, and how many each has; gives `embedding` FP32 [-1, d] and `tokens` INT64 [-1], the count for
+               each text
     image      takes `prompt` BYTES [-1], `seed` INT64 [-1]; gives `image` UINT8 [-1, height, width, 3]
     tensor     whatever its specs say
 
@@ -67,12 +69,16 @@ class Lost(Exception):  # noqa: N818  an answer, not a fault
     """The process that had the request is gone, and what it had computed with it."""
 
 
-class TensorSpec(msgspec.Struct, frozen=True):
-    """A tensor that a model takes or gives. -1 in `shape`: any size. With batches the first dimension is -1."""
+class TensorSpec(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A tensor that a model takes or gives. -1 in `shape`: any size. With batches the first dimension is -1.
+
+    An `optional` one may be left out of a request; the model says what may stand for what.
+    """
 
     name: str
     datatype: str
     shape: tuple[int, ...]
+    optional: bool = False
 
     def __post_init__(self) -> None:
         if self.datatype not in DTYPES:

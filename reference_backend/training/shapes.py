@@ -65,9 +65,12 @@ class Mlp(nn.Module):
             nn.Linear(inner // 2, len(KINDS)),
         )
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def features(self, pixels: Tensor) -> Tensor:
         grey = pixels.float().mean(-1)[:, None] / 255.0
-        scores: Tensor = self.layers(functional.avg_pool2d(grey, 2).flatten(1))
+        return functional.avg_pool2d(grey, 2).flatten(1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        scores: Tensor = self.layers(self.features(pixels))
         return scores
 
 

@@ -83,7 +83,7 @@ def test_help_has_an_example(capsys):
 def test_a_model_that_is_not_there_is_exit_code_3(tmp_path, capsys):
     assert run(["--model", str(tmp_path / "gone")]) == 3
     error = capsys.readouterr().err
-    assert "gone; --model takes a Hugging Face directory, or one of: tiny" in error
+    assert "gone; --model takes a Hugging Face directory, or one of: minilm, tiny, tiny-embedding" in error
     assert error.count("\n") == 1
 
 

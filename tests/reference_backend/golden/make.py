@@ -2,8 +2,8 @@
 
     pip install torch transformers==5.0.0 && python tests/reference_backend/golden/make.py
 
-Three tiny models of random weights, each with the features of its architecture that could be got wrong, and the
-logits that transformers gives for a fixed text.
+Three tiny decoders of random weights, each with the features of its architecture that could be got wrong, and the
+logits that transformers gives for a fixed text; and an encoder (made with transformers 5.24) with its last states.
 """
 
 from pathlib import Path
@@ -50,3 +50,16 @@ for name, config in MODELS.items():
     (directory / "generation_config.json").unlink(missing_ok=True)
     save_file({"tokens": tokens, "logits": logits[:, ::6].contiguous()}, directory / "golden.safetensors")
     print(name, transformers.__version__, sorted(path.name for path in directory.iterdir()))
+
+torch.manual_seed(1)
+shape = {name: size for name, size in SHAPE.items() if name != "num_key_value_heads"}
+model = transformers.BertModel(transformers.BertConfig(**shape), add_pooling_layer=False).float().eval()
+with torch.no_grad():
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    tokens = torch.randint(0, 64, (2, 48))
+    states = model(tokens).last_hidden_state
+directory = Path(__file__).parent / "bert"
+model.save_pretrained(directory)
+save_file({"tokens": tokens, "states": states.contiguous()}, directory / "golden.safetensors")
