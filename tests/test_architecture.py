@@ -47,6 +47,7 @@ DOORS = {
     "opentelemetry": ("observability/tracing.py",),
     "torch": ("reference_backend/",),
     "llguidance": ("reference_backend/engine/grammar.py",),
+    "torchao": ("reference_backend/executors/quantize.py",),
     "onnxruntime": ("reference_backend/executors/onnx.py",),
 }
 
