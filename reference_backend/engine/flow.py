@@ -96,9 +96,9 @@ class Flow(nn.Module):
         size, patch = config.hidden_size, config.patch
         self.config = config
         self.piece = nn.Conv2d(3, size, patch, stride=patch)
-        self.place = nn.Parameter(torch.randn(config.pieces, size) * 0.02)
+        self.place = nn.Parameter(torch.randn(config.pieces, size))  # as loud as a piece, or it is not heard
         self.word = nn.Embedding(len(config.words) + 1, size)
-        self.order = nn.Parameter(torch.randn(config.longest, size) * 0.02)
+        self.order = nn.Parameter(torch.randn(config.longest, size) * 0.3)
         self.time = nn.Sequential(nn.Linear(size, size), nn.SiLU(), nn.Linear(size, size))
         self.layers = nn.ModuleList(Layer(size, config.heads) for _ in range(config.layers))
         self.norm = nn.LayerNorm(size)

@@ -5,9 +5,20 @@ import re
 
 import pytest
 
-pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
+torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
 
-from reference_backend.training.examine import TASKS, Question, Score, answers, examine, questions, table  # noqa: E402
+from reference_backend.engine.model import load_model  # noqa: E402
+from reference_backend.tokenizer import Tokenizer  # noqa: E402
+from reference_backend.training.examine import (  # noqa: E402
+    PICTURE_TASKS,
+    TASKS,
+    Question,
+    Score,
+    answers,
+    examine,
+    questions,
+    table,
+)
 from tests.support.tiny_model import DIRECTORY, tiny  # noqa: E402
 
 CARD = (DIRECTORY / "MODEL_CARD.md").read_text()
@@ -31,6 +42,47 @@ def test_the_card_claims_nine_in_ten_for_each_task():
     rows = dict(re.findall(r"^\| ([a-z ]+?) \| .* \| ([\d.]+)% \|$", CARD, re.MULTILINE))
     assert set(rows) == {*TASKS, "all"}
     assert all(float(share) >= 90 for share in rows.values()), rows
+
+
+SEEING = DIRECTORY.parent / "tiny-vlm"
+SEEING_CARD = (SEEING / "MODEL_CARD.md").read_text()
+SAMPLE = 20  # questions of each task
+
+
+@pytest.mark.slow
+def test_of_the_models_that_see_the_newer_one_is_as_good_as_its_card_says_and_the_older_one_is_not():
+    shares = {}
+    for version in ("1", "2"):
+        directory = SEEING / version
+        scores = examine(load_model(directory, torch.device("cpu")), Tokenizer(directory), SAMPLE)
+        shares[version] = {score.task: score.right / score.asked for score in scores}
+    assert set(shares["2"]) == {*TASKS, *PICTURE_TASKS}
+    claimed = {task: float(second) / 100 for task, _, second in CLAIM.findall(SEEING_CARD)}
+    low = {
+        task: share for task, share in shares["2"].items() if share < claimed[task] - 0.15
+    }  # a sample may be unlucky
+    assert not low, (low, claimed)
+    assert sum(shares["1"].values()) < sum(shares["2"].values())
+
+
+CLAIM = re.compile(r"^\| ([a-z ]+?) \| ([\d.]+)% \| ([\d.]+)% \|", re.MULTILINE)
+
+
+def test_the_card_of_the_models_that_see_names_their_weights_and_every_task():
+    for version in ("1", "2"):
+        for name in ("model", "vision"):
+            path = SEEING / version / f"{name}.safetensors"
+            assert f"`{version}/{path.name}` `{hashlib.sha256(path.read_bytes()).hexdigest()}`" in SEEING_CARD
+    assert {task for task, _, _ in CLAIM.findall(SEEING_CARD)} == {*TASKS, *PICTURE_TASKS, "all"}
+
+
+def test_questions_about_pictures_have_one_but_for_those_without():
+    asked = questions(5, with_pictures=True)
+    assert asked == questions(5, with_pictures=True)
+    for question in asked:
+        assert len(question.pictures) == (question.task in ("caption", "question"))
+        assert all(len(pixels) == 32 * 32 * 3 for pixels in question.pictures)
+        assert question.messages[-1].content.count("<|image_pad|>") == 16 * len(question.pictures)
 
 
 def test_the_model_is_as_small_as_it_should_be():

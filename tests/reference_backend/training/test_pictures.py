@@ -60,16 +60,12 @@ def test_every_answer_is_true():
     mine, scene = painter(), (RED_CIRCLE, BLUE_CROSS)
     for _ in range(300):
         exchange = mine.exchange(scene)
-        named = [kind for kind in KINDS if kind in exchange.question]
         if exchange.task == "caption":
             assert exchange.answer == "A big red circle at the top left and a small blue cross in the centre."
-        elif named in (["square"], ["triangle"]):
-            assert exchange.answer == f"There is no {named[0]}."
         else:
             assert exchange.answer in {
-                "The circle is red.", "The cross is blue.", "The circle is at the top left.",
-                "The cross is in the centre.", "The circle is big.", "The cross is small.", "There are two shapes.",
-                *(f"Nothing is {colour}." for colour in COLOURS if colour not in ("red", "blue")),
+                "The circle is red.", "The cross is blue.", "The circle is big.", "The cross is small.",
+                "There are two shapes.",
             }  # fmt: skip
 
 
