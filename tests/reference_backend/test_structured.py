@@ -8,6 +8,7 @@ import pytest
 
 from reference_backend import structured
 from reference_backend.structured import Clause, JsonSchema, ResponseFormat, Trials, Unfit, clause_of, composed, faults
+from reference_backend.tools import QWEN, Function, call_grammar, schema_of
 
 BAD = {"type": "strnig"}
 WRONG = "Invalid type: strnig"
@@ -21,7 +22,7 @@ def clause(schema, *, place="schema", is_strict=False):
 
 
 def task(*clauses):
-    return structured._Task(f"start: {clauses[0].grammar}", list(clauses))
+    return structured._Task("start: " + " | ".join(each.grammar for each in clauses), list(clauses))
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ def test_what_is_wrong_is_found_where_it_is(schema, place):
 
 def test_the_first_clause_that_is_wrong_is_told():
     clauses = [clause({}, place="a"), clause(BAD, place="b"), clause(BAD, place="c")]
-    assert list(faults(task(*clauses), Random(0))) == [("b", WRONG)]
+    assert list(faults(task(*clauses), Random(0))) == [("a", WRONG), ("b", WRONG)]
 
 
 def test_clauses_that_are_good_alone_and_not_together_are_told_too():
@@ -106,6 +107,14 @@ async def test_schemas_are_tried_in_processes_that_are_ended(monkeypatch):
             return error.place, str(error)
 
     assert await asyncio.gather(*(refused(schema) for schema, _ in TRIED)) == [expected for _, expected in TRIED]
+
+
+async def test_forty_tools_are_no_trouble():
+    """Each alone would take longer to try than all of them together may."""
+    parameters = {"properties": {f"p{n}": {"type": "string", "format": "date-time"} for n in range(5)}}
+    functions = [Function(name=f"tool_{n}", parameters=parameters) for n in range(40)]
+    clauses = [clause(schema_of(each), place=each.name) for each in functions]
+    await Trials().check(call_grammar(QWEN, functions, is_forced=False, in_parallel=True, content=""), clauses)
 
 
 async def test_what_is_good_is_not_tried_again(monkeypatch):
