@@ -27,6 +27,9 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 LIVED_WELL = 10.0  # seconds after which an end is news and not the next of a row
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
+# Where gRPC runs in this process, too, its handlers of fork() abort some children before they are their programs.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 

@@ -4,6 +4,7 @@ import os
 
 from hypothesis import settings
 
+import gateway.children  # first: it says how gRPC has to behave where children are started
 import gateway.pipeline
 
 IS_COMPILED = not gateway.pipeline.__file__.endswith(".py")
