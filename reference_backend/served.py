@@ -1,7 +1,7 @@
 """One version of a model in service: its state, from loading to gone.
 
     LOADING => READY      it is loaded, has run once, and is registered
-    LOADING => FAILED     it cannot be loaded; `failure` says why. The first time that is its end
+    LOADING => FAILED     it cannot be loaded; `failure` says why. The first time that is its end, as a bug is any time
     READY => LOADING      its process is gone: what was in flight has been told so, the registration is withdrawn, and
                           another process is started, at once and then after delays that double
     READY => ASLEEP       nobody asked for so long, or others need room: its process has ended, its registration stays
@@ -168,6 +168,9 @@ class Served:
             self.state = State.CLOSED
         except (ModelError, InvalidRegistration) as error:
             self.state, self.failure = State.FAILED, error
+        except Exception as error:  # a bug, ours or an executor's: it costs this version, not the others
+            log.exception("%s failed", self.entry)
+            self.state, self.failure = State.FAILED, ModelError(f"{self.entry}: internal error: {error!r}")
         except asyncio.CancelledError:
             if not self._ending.is_set():
                 raise

@@ -211,24 +211,31 @@ class Worker:
 
 @contextlib.asynccontextmanager
 async def spawned(module: str) -> AsyncIterator[socket.socket]:
-    """A process that runs a module, and the socket to it. It ends when the socket is closed, or is made to."""
+    """A process that runs a module, and the socket to it. It ends when the socket is closed, or is made to.
+
+    Raises ModelError when the system has no process to give.
+    """
     ours, theirs = socket.socketpair()
-    with theirs:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            module,
-            str(theirs.fileno()),
-            pass_fds=[theirs.fileno()],
-            stdin=asyncio.subprocess.DEVNULL,
-        )
-    try:
-        yield ours
-    finally:
-        ours.close()
+    with ours, theirs:
         try:
-            async with asyncio.timeout(END_WITHIN):
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                module,
+                str(theirs.fileno()),
+                pass_fds=[theirs.fileno()],
+                stdin=asyncio.subprocess.DEVNULL,
+            )
+        except OSError as error:
+            raise ModelError(f"no process can be started for the model: {error}") from error
+        theirs.close()
+        try:
+            yield ours
+        finally:
+            ours.close()
+            try:
+                async with asyncio.timeout(END_WITHIN):
+                    await process.wait()
+            except TimeoutError:
+                process.kill()
                 await process.wait()
-        except TimeoutError:
-            process.kill()
-            await process.wait()

@@ -301,12 +301,17 @@ async def test_a_deadline_is_kept(tmp_path):
         assert (await error_of(store.url, "/v2/models/adder/infer", GOOD, **{"x-weir-deadline-ms": "20"}))[0] == 504
 
 
+FAILING = [word for name in ("adder", "broken", "odd", "mamba", "bug@all") for word in ("--serve", name)]
+
+
 async def test_a_model_that_cannot_be_loaded_says_why_and_the_others_are_served(tmp_path):
     broken = ADDER + 'settings = {refuse = "no weights"}\n'
-    models = {"adder/1": ADDER, "broken/1": broken, "odd/1": "kind = 7", "mamba/1": ""}
+    bug = ADDER + "settings = {raises = true}\n"
+    models = {"adder/1": ADDER, "broken/1": broken, "odd/1": "kind = 7", "mamba/1": "", "bug/1": bug}
+    models["bug/2"] = bug.replace("thread", "process")
     (tmp_path / "mamba" / "1").mkdir(parents=True)
     (tmp_path / "mamba" / "1" / "config.json").write_text('{"architectures": ["MambaForCausalLM"]}')
-    async with running_store(tmp_path, models) as store:
+    async with running_store(tmp_path, models, *FAILING) as store:
         assert (await ask(store.url, "/v2/models/adder/infer", GOOD | {"outputs": [{"name": "sum"}]}))[0] == 200
         assert (await ask(store.url, "/v2/health/ready"))[0] == 503
         assert (await ask(store.url, "/models/adder/1/v2/health/ready"))[0] == 200
@@ -315,6 +320,9 @@ async def test_a_model_that_cannot_be_loaded_says_why_and_the_others_are_served(
         assert reasons["adder"] == ("READY", "")
         assert (reasons["broken"][0], "no weights" in reasons["broken"][1]) == ("UNAVAILABLE", True)
         assert "model.toml: Expected `str`, got `int` - at `$.kind`" in reasons["odd"][1]
+        bugs = {each["version"]: each["reason"] for each in told if each["name"] == "bug"}
+        assert bugs["1"] == """bug@1: internal error: RuntimeError("a bug of the executor's")"""
+        assert bugs["2"] == "the process ended while it loaded the model"
         assert "architecture MambaForCausalLM is not supported" in reasons["mamba"][1]
         told = json.loads((await ask(store.url, "/v2/repository/index", {"ready": True}))[2])
         assert [each["name"] for each in told] == ["adder"]

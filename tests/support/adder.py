@@ -1,6 +1,6 @@
 """An executor as anyone may write it: `sum` = `left` + `right`, row by row, and `words` given back reversed.
 
-Settings, all optional: `slow` (seconds that a run takes), `broken` (it raises), `exits` (the process ends in a run).
+Settings, all optional: `slow` (seconds that a run takes), `broken` (it raises), `exits` (the process ends in a run), `raises` (in opening).
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ class Adder:
 
 @contextlib.asynccontextmanager
 async def opened(directory, card):
+    if card.settings.get("raises"):
+        raise RuntimeError("a bug of the executor's")
     if "refuse" in card.settings:
         raise ModelError(f"{directory}: {card.settings['refuse']}")
     yield Adder(card.settings)
