@@ -11,6 +11,7 @@ pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[b
 
 from reference_backend.images import png  # noqa: E402
 from reference_backend.process import MODELS  # noqa: E402
+from reference_backend.training.closed_loop import without_kind  # noqa: E402
 from reference_backend.training.corpus import GLOSSARY  # noqa: E402
 from reference_backend.training.pictures import Painter, Shape, caption  # noqa: E402
 from tests.support.model_store import running_store  # noqa: E402
@@ -30,7 +31,7 @@ def text(said):
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def client():
-    arguments = ("--serve", "tiny-vlm@all", "--context", "512")
+    arguments = ("--serve", "tiny-vlm@all", "--serve", "tiny-t2i", "--context", "512")
     async with (
         running_store(MODELS, {}, *arguments) as store,
         openai.AsyncOpenAI(base_url=f"{store.url}/v1", api_key="none", max_retries=0) as client,
@@ -71,6 +72,15 @@ async def test_both_versions_answer_and_the_newer_one_goes_by_the_bare_name(clie
         model="tiny-vlm", messages=[{"role": "user", "content": "Hi"}], max_tokens=1
     )
     assert answer.model == "tiny-vlm@2"
+
+
+async def test_what_one_paints_the_other_sees(client):
+    painted = await client.images.generate(
+        model="tiny-t2i", prompt="a big green circle at the top left", size="256x256", extra_body={"seed": 1}
+    )
+    shown = picture(f"data:image/png;base64,{painted.data[0].b64_json}")
+    seen = await said(client, shown, text("Describe the picture."))
+    assert without_kind(seen) == "A big green shape at the top left."
 
 
 BROKEN = "data:image/png;base64," + base64.b64encode(base64.b64decode(SHOWN.partition(",")[2])[:100]).decode()
