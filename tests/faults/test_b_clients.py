@@ -17,6 +17,7 @@ import pytest
 from gateway.config_fields import Address
 from policies.identity import generate_signing_key, jwks_of, mint
 from tests.support.admin_client import scrape
+from tests.support.jwks_server import jwks_server, silence
 from tests.support.ports import free_ports
 from tests.support.raw_client import CHAT, Answer, RawClient, chat_request
 from tests.support.running_gateway import OPEN_POLICY, policy_with, until
@@ -209,6 +210,25 @@ def leave(client: RawClient, how: str) -> None:
         client.writer.transport.abort()
     else:
         client.writer.close()
+
+
+@pytest.mark.parametrize("how", ["FIN", "RST"])
+async def test_B07_a_client_that_leaves_while_it_waits_to_be_let_in(row, how):
+    """There is no queue yet. What a request waits for before a backend has heard of it is here its signing key."""
+    row.more_tasks = row.more_descriptors = 4  # connections between the gateway and the provider, kept by both
+    key, new_key = generate_signing_key(), generate_signing_key()
+    token = mint(new_key, sub="ann", issuer=IDP, audience="weir", ttl=60.0, wall=time.time())
+    async with jwks_server(jwks_of(key)) as idp, ScriptedBackend() as backend:
+        policy = with_issuer(row.home, key).replace("keys.json", f'"{idp.url}"')
+        async with row.gateway(backend.url, policy=policy) as gateway:
+            idp.answer, before = silence, idp.asked
+            async with RawClient(gateway.data_address) as client:
+                client.send(chat_request(None, f"authorization: Bearer {token}"))
+                await until(lambda: idp.asked > before)
+                leave(client, how)
+                await until(lambda: row.requests(gateway))
+    assert [line["end_reason"] for line in row.lines] == ["client_abort"]
+    assert backend.heads == []
 
 
 # Many connections
