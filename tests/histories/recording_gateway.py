@@ -32,6 +32,7 @@ from discovery.watch import Timing, Watch
 from gateway import config
 from gateway.app import Gateway
 from gateway.drain import wait_idle
+from gateway.sources import Sources
 from gateway.upstream.endpoint import Backend
 from observability.request import RequestEnded
 
@@ -61,16 +62,10 @@ class RecordingGateway(Gateway):
         fanout._of_requests += (self._note_ended,)
         return fanout
 
-    async def _start_discovery(self, *arguments):
-        found = await super()._start_discovery(*arguments)
-        found.store.subscribe(partial(self._note_view, found))
-        self._note_view(found, found.store.snapshot)
-        return found
-
     def note_breaker(self, backend: Backend, state) -> None:
         self.write("breaker", key=backend.key, life=self._life(backend), state=state.value)
 
-    def _note_view(self, found, snapshot: Snapshot) -> None:
+    def note_view(self, found, snapshot: Snapshot) -> None:
         # The fleet subscribed before us: it has taken in the same snapshot.
         backends = {
             key: (int(endpoint.zone or 0), f"{endpoint.address}:{endpoint.port}", self._life(self.fleet.backends[key]))
@@ -127,7 +122,15 @@ async def run(file: Path, record: Path, name: str) -> None:
 
         return both
 
+    class RecordingSources(Sources):
+        async def start_discovery(self, *arguments):
+            found, load_streams = await super().start_discovery(*arguments)
+            found.store.subscribe(partial(here.note_view, found))
+            here.note_view(found, found.store.snapshot)
+            return found, load_streams
+
     gateway.app._tell_breaker = tell_breaker
+    gateway.app.Sources = RecordingSources
     ended = asyncio.Event()
     asyncio.get_running_loop().add_reader(sys.stdin.fileno(), ended.set)
     async with here.running():
