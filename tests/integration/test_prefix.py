@@ -14,7 +14,7 @@ from tests.support.tiny_model import running_api  # noqa: E402
 
 pytestmark = pytest.mark.integration
 
-SESSIONS, TURNS = 10, 3
+SESSIONS, TURNS = 9, 3  # an odd number: taking turns between two backends, an even one would come back to its own
 LETTER = "I run a gateway before ten models, and it must not fail when one of them does. " * 4
 
 
@@ -57,5 +57,5 @@ async def test_prefix_finds_more_again_than_least_load(tmp_path) -> None:
         blind = await found_share(tmp_path, etcd.url, "least_load")
         knowing = await found_share(tmp_path, etcd.url, "prefix")
     print(f"cached share of later turns: least_load {blind:.2f}, prefix {knowing:.2f}")
-    assert knowing >= blind  # chance may send each turn where the one before it was, and nothing finds more than that
+    assert knowing > blind
     assert knowing > 0.7
