@@ -7,7 +7,7 @@ named as absent, with the reason, and never as beaten.
     chat        the default model over server-sent events: 1 and 16 streams, answers of 64 tokens
     shape       a model of Qwen3-0.6B's shape, random weights (1.2 GB in bf16): 1 and 8 streams, answers of 16 tokens
     mlp         a network of 64-256-256-10 in ONNX over HTTP and JSON: 64 clients, one row each
-    embeddings  MiniLM: 1 and 32 clients, texts of some 30 words
+    embeddings  MiniLM: 1 and 32 clients, texts of 5 to 60 words
     fairness    ours alone: a light consumer by itself, and beside one that floods
 """
 
@@ -134,9 +134,10 @@ def row(number: int) -> dict[str, object]:
     return {"inputs": [{"name": "x", "shape": [1, 64], "datatype": "FP32", "data": data}]}
 
 
-def text(_number: int) -> dict[str, object]:
+def text(number: int) -> dict[str, object]:
+    """Of 5 to 60 words, as sentences and paragraphs are."""
     words = "a gateway sends each request to the backend that has least to do and tells its client when none is left"
-    return {"input": f"{words}; {words[:60]}"}
+    return {"input": " ".join((words.split() * 3)[: 5 + 13 * number % 56])}
 
 
 def _ours(port: int, *arguments: str | Path) -> list[str | Path]:
@@ -330,7 +331,7 @@ def _warm(asked: Asked) -> None:
 def whole(asked: Asked, clients: int, seconds: float) -> Round:
     """Answers that are one document, by wrk."""
     before = asked.process.usage().cpu_seconds
-    target = wrk.Target(asked.port, asked.server.path, _JSON, asked.body(7))
+    target = wrk.Target(asked.port, asked.server.path, _JSON, *_different(asked))
     did = wrk.run(target, connections=clients, seconds=seconds, folder=asked.files["folder"])
     if did.failed > did.requests / 100 or not did.requests:
         raise Failed(f"{did.failed} of {did.requests} requests failed")
@@ -339,6 +340,11 @@ def whole(asked: Asked, clients: int, seconds: float) -> Round:
     if cpu:  # else it works in sessions that are not ours, where nobody counts
         told["cpu_us"] = micros_each(cpu, did.requests)
     return told
+
+
+def _different(asked: Asked) -> tuple[bytes, tuple[bytes, ...]]:
+    first, *others = (asked.body(number) for number in range(16))
+    return first, tuple(others)
 
 
 def streamed(asked: Asked, streams: int, seconds: float) -> Round:

@@ -17,6 +17,7 @@ SCRIPT = Template("""\
 wrk.method = "POST"
 wrk.body = [==[$body]==]
 $headers
+$turns
 $pause
 done = function(summary, latency, requests)
   local e = summary.errors
@@ -26,17 +27,22 @@ done = function(summary, latency, requests)
     latency:percentile(50), latency:percentile(99)))
 end
 """)
+TURNS = Template("""\
+local requests, turn = {}, 0
+init = function() for _, body in ipairs({$bodies}) do table.insert(requests, wrk.format(nil, nil, nil, body)) end end
+request = function() turn = turn % #requests + 1; return requests[turn] end""")
 GRACE_SECONDS = 30
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where requests go and what they carry. `headers` may name any consumer's token."""
+    """Where requests go and what they carry. `headers` may name any consumer's token, `others` are sent in turn."""
 
     port: int
     path: str
     headers: Mapping[str, str]
     body: bytes
+    others: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +77,9 @@ class Wrk:
         headers = "\n".join(f"wrk.headers[{lua(name)}] = {lua(value)}" for name, value in target.headers.items())
         script = folder / "request.lua"
         pause = "" if pause_ms is None else f"delay = function() return {pause_ms} end"
-        script.write_text(SCRIPT.substitute(body=target.body.decode(), headers=headers, pause=pause))
+        bodies = ", ".join(f"[==[{body.decode()}]==]" for body in (target.body, *target.others))
+        turns = TURNS.substitute(bodies=bodies) if target.others else ""  # else wrk's own: made once
+        script.write_text(SCRIPT.substitute(body=target.body.decode(), headers=headers, turns=turns, pause=pause))
         # wrk takes whole seconds only.
         command = [
             wrk,

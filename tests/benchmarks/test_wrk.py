@@ -1,3 +1,7 @@
+import http.server
+import shutil
+import threading
+
 import pytest
 
 from benchmarks import wrk
@@ -46,3 +50,28 @@ def test_a_pause_before_each_request_is_a_function_of_the_script(tmp_path, monke
     with pytest.raises(Failed, match="no output"):  # it is no real wrk
         wrk.run(target, connections=1, seconds=1, folder=tmp_path, pause_ms=pause_ms)
     assert line in (tmp_path / "request.lua").read_text().splitlines()
+
+
+@pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed (apt-get install wrk)")
+def test_several_bodies_are_sent_in_turn(tmp_path):
+    seen = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            seen.append(self.rfile.read(int(self.headers["content-length"])))
+            self.send_response(200)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        target = wrk.Target(server.server_port, "/", {}, b'"one"', (b'"two"', b'"three"'))
+        assert not wrk.run(target, connections=1, seconds=1, folder=tmp_path).failed
+        server.shutdown()
+    assert set(seen[:3]) == {b'"one"', b'"two"', b'"three"'}
+    assert seen[3:6] == seen[:3]
