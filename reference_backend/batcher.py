@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from reference_backend.admission import FairQueue
-from reference_backend.tensors import Full, Late, Lost
+from reference_backend.tensors import ANYHOW, Full, Late, Lost, Terms
 
 UNDER_WAY = 2  # batches: one that runs, one that is ready
 AGE_SECONDS = 10.0  # of waiting that make up for one class
@@ -147,23 +147,15 @@ class Batcher:
         if self._timer is not None:
             self._timer.cancel()
 
-    async def ask(
-        self,
-        parts: Sequence[tuple[Any, int]],
-        *,
-        key: Hashable = None,
-        deadline: float | None = None,
-        tenant: str = "",
-        priority: int = 1,
-    ) -> list[Any]:
+    async def ask(self, parts: Sequence[tuple[Any, int]], key: Hashable = None, terms: Terms = ANYHOW) -> list[Any]:
         """The answers to payloads, each given with its size. Raises Full, Late, Lost, and whatever `run` raised.
 
         They may run in several batches. A cancelled call takes no place in one that is not made yet.
         """
-        now = self._clock()
+        now, deadline = self._clock(), terms.deadline
         if deadline is not None and now >= deadline:
             raise Late
-        items = [Item(payload, size, key, deadline, tenant, priority) for payload, size in parts]
+        items = [Item(payload, size, key, deadline, terms.tenant, terms.priority) for payload, size in parts]
         self.batches.add(items, now)
         loop = asyncio.get_running_loop()
         answers = {item: loop.create_future() for item in items}

@@ -14,7 +14,7 @@ import numpy as np
 from aiohttp import web
 
 from reference_backend import protocol
-from reference_backend.incoming import check_open, deadline, find, json_response, read_body
+from reference_backend.incoming import check_open, find, json_response, read_body, terms
 from reference_backend.openai_api import LARGEST_BODY, USAGE
 from reference_backend.pool import Pool
 from reference_backend.protocol import ApiError, Json, Usage
@@ -82,7 +82,7 @@ class Embeddings:
                 )
                 raise ApiError(400, "unsupported_parameter", message, param="dimensions")
             try:
-                outputs = await model.infer(body.tensors(), deadline(request, model.clock()))
+                outputs = await model.infer(body.tensors(), terms(request.headers, model.clock()))
             except ApiError as error:
                 if error.code != "bad_tensor":
                     raise

@@ -16,7 +16,7 @@ from aiohttp import web
 
 from reference_backend import protocol
 from reference_backend.images import png
-from reference_backend.incoming import check_open, deadline, find, json_response, read_body
+from reference_backend.incoming import check_open, find, json_response, read_body, terms
 from reference_backend.pool import Pool
 from reference_backend.protocol import LONGEST_SHOWN, ApiError
 from reference_backend.stateless import Painter
@@ -81,7 +81,7 @@ class Images:
                 "seed": np.arange(first, first + count, dtype=np.int64),
             }
             try:
-                outputs = await model.infer(tensors, deadline(request, self._clock()))
+                outputs = await model.infer(tensors, terms(request.headers, self._clock()))
             except ApiError as error:
                 if error.code != "bad_tensor":
                     raise

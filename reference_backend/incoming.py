@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import math
+from collections.abc import Mapping
 
 import msgspec
 from aiohttp import web
 
 from reference_backend import protocol
+from reference_backend.engine.request import Priority
 from reference_backend.pool import Pool
 from reference_backend.protocol import ApiError
 from reference_backend.served import Served
+from reference_backend.tensors import Terms
 
 BODY_SECONDS = 30.0
 DEADLINE_HEADER = "x-weir-deadline-ms"  # what is left of the client's time
+CONSUMER_HEADER = "x-weir-consumer"  # who shares this backend fairly with others
+PRIORITY_HEADER = "x-weir-priority"
 SERVED = web.RequestKey("served", Served)  # whose request it is, for whoever wraps the handler
 # One version has all paths below this, too: as such it is registered, so that each can be given a share.
 PREFIX = "/models/{name}/{number}"
@@ -35,19 +41,20 @@ async def read_body(request: web.Request, largest: int) -> bytes:
     return bytes(body)
 
 
-def deadline(request: web.Request, now: float) -> float | None:
-    """When the answer will be of no use any more, on the clock of `now`. Raises ApiError 400."""
-    left = milliseconds(request.headers.get(DEADLINE_HEADER))
-    return None if left is None else now + left / 1000
+def terms(headers: Mapping[str, str], now: float, left: float | None = None) -> Terms:
+    """How a request is wanted, by its headers or, over gRPC, its metadata. Raises ApiError 400.
 
-
-def milliseconds(text: str | None) -> int | None:
-    """The value of DEADLINE_HEADER. Raises ApiError 400."""
-    if text is None:
-        return None
-    if not (text.isascii() and text.isdigit() and len(text) < 12):
-        raise ApiError(400, "bad_request", f"{DEADLINE_HEADER} is not a number of milliseconds")
-    return int(text)
+    `now` is of the clock that the deadline is of, `left` the seconds that the protocol itself gives the request.
+    """
+    milliseconds, priority = headers.get(DEADLINE_HEADER), headers.get(PRIORITY_HEADER, "normal").upper()
+    if milliseconds is not None:
+        if not (milliseconds.isascii() and milliseconds.isdigit() and len(milliseconds) < 12):
+            raise ApiError(400, "bad_request", f"{DEADLINE_HEADER} is not a number of milliseconds")
+        left = min(int(milliseconds) / 1000, math.inf if left is None else left)
+    if priority not in Priority.__members__:
+        raise ApiError(400, "bad_request", f"{PRIORITY_HEADER} is not high, normal or low")
+    deadline = None if left is None else now + left
+    return Terms(deadline, headers.get(CONSUMER_HEADER, ""), Priority[priority])
 
 
 def find(pool: Pool, request: web.Request, model: str, version: str | None = None) -> Served:

@@ -13,7 +13,7 @@ import msgspec
 from aiohttp import web
 
 from reference_backend import protocol
-from reference_backend.incoming import check_open, deadline, find, json_response, read_body
+from reference_backend.incoming import check_open, find, json_response, read_body, terms
 from reference_backend.pool import Pool
 from reference_backend.protocol import ApiError
 from reference_backend.served import Served, State
@@ -118,7 +118,7 @@ class OpenInference:
         with served.use(Stateless) as model:
             inputs = read_inputs(asked, binary)
             wanted = chosen(model, [each.name for each in asked.outputs])
-            outputs = await model.infer(inputs, deadline(request, self._clock()))
+            outputs = await model.infer(inputs, terms(request.headers, self._clock()))
             return answer(served, asked, {name: outputs[name] for name in wanted})
 
     async def _index(self, request: web.Request) -> web.Response:

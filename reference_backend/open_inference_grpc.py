@@ -26,7 +26,7 @@ from open_inference import SERVICE
 from open_inference import inference_pb2 as pb
 from reference_backend import open_inference
 from reference_backend.in_flight import InFlight
-from reference_backend.incoming import DEADLINE_HEADER, milliseconds
+from reference_backend.incoming import terms
 from reference_backend.load_report import FORMAT_HEADER, orca
 from reference_backend.open_inference import LARGEST_BODY, check_parameters, chosen
 from reference_backend.pool import Pool
@@ -181,7 +181,8 @@ class Servicer:
         try:
             with served.use(Stateless) as model:
                 wanted = chosen(model, [each.name for each in asked.outputs])
-                outputs = await model.infer(read_inputs(asked), self._deadline(context))
+                wanted_how = terms(_metadata(context), self._clock(), context.time_remaining())
+                outputs = await model.infer(read_inputs(asked), wanted_how)
                 return answer(served, asked, {name: outputs[name] for name in wanted})
         finally:
             _report_load(served, context)
@@ -218,14 +219,6 @@ class Servicer:
         if place != [served.entry.name, served.entry.version]:
             raise ApiError(404, "model_not_found", f"model {str(served.entry)!r} is not served at this path")
         return served
-
-    def _deadline(self, context: ServicerContext) -> float | None:
-        """The sooner of the call's own and the gateway's. Raises ApiError 400."""
-        seconds = [left for left in (context.time_remaining(),) if left is not None]
-        said = milliseconds(_metadata(context).get(DEADLINE_HEADER))
-        if said is not None:
-            seconds.append(said / 1000)
-        return self._clock() + min(seconds) if seconds else None
 
 
 def _decoded(kind: type[Any], message: bytes) -> Any:

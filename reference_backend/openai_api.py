@@ -16,10 +16,10 @@ from uuid import uuid4
 from aiohttp import web
 
 from reference_backend import protocol
-from reference_backend.engine.request import PICTURE_SIDE, Picture, Priority
+from reference_backend.engine.request import PICTURE_SIDE, Picture
 from reference_backend.generation import Asked, Generation, GenerationError, Piece, Reader
 from reference_backend.images import PictureRefused, placed, read_picture
-from reference_backend.incoming import SERVED, check_open, deadline, find, is_at, json_response, read_body
+from reference_backend.incoming import SERVED, check_open, find, is_at, json_response, read_body, terms
 from reference_backend.language import Language
 from reference_backend.load_report import LoadReport, Reporter
 from reference_backend.pool import Pool
@@ -42,8 +42,6 @@ from reference_backend.tools import Form, form_of
 
 LARGEST_BODY = 4 * 1024 * 1024
 MOST_PICTURES = 16  # in one request: to decode one can take 50 ms
-CONSUMER_HEADER = "x-weir-consumer"  # who shares this backend fairly with others
-PRIORITY_HEADER = "x-weir-priority"
 USAGE = web.RequestKey("usage", Usage)  # what a request has used, for whoever wraps the handler
 log = logging.getLogger(__name__)
 
@@ -125,13 +123,9 @@ class OpenAi:
             raise ApiError(400, "context_length_exceeded", message, param=kind.prompt_field)
         name = str(request[SERVED].entry)
         answer = kind(f"{kind.id_prefix}-{uuid4().hex}", int(self._wall()), name, body.wants_usage())
-        asked = Asked(
-            deadline(request, model.worker.clock()),
-            _priority(request),
-            request.headers.get(CONSUMER_HEADER, ""),
-            (body.cache_salt or "").encode(),
-            list(pictures),
-        )
+        wanted = terms(request.headers, model.worker.clock())
+        salt = (body.cache_salt or "").encode()
+        asked = Asked(wanted.deadline, wanted.priority, wanted.tenant, salt, list(pictures))
         samplings = body.samplings(room, model.tokenizer.largest_token, grammar)
         if len(samplings) > model.bound:
             message = f"n is {len(samplings)}, and this backend takes {model.bound} requests at a time"
@@ -202,14 +196,6 @@ def _check_length(model: Language, characters: int, param: str) -> None:
     if model.tokenizer.is_hopeless(characters, model.worker.context):
         message = f"{characters} characters are more than a context of {model.worker.context} tokens holds"
         raise ApiError(400, "context_length_exceeded", message, param=param)
-
-
-def _priority(request: web.Request) -> Priority:
-    name = request.headers.get(PRIORITY_HEADER, "normal")
-    try:
-        return Priority[name.upper()]
-    except KeyError as error:
-        raise ApiError(400, "bad_request", f"{PRIORITY_HEADER} is not high, normal or low") from error
 
 
 async def _first(reader: Reader) -> Piece:

@@ -31,6 +31,7 @@ from reference_backend.tensor_frames import (
     unpack,
 )
 from reference_backend.tensors import (
+    ANYHOW,
     DTYPES,
     Array,
     BadTensor,
@@ -40,6 +41,7 @@ from reference_backend.tensors import (
     TensorModel,
     Tensors,
     TensorSpec,
+    Terms,
     executor,
 )
 from reference_backend.worker import WEDGED_AFTER, spawned
@@ -66,14 +68,14 @@ class Remote(asyncio.Protocol):
         self._tickets = 0
         self._watch: asyncio.TimerHandle | None = None
 
-    async def infer(self, inputs: Tensors, deadline: float | None) -> Tensors:
+    async def infer(self, inputs: Tensors, terms: Terms = ANYHOW) -> Tensors:
         """As TensorModel says; raises Lost and Failed, too."""
         if self._transport is None:
             raise Lost
         self._tickets += 1
         ticket = self._tickets
         answer = self._answers[ticket] = self._loop.create_future()
-        self._send(Infer(ticket, pack(inputs), deadline))
+        self._send(Infer(ticket, pack(inputs), terms))
         try:
             return await answer
         finally:
@@ -222,7 +224,7 @@ class Stateless:
             self._news.clear()
             await self._news.wait()
 
-    async def infer(self, inputs: Tensors, deadline: float | None) -> Tensors:
+    async def infer(self, inputs: Tensors, terms: Terms = ANYHOW) -> Tensors:
         """Run the model. Raises ApiError."""
         check(inputs, self.inputs)
         if self._model is None:
@@ -232,8 +234,8 @@ class Stateless:
         began = self.clock()
         with self._counted():
             try:
-                async with asyncio.timeout(None if deadline is None else deadline - began):
-                    outputs = await self._model.infer(inputs, deadline)
+                async with asyncio.timeout(None if terms.deadline is None else terms.deadline - began):
+                    outputs = await self._model.infer(inputs, terms)
             except BadTensor as error:
                 raise ApiError(400, "bad_tensor", str(error), param="inputs") from error
             except Full as error:

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from reference_backend.repository import Card
-from reference_backend.tensors import DTYPES, Tensors, TensorSpec
+from reference_backend.tensors import DTYPES, Tensors, TensorSpec, Terms
 
 
 class Packed(msgspec.Struct, array_like=True, frozen=True):
@@ -42,7 +42,7 @@ class Refusal(msgspec.Struct, tag=True, array_like=True, frozen=True):
 class Infer(msgspec.Struct, tag=True, array_like=True, frozen=True):
     ticket: int
     inputs: dict[str, Packed]
-    deadline: float | None
+    terms: Terms
 
 
 class Cancel(msgspec.Struct, tag=True, array_like=True, frozen=True):

@@ -73,7 +73,7 @@ async def _answer_all(
 
 async def _answer(model: TensorModel, asked: Infer, writer: asyncio.StreamWriter) -> None:
     try:
-        outputs = await model.infer(unpack(asked.inputs), asked.deadline)
+        outputs = await model.infer(unpack(asked.inputs), asked.terms)
         answer = Answer(asked.ticket, pack(outputs))
     except BadTensor as error:
         answer = Answer(asked.ticket, {}, "bad", str(error))

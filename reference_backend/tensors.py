@@ -28,6 +28,7 @@ import msgspec
 import numpy as np
 
 from reference_backend.engine.config import ModelError
+from reference_backend.engine.request import Priority
 
 if TYPE_CHECKING:
     from reference_backend.repository import Card
@@ -93,6 +94,17 @@ class TensorSpec(msgspec.Struct, frozen=True, omit_defaults=True):
         )
 
 
+class Terms(msgspec.Struct, array_like=True, frozen=True):
+    """How a request is wanted: by when, in seconds of `time.monotonic()`, for whom, and how urgently."""
+
+    deadline: float | None = None
+    tenant: str = ""  # who shares fairly with others
+    priority: Priority = Priority.NORMAL
+
+
+ANYHOW = Terms()
+
+
 class TensorModel(Protocol):
     """A model that is loaded and has run once."""
 
@@ -102,11 +114,11 @@ class TensorModel(Protocol):
     @property
     def outputs(self) -> Sequence[TensorSpec]: ...
 
-    async def infer(self, inputs: Tensors, deadline: float | None) -> Tensors:
+    async def infer(self, inputs: Tensors, terms: Terms = ANYHOW) -> Tensors:
         """Run it: many calls may be under way at once. Gives every output of `outputs`.
 
-        `deadline` is in seconds of `time.monotonic()`. A cancelled call is one whose client left: it must take no place
-        in a batch that has not begun. Raises BadTensor, Full, Late; anything else is a fault of the model.
+        A cancelled call is one whose client left: it must take no place in a batch that has not begun. Raises
+        BadTensor, Full, Late; anything else is a fault of the model.
         """
         ...
 

@@ -65,7 +65,6 @@ WITHOUT_MIRROR = {
     "discovery/source.py": "types alone",
     "gateway/register.py": "a process from end to end: tests/integration/test_register.py",
     "reference_backend/generation.py": "what a client sees of it: tests/reference_backend/test_openai_api.py",
-    "reference_backend/incoming.py": "what a client sees of it: tests/reference_backend/test_openai_api.py",
     "reference_backend/language.py": "two parts put together: tests/reference_backend/test_process.py, test_openai_api.py",
     "reference_backend/tensor_service.py": "a process from end to end: tests/reference_backend/test_stateless.py",
     "policies/errors.py": "nouns alone; tests/gateway/test_rescue.py has the table of what becomes of each",

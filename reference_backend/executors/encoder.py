@@ -30,7 +30,7 @@ from reference_backend.engine.config import ModelError, read_config, read_json
 from reference_backend.executors.bert import load_bert, mean_of_each, read_weights
 from reference_backend.executors.stacked import Settings, first_line, read_settings
 from reference_backend.repository import Card
-from reference_backend.tensors import Array, BadTensor, Tensors, TensorSpec
+from reference_backend.tensors import ANYHOW, Array, BadTensor, Tensors, TensorSpec, Terms
 from reference_backend.training.network import Llama
 
 # Words of more than 100 characters are unknown to BERT, and no other tokens are as long.
@@ -122,18 +122,18 @@ class Encoder:
         with self._thread:
             async with self._batcher:
                 try:
-                    await self.infer({"text": np.array([b"warm"], dtype=np.object_)}, None)
+                    await self.infer({"text": np.array([b"warm"], dtype=np.object_)})
                 except ArithmeticError as error:
                     raise ModelError(f"a first run fails: {error}") from error
                 yield self
 
-    async def infer(self, inputs: Tensors, deadline: float | None) -> Tensors:
+    async def infer(self, inputs: Tensors, terms: Terms = ANYHOW) -> Tensors:
         """As the interface has it: a vector and the count of tokens for each text."""
         rows = await self._tokens(inputs["text"]) if set(inputs) == {"text"} else self._given(inputs)
         for index, row in enumerate(rows):
             if not 1 <= len(row) <= self.longest:
                 raise BadTensor(f"text {index} has {len(row)} tokens; 1 to {self.longest} can be embedded")
-        vectors = await self._batcher.ask([(row, len(row)) for row in rows], deadline=deadline) if rows else []
+        vectors = await self._batcher.ask([(row, len(row)) for row in rows], terms=terms) if rows else []
         found = np.stack(vectors) if vectors else np.zeros((0, self.outputs[0].shape[1]), np.float32)
         if not np.isfinite(found).all():
             raise ArithmeticError("the model's states are no numbers (NaN or infinity)")

@@ -2,14 +2,14 @@
 
 Pictures are batched by step, as tokens of language models are: each turn takes one step of Euler's method of all that
 are being painted (`max_batch` of model.toml), however far each has come. Whoever comes joins at the next turn, and
-nobody waits for a batch to end.
+nobody waits for a batch to end. Where more wait than have room, their order is that of admission.py.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
+import itertools
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reference_backend.admission import FairQueue
+from reference_backend.batcher import AGE_SECONDS
 from reference_backend.engine.config import ModelError
 from reference_backend.engine.flow import Flow, guided, load_flow
 from reference_backend.repository import Card
-from reference_backend.tensors import Array, BadTensor, Full, Late, Tensors, TensorSpec
+from reference_backend.tensors import ANYHOW, Array, BadTensor, Full, Late, Tensors, TensorSpec, Terms
 
 STEPS = 20  # from noise to picture
 GUIDANCE = 2.0
@@ -33,6 +35,10 @@ CPU_THREADS = 1  # the network is so small that a second one costs more in waiti
 class Painting:
     words: list[int]
     picture: Tensor  # [3, side, side], from -1 to 1 at the end
+    tenant: str
+    priority: int
+    arrival: int
+    arrived_at: float
     steps: int = 0
     done: asyncio.Future[Array] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
@@ -48,24 +54,31 @@ class Studio:
         self.painted: list[Painting] = []
         self._network = network
         self._at_once, self._most_waiting = at_once, most_waiting
-        self._waiting: deque[Painting] = deque()
+        self._waiting: FairQueue[Painting] = FairQueue(AGE_SECONDS)
+        self._arrivals = itertools.count()
         self._wanted = asyncio.Event()
 
     def __repr__(self) -> str:
         return f"<Studio {len(self.painted)} of {self._at_once} being painted, {len(self._waiting)} waiting>"
 
-    async def infer(self, inputs: Tensors, deadline: float | None) -> Tensors:
+    async def infer(self, inputs: Tensors, terms: Terms = ANYHOW) -> Tensors:
         """A picture for each prompt and seed. Raises BadTensor, Full, Late."""
         prompts, seeds = inputs["prompt"].tolist(), inputs["seed"].tolist()
         if len(prompts) != len(seeds):
             raise BadTensor(f"there are {len(prompts)} of `prompt` and {len(seeds)} of `seed`; each needs its own")
-        asked = [Painting(self._words(prompt), self._noise(seed)) for prompt, seed in zip(prompts, seeds, strict=True)]
+        whose = terms.tenant, terms.priority
+        now = asyncio.get_running_loop().time()
+        asked = [
+            Painting(self._words(prompt), self._noise(seed), *whose, next(self._arrivals), now)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
         if self._waiting and len(self._waiting) + len(asked) > self._most_waiting:
             raise Full
-        self._waiting += asked
+        for painting in asked:
+            self._waiting.push(painting)
         self._wanted.set()
         try:
-            async with asyncio.timeout_at(deadline):
+            async with asyncio.timeout_at(terms.deadline):
                 painted = [await painting.done for painting in asked]
         except TimeoutError as error:
             raise Late from error
@@ -77,16 +90,22 @@ class Studio:
     async def paint(self) -> None:
         """Take turns for ever."""
         while True:
-            while self._waiting and len(self.painted) < self._at_once:
-                painting = self._waiting.popleft()
-                if not painting.done.done():
-                    self.painted.append(painting)
+            self._begin()
             if self.painted:
                 await asyncio.to_thread(self._turn)
                 self._hand_out()
             else:
                 self._wanted.clear()
                 await self._wanted.wait()
+
+    def _begin(self) -> None:
+        """Have as many painted as there is room for, of those whose turn it is."""
+        now = asyncio.get_running_loop().time()
+        while len(self.painted) < self._at_once and (painting := self._waiting.head(now)) is not None:
+            self._waiting.remove(painting)
+            if not painting.done.done():
+                self._waiting.charge(painting.tenant, read=1)
+                self.painted.append(painting)
 
     def _words(self, prompt: bytes) -> list[int]:
         config = self._network.config
@@ -135,7 +154,7 @@ async def opened(directory: Path, card: Card) -> AsyncIterator[Studio]:
     painting = asyncio.ensure_future(studio.paint())
     try:
         warm = {"prompt": np.array([network.config.words[0].encode()], object), "seed": np.array([0])}
-        await studio.infer(warm, None)
+        await studio.infer(warm)
         yield studio
     finally:
         painting.cancel()

@@ -23,7 +23,7 @@ import numpy as np
 from reference_backend.batcher import Batcher, Limits
 from reference_backend.engine.config import ModelError
 from reference_backend.repository import Card
-from reference_backend.tensors import DTYPES, Array, BadTensor, Tensors, TensorSpec
+from reference_backend.tensors import ANYHOW, DTYPES, Array, BadTensor, Tensors, TensorSpec, Terms
 
 ANY_SIZE = 8  # what stands for a dimension of any size in the first run
 
@@ -96,7 +96,7 @@ class Stacked:
             async with self._batcher:
                 yield self
 
-    async def infer(self, inputs: Tensors, deadline: float | None) -> Tensors:
+    async def infer(self, inputs: Tensors, terms: Terms = ANYHOW) -> Tensors:
         """As the interface has it."""
         if self._finite:
             for name, array in inputs.items():
@@ -106,7 +106,7 @@ class Stacked:
                     )
         rows = 1 if self._rows is None else self._count(inputs)
         key = tuple(inputs[spec.name].shape[1:] for spec in self.inputs)
-        [outputs] = await self._batcher.ask([(inputs, rows)], key=key, deadline=deadline)
+        [outputs] = await self._batcher.ask([(inputs, rows)], key, terms)
         if self._finite and not all(map(_is_finite, outputs.values())):
             raise ArithmeticError("the model's answer has values that are no numbers (NaN or infinity)")
         return outputs

@@ -34,7 +34,7 @@ async def paint(directory: Path, scenes: list[Scene]) -> list[bytes]:
     card = Card(kind="image", executor="rectified_flow", max_batch=AT_ONCE, max_waiting=len(scenes))
     prompts = np.array([caption(scene).encode() for scene in scenes], object)
     async with opened(directory, card) as studio:
-        painted = await studio.infer({"prompt": prompts, "seed": np.arange(len(scenes))}, None)
+        painted = await studio.infer({"prompt": prompts, "seed": np.arange(len(scenes))})
     return [picture.tobytes() for picture in painted["image"]]
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reference_backend.batcher import UNDER_WAY, Batcher, Batches, Item, Limits
-from reference_backend.tensors import Full, Late, Lost
+from reference_backend.tensors import Full, Late, Lost, Terms
 from tests.support.virtual_clock import run, virtual_time
 
 
@@ -194,15 +194,15 @@ async def test_a_client_that_leaves_takes_no_place_and_gives_its_room_back():
 async def test_a_deadline_is_told_when_it_passes_whatever_runs():
     runner = Runner(seconds=10.0)
     async with batcher(runner) as subject, asyncio.TaskGroup() as group:
-        first = group.create_task(ask(subject, "a", deadline=20.0))
+        first = group.create_task(ask(subject, "a", terms=Terms(20.0)))
         await asyncio.sleep(0)
         for deadline, told_at in ((2.0, 2.0), (1.0, 2.0)):
             with pytest.raises(Late):
-                await ask(subject, "b", deadline=deadline)
+                await ask(subject, "b", terms=Terms(deadline))
             assert now() == told_at
         assert await first == ["a!"]
         with pytest.raises(Late):  # while it runs
-            await ask(subject, "c", deadline=15.0)
+            await ask(subject, "c", terms=Terms(15.0))
     assert runner.made == ["a", "c"]
 
 
@@ -226,7 +226,7 @@ async def test_the_runner_s_own_timeout_is_its_fault_and_no_deadline():
 
     async with batcher(run) as subject:
         with pytest.raises(TimeoutError, match="mine"):
-            await ask(subject, "a", deadline=9.0)
+            await ask(subject, "a", terms=Terms(9.0))
 
 
 @virtual_time
@@ -289,7 +289,7 @@ async def _check(arrivals, seconds, waiting, size):
         try:
             async with asyncio.timeout(leaves):
                 until = None if deadline is None else now() + deadline
-                answers = await subject.ask(parts, key=key, deadline=until, tenant=tenant)
+                answers = await subject.ask(parts, key, Terms(until, tenant))
                 assert answers == list(numbers)
         except (Full, Late, TimeoutError):
             pass

@@ -14,6 +14,7 @@ from reference_backend.engine.config import ModelError
 from reference_backend.protocol import ApiError
 from reference_backend.repository import Card, Entry
 from reference_backend.stateless import Embedding, Stateless
+from reference_backend.tensors import ANYHOW, Terms
 
 LEFT = np.array([[1, 2, 3]], dtype=np.float32)
 GOOD = {"left": LEFT, "right": LEFT * 10, "words": np.array([b"ab", b""], dtype=np.object_)}
@@ -27,9 +28,9 @@ async def running(tmp_path, *, isolation="thread", kind=Stateless, clock=time.mo
         yield model
 
 
-async def refusal(model, inputs, deadline=None):
+async def refusal(model, inputs, terms=ANYHOW):
     with pytest.raises(ApiError) as refused:
-        await model.infer(inputs, deadline)
+        await model.infer(inputs, terms)
     return refused.value.status, refused.value.code, refused.value.message
 
 
@@ -42,11 +43,11 @@ def children():
 async def test_it_runs_and_refuses_the_same_wherever_it_is(tmp_path, isolation):
     async with running(tmp_path, isolation=isolation) as model:
         assert [spec.name for spec in model.inputs] == ["left", "right", "words"]
-        outputs = await model.infer(GOOD, None)
+        outputs = await model.infer(GOOD)
         assert outputs["sum"].tolist() == [[11, 22, 33]]
         assert outputs["words"].tolist() == [b"ba", b""]
         outputs["sum"] += 1  # it is the caller's
-        both = await asyncio.gather(*(model.infer(GOOD, time.monotonic() + 60) for _ in range(20)))
+        both = await asyncio.gather(*(model.infer(GOOD, Terms(time.monotonic() + 60)) for _ in range(20)))
         assert all(each["sum"].tolist() == [[11, 22, 33]] for each in both)
         assert await refusal(model, GOOD | {"right": np.zeros((2, 3), dtype=np.float32)}) == (
             400, "bad_tensor", "left and right differ in rows",
@@ -74,7 +75,7 @@ async def test_what_does_not_fit_is_refused_before_the_model_sees_it(tmp_path, c
 
 async def test_one_too_many_is_refused_and_counted(tmp_path):
     async with running(tmp_path, max_waiting=1, settings={"slow": 30}) as model:
-        waiting = [asyncio.ensure_future(model.infer(GOOD, None)) for _ in range(3)]
+        waiting = [asyncio.ensure_future(model.infer(GOOD)) for _ in range(3)]
         await asyncio.sleep(0)
         assert (model.load().running, model.load().waiting) == (1, 2)
         assert (await refusal(model, GOOD))[:2] == (429, "queue_full")
@@ -88,8 +89,8 @@ async def test_one_too_many_is_refused_and_counted(tmp_path):
 @pytest.mark.parametrize("isolation", ["thread", "process"])
 async def test_a_deadline_ends_the_waiting(tmp_path, isolation):
     async with running(tmp_path, isolation=isolation, settings={"slow": 30}) as model:
-        assert (await refusal(model, GOOD, time.monotonic() + 0.05))[:2] == (504, "deadline")
-        assert (await refusal(model, GOOD, time.monotonic() - 1))[:2] == (504, "deadline")
+        assert (await refusal(model, GOOD, Terms(time.monotonic() + 0.05)))[:2] == (504, "deadline")
+        assert (await refusal(model, GOOD, Terms(time.monotonic() - 1)))[:2] == (504, "deadline")
 
 
 @pytest.mark.integration
@@ -143,5 +144,5 @@ async def test_a_change_can_be_waited_for(tmp_path):
         waiting = asyncio.ensure_future(model.wait_change(0))
         await asyncio.sleep(0)
         assert not waiting.done()
-        await model.infer(GOOD, None)
+        await model.infer(GOOD)
         await asyncio.wait_for(waiting, 5)

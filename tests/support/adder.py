@@ -29,7 +29,7 @@ class Adder:
     def __init__(self, settings):
         self.settings = settings
 
-    async def infer(self, inputs, deadline):
+    async def infer(self, inputs, terms):
         await asyncio.sleep(self.settings.get("slow", 0))
         if self.settings.get("exits"):
             os._exit(9)

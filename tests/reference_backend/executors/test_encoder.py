@@ -50,14 +50,14 @@ def ids(*rows):
 
 
 async def vectors(model, *given):
-    return (await model.infer(texts(*given), None))["embedding"]
+    return (await model.infer(texts(*given)))["embedding"]
 
 
 @needs_minilm
 async def test_minilm_gives_what_transformers_gives():
     """The first numbers of each as transformers 5.24 with mean pooling gives them."""
     async with opened_own("minilm") as model:
-        outputs = await model.infer(texts(*MINILM), None)
+        outputs = await model.infer(texts(*MINILM))
     assert outputs["tokens"].tolist() == [4, 15]
     np.testing.assert_allclose(outputs["embedding"][:, :6], list(MINILM.values()), atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(outputs["embedding"], axis=-1), 1.0, rtol=1e-5)
@@ -75,10 +75,10 @@ async def test_minilm_knows_what_means_the_same():
 async def test_the_tiny_decoder_gives_vectors_alone_among_others_and_from_tokens():
     words = ["What is a KV cache?", "a", "12 + 30", "What is a KV cache? " * 5]
     async with opened_own("tiny-embedding", batch_tokens=16) as model:
-        together = await model.infer(texts(*words), None)
+        together = await model.infer(texts(*words))
         alone = [(await vectors(model, word))[0] for word in words]
         tokens = [encoding.ids for encoding in model._tokenizer.encode_batch(words)]
-        from_tokens = await model.infer(ids(*tokens), None)
+        from_tokens = await model.infer(ids(*tokens))
     np.testing.assert_allclose(together["embedding"], alone, atol=1e-5)
     np.testing.assert_allclose(together["embedding"], from_tokens["embedding"], atol=1e-5)
     assert together["tokens"].tolist() == from_tokens["tokens"].tolist() == [len(row) for row in tokens]
@@ -87,9 +87,9 @@ async def test_the_tiny_decoder_gives_vectors_alone_among_others_and_from_tokens
 
 async def test_nothing_gives_nothing():
     async with opened_own("tiny-embedding") as model:
-        outputs = await model.infer(texts(), None)
+        outputs = await model.infer(texts())
         assert outputs["embedding"].shape == (0, model.outputs[0].shape[1])
-        assert (await model.infer(ids(), None))["tokens"].shape == (0,)
+        assert (await model.infer(ids()))["tokens"].shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -113,14 +113,14 @@ async def test_nothing_gives_nothing():
 async def test_what_is_refused(inputs, message):
     async with opened_own("tiny-embedding") as model:
         with pytest.raises(BadTensor, match=message):
-            await model.infer(inputs, None)
+            await model.infer(inputs)
 
 
 async def test_states_that_are_no_numbers_are_the_model_s_fault(monkeypatch):
     async with opened_own("tiny-embedding") as model:
         monkeypatch.setattr(model, "_encode", lambda tokens, _: torch.full((len(tokens), 4), float("nan")))
         with pytest.raises(ArithmeticError, match="states are no numbers"):
-            await model.infer(texts("a"), None)
+            await model.infer(texts("a"))
 
 
 async def test_short_texts_do_not_wait_for_a_batch_of_long_ones_to_be_full():
@@ -128,7 +128,7 @@ async def test_short_texts_do_not_wait_for_a_batch_of_long_ones_to_be_full():
     async with opened_own("tiny-embedding", batch_tokens=8) as model:
         ran, embed = [], model._embed
         model._embed = lambda tokens, lengths: ran.append(lengths) or embed(tokens, lengths)
-        await asyncio.gather(model.infer(ids([1] * 9, [2]), None), model.infer(ids([3]), None))
+        await asyncio.gather(model.infer(ids([1] * 9, [2])), model.infer(ids([3])))
     assert ran == [[9], [1, 1]]
 
 

@@ -33,8 +33,8 @@ async def test_the_example_answers_as_the_file_does_alone_and_among_others():
     pixels, kinds = pictures(200, training=False)
     entry = Entry("shapes-cnn", "1", DIRECTORY)
     async with executor("onnx")(DIRECTORY, entry.card()) as model:
-        together = [await model.infer({"pixels": part.numpy()}, None) for part in pixels.split(50)]
-        alone = [await model.infer({"pixels": each[None].numpy()}, None) for each in pixels[:50]]
+        together = [await model.infer({"pixels": part.numpy()}) for part in pixels.split(50)]
+        alone = [await model.infer({"pixels": each[None].numpy()}) for each in pixels[:50]]
     scores = np.concatenate([each["scores"] for each in together])
     np.testing.assert_allclose(scores[:50], np.concatenate([each["scores"] for each in alone]), rtol=1e-4, atol=1e-4)
     assert (scores.argmax(-1) == kinds.numpy()).mean() > 0.9
@@ -50,16 +50,16 @@ async def test_texts_go_in_and_out_as_bytes(tmp_path):
     async with opened(tmp_path, card(max_batch=4)) as model:
         assert model.inputs == (TensorSpec("x", "BYTES", (-1, 2)),)
         words = np.array([["zwölf".encode(), b"a"]], dtype=np.object_)
-        assert (await model.infer({"x": words}, None))["y"].tolist() == words.tolist()
+        assert (await model.infer({"x": words}))["y"].tolist() == words.tolist()
         with pytest.raises(BadTensor, match="x has bytes that are no UTF-8 text"):
-            await model.infer({"x": np.array([[b"\xff", b""]], dtype=np.object_)}, None)
+            await model.infer({"x": np.array([[b"\xff", b""]], dtype=np.object_)})
 
 
 async def test_names_may_be_others_than_the_file_s(tmp_path):
     save(tmp_path, "Neg", onnx.TensorProto.FLOAT)
     named = {"inputs": (TensorSpec("in", "FP32", (-1, 2)),), "outputs": (TensorSpec("out", "FP32", (-1, 2)),)}
     async with opened(tmp_path, card(**named)) as model:
-        assert (await model.infer({"in": np.ones((1, 2), np.float32)}, None))["out"].tolist() == [[-1, -1]]
+        assert (await model.infer({"in": np.ones((1, 2), np.float32)}))["out"].tolist() == [[-1, -1]]
 
 
 @pytest.mark.parametrize(

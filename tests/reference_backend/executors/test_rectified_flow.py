@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from reference_backend.engine.config import ModelError  # noqa: E402
 from reference_backend.engine.flow import guided, load_flow  # noqa: E402
+from reference_backend.engine.request import Priority  # noqa: E402
 from reference_backend.executors.rectified_flow import GUIDANCE, STEPS, opened  # noqa: E402
 from reference_backend.repository import Card  # noqa: E402
-from reference_backend.tensors import BadTensor, Full, Late  # noqa: E402
+from reference_backend.tensors import BadTensor, Full, Late, Terms  # noqa: E402
 from tests.support.random_flow import random_flow  # noqa: E402
 
 torch.set_num_threads(1)
@@ -54,7 +55,7 @@ def assert_alike(picture, expected):
 
 async def test_a_picture_is_that_of_euler_s_method(directory):
     async with studio(directory) as model:
-        images = (await model.infer(asked(("a big red circle", 1), ("Red!", 2)), None))["image"]
+        images = (await model.infer(asked(("a big red circle", 1), ("Red!", 2))))["image"]
     assert images.dtype == np.uint8
     assert len(np.unique(images[0])) > 10
     assert_alike(images[0], reference(directory, "a big red circle", 1))
@@ -66,7 +67,7 @@ async def test_neighbours_that_come_and_go_change_nothing(directory):
     async with studio(directory, at_once=3) as model:
         requests = []
         for row in rows:
-            requests.append(asyncio.ensure_future(model.infer(asked(row), None)))
+            requests.append(asyncio.ensure_future(model.infer(asked(row))))
             while not requests[-1].done() and (not model.painted or model.painted[-1].steps < 3):
                 await asyncio.sleep(0)
         images = [(await request)["image"][0] for request in requests]
@@ -76,28 +77,28 @@ async def test_neighbours_that_come_and_go_change_nothing(directory):
 
 async def test_the_seed_decides(directory):
     async with studio(directory) as model:
-        images = (await model.infer(asked(("red", 5), ("red", 5), ("red", 6)), None))["image"]
+        images = (await model.infer(asked(("red", 5), ("red", 5), ("red", 6))))["image"]
     assert np.array_equal(images[0], images[1])
     assert not np.array_equal(images[0], images[2])
 
 
 async def test_no_more_are_painted_than_fit_and_what_waits_is_bounded(directory):
     async with studio(directory, at_once=1, waiting=2) as model:
-        requests = [asyncio.ensure_future(model.infer(asked(("red", 0)), None))]
+        requests = [asyncio.ensure_future(model.infer(asked(("red", 0))))]
         while not model.painted:
             await asyncio.sleep(0)
-        requests += [asyncio.ensure_future(model.infer(asked(("red", n)), None)) for n in (1, 2)]
+        requests += [asyncio.ensure_future(model.infer(asked(("red", n)))) for n in (1, 2)]
         await asyncio.sleep(0)
         assert repr(model) == "<Studio 1 of 1 being painted, 2 waiting>"
         with pytest.raises(Full):
-            await model.infer(asked(("red", 1)), None)
+            await model.infer(asked(("red", 1)))
         await asyncio.gather(*requests)
         assert repr(model) == "<Studio 0 of 1 being painted, 0 waiting>"
 
 
 async def test_who_leaves_takes_no_more_turns(directory):
     async with studio(directory, at_once=1) as model:
-        gone, waits, stays = (asyncio.ensure_future(model.infer(asked(("red", n)), None)) for n in range(3))
+        gone, waits, stays = (asyncio.ensure_future(model.infer(asked(("red", n)))) for n in range(3))
         while not model.painted:
             await asyncio.sleep(0)
         left = model.painted[0]
@@ -107,11 +108,27 @@ async def test_who_leaves_takes_no_more_turns(directory):
         assert left.steps < STEPS
 
 
+async def test_painters_of_one_consumer_keep_nobody_else_waiting(directory):
+    async with studio(directory, at_once=1) as model:
+        painted = []
+
+        async def paint(name, *terms):
+            await model.infer(asked(("red", 0)), Terms(None, *terms))
+            painted.append(name)
+
+        async with asyncio.TaskGroup() as group:
+            for name in ("flood 1", "flood 2", "flood 3"):
+                group.create_task(paint(name, "flood"))
+            group.create_task(paint("light", "light"))
+            group.create_task(paint("urgent", "flood", Priority.HIGH))
+    assert painted == ["urgent", "light", "flood 1", "flood 2", "flood 3"]
+
+
 async def test_who_is_late_is_told(directory):
     async with studio(directory, at_once=1) as model:
         with pytest.raises(Late):
-            await model.infer(asked(("red", 1)), time.monotonic())
-        assert len((await model.infer(asked(("red", 1)), time.monotonic() + 60))["image"]) == 1
+            await model.infer(asked(("red", 1)), Terms(time.monotonic()))
+        assert len((await model.infer(asked(("red", 1)), Terms(time.monotonic() + 60)))["image"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -126,14 +143,14 @@ async def test_who_is_late_is_told(directory):
 async def test_what_cannot_be_painted_is_refused(directory, prompt, message):
     async with studio(directory) as model:
         with pytest.raises(BadTensor, match=message):
-            await model.infer({"prompt": np.array([prompt], object), "seed": np.array([1])}, None)
+            await model.infer({"prompt": np.array([prompt], object), "seed": np.array([1])})
 
 
 async def test_prompts_and_seeds_come_in_pairs(directory):
     async with studio(directory) as model:
         with pytest.raises(BadTensor, match="each needs its own"):
-            await model.infer({"prompt": np.array([b"red"], object), "seed": np.array([1, 2])}, None)
-        assert (await model.infer(asked(), None))["image"].shape == (0, 8, 8, 3)
+            await model.infer({"prompt": np.array([b"red"], object), "seed": np.array([1, 2])})
+        assert (await model.infer(asked()))["image"].shape == (0, 8, 8, 3)
 
 
 async def test_weights_that_are_no_numbers_are_refused_before_anyone_asks(directory):

@@ -17,7 +17,7 @@ from reference_backend.executors.stacked import (
     spec_of,
 )
 from reference_backend.repository import Card
-from reference_backend.tensors import BadTensor, Full, Late, TensorSpec
+from reference_backend.tensors import BadTensor, Full, Late, TensorSpec, Terms
 
 X, Y = TensorSpec("x", "FP32", (-1, -1)), TensorSpec("y", "FP32", (-1,))
 SUM = TensorSpec("sum", "FP32", (-1,))
@@ -57,11 +57,11 @@ def request(rows, width=2, value=1.0):
 async def test_requests_that_wait_run_as_one_and_each_gets_its_rows():
     adder = Adder(wait=True)
     async with stacked(adder).running() as model, asyncio.TaskGroup() as group:
-        tasks = [group.create_task(model.infer(request(1, value=9.0), None))]
+        tasks = [group.create_task(model.infer(request(1, value=9.0)))]
         assert await asyncio.to_thread(adder.started.wait, 20)
-        tasks += [group.create_task(model.infer(request(rows, value=float(rows)), None)) for rows in (2, 3, 1)]
+        tasks += [group.create_task(model.infer(request(rows, value=float(rows)))) for rows in (2, 3, 1)]
         await asyncio.sleep(0)
-        other_shape = group.create_task(model.infer(request(2, width=5), None))
+        other_shape = group.create_task(model.infer(request(2, width=5)))
         await asyncio.sleep(0)
         adder.go.set()
     assert adder.ran == [1, 8, 1, 6, 2]
@@ -72,10 +72,10 @@ async def test_requests_that_wait_run_as_one_and_each_gets_its_rows():
 async def test_one_that_the_model_fails_on_fails_alone():
     adder = Adder(wait=True)
     async with stacked(adder).running() as model, asyncio.TaskGroup() as group:
-        group.create_task(model.infer(request(1), None))
+        group.create_task(model.infer(request(1)))
         assert await asyncio.to_thread(adder.started.wait, 20)
-        good = group.create_task(model.infer(request(1), None))
-        bad = asyncio.create_task(model.infer(request(1, value=666.0), None))
+        good = group.create_task(model.infer(request(1)))
+        bad = asyncio.create_task(model.infer(request(1, value=666.0)))
         await asyncio.sleep(0)
         adder.go.set()
         with pytest.raises(RuntimeError, match="no such number"):
@@ -86,21 +86,21 @@ async def test_one_that_the_model_fails_on_fails_alone():
 async def test_without_batches_each_runs_by_itself_whatever_its_first_dimension():
     adder = Adder()
     async with stacked(adder, max_batch=1).running() as model:
-        assert len((await model.infer(request(30), None))["sum"]) == 30
+        assert len((await model.infer(request(30)))["sum"]) == 30
     assert adder.ran == [1, 30]
 
 
 async def test_one_too_many_and_one_too_late_are_told():
     adder = Adder(wait=True)
     async with stacked(adder, max_waiting=1).running() as model, asyncio.TaskGroup() as group:
-        group.create_task(model.infer(request(1), None))
+        group.create_task(model.infer(request(1)))
         assert await asyncio.to_thread(adder.started.wait, 20)
-        group.create_task(model.infer(request(1), None))
+        group.create_task(model.infer(request(1)))
         await asyncio.sleep(0)
         with pytest.raises(Full):
-            await model.infer(request(1), None)
+            await model.infer(request(1))
         with pytest.raises(Late):
-            await model.infer(request(1), 0.0)
+            await model.infer(request(1), Terms(0.0))
         adder.go.set()
 
 
@@ -121,7 +121,7 @@ async def test_what_is_refused(inputs, message):
     adder = Adder()
     async with stacked(adder).running() as model:
         with pytest.raises(BadTensor, match=message):
-            await model.infer(inputs, None)
+            await model.infer(inputs)
     assert adder.ran == [1, 8]
 
 
@@ -129,10 +129,10 @@ async def test_an_answer_that_is_no_number_is_the_model_s_fault_unless_it_may_be
     huge = request(1, value=3e38)
     async with stacked(Adder()).running() as model:
         with pytest.raises(ArithmeticError, match="answer has values that are no numbers"):
-            await model.infer(huge, None)
+            await model.infer(huge)
     async with stacked(Adder(), Settings(finite=False)).running() as model:
-        assert np.isinf((await model.infer(huge, None))["sum"]).all()
-        assert np.isnan((await model.infer(request(1, value=np.nan), None))["sum"]).all()
+        assert np.isinf((await model.infer(huge))["sum"]).all()
+        assert np.isnan((await model.infer(request(1, value=np.nan)))["sum"]).all()
 
 
 @pytest.mark.parametrize(

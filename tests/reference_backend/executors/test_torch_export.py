@@ -34,8 +34,8 @@ async def test_the_example_answers_as_its_program_does_alone_and_among_others():
     entry = Entry("shapes-mlp", "1", DIRECTORY)
     async with executor("torch_export")(DIRECTORY, entry.card()) as model:
         assert (model.inputs[0].name, model.inputs[0].shape) == ("pixels", (-1, 32, 32, 3))
-        together = (await model.infer({"pixels": pixels.numpy()}, None))["scores"]
-        alone = [(await model.infer({"pixels": each[None].numpy()}, None))["scores"] for each in pixels]
+        together = (await model.infer({"pixels": pixels.numpy()}))["scores"]
+        alone = [(await model.infer({"pixels": each[None].numpy()}))["scores"] for each in pixels]
     np.testing.assert_allclose(together, np.concatenate(alone), rtol=1e-4, atol=1e-4)
     expected = right(load_program(DIRECTORY / "model.pt2").module(), pixels, kinds)
     assert (together.argmax(-1) == kinds.numpy()).mean() == pytest.approx(expected)
@@ -48,11 +48,11 @@ async def test_names_and_types_come_from_the_program_or_from_model_toml(tmp_path
         assert model.outputs == (TensorSpec("output_0", "FP32", (-1, 3)), TensorSpec("output_1", "INT64", (-1, 3)))
         ones = np.ones((1, 3), np.float32)
         ones.flags.writeable = False  # as what has come over a socket is
-        found = await model.infer({"left": ones, "right": 2 * ones}, None)
+        found = await model.infer({"left": ones, "right": 2 * ones})
         assert (found["output_0"].tolist(), found["output_1"].tolist()) == ([[3, 3, 3]], [[2, 2, 2]])
     named = tuple(TensorSpec(name, "FP32", (-1, 3)) for name in "ab")
     async with opened(tmp_path, card(inputs=named)) as model:
-        assert (await model.infer({"a": ones, "b": -ones}, None))["output_0"].tolist() == [[0, 0, 0]]
+        assert (await model.infer({"a": ones, "b": -ones}))["output_0"].tolist() == [[0, 0, 0]]
 
 
 async def test_a_batch_that_the_program_was_not_exported_for_is_refused_at_the_start(tmp_path):
