@@ -55,6 +55,10 @@ class Language:
         )
         return cls(Worker(sizes.max_running + sizes.max_waiting, clock), tokenizer, start, wall)
 
+    @property
+    def is_alive(self) -> bool:
+        return self.worker.is_alive
+
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         async with self.worker.running(self._start):

@@ -148,7 +148,7 @@ class Servicer:
         return answer
 
     async def _live(self, _asked: object, _context: ServicerContext) -> object:
-        return pb.ServerLiveResponse(live=True)
+        return pb.ServerLiveResponse(live=all(each.is_alive for each in self._pool))
 
     async def _ready(self, _asked: object, _context: ServicerContext) -> object:
         return pb.ServerReadyResponse(ready=self._pool.state.is_useful)

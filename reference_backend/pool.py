@@ -51,8 +51,8 @@ class Pool:
     @property
     def state(self) -> State:
         """READY when every version is (one that sleeps is woken by whoever asks), else the state of one that is not."""
-        if self.is_ending:
-            return State.CLOSED if self.is_closed else State.DRAINING
+        if self.is_closed:
+            return State.CLOSED
         states = [served.state for served in self if not served.state.is_useful]
         return states[0] if states else State.READY
 

@@ -62,6 +62,11 @@ class Model(Protocol):
     bound: int  # requests that it takes at a time
     reporter: Reporter
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether its process, if it has one, has given a sign of late."""
+        ...
+
     def running(self) -> AbstractAsyncContextManager[None]:
         """One life of it, from when it has run once. Raises ModelError on entering. May be entered again."""
         ...
@@ -118,6 +123,10 @@ class Served:
     def state(self, state: State) -> None:
         self._state = state
         self._changed()
+
+    @property
+    def is_alive(self) -> bool:
+        return self.model is None or self.model.is_alive
 
     @property
     def reason(self) -> str:
@@ -193,7 +202,7 @@ class Served:
                             )
                         await self._serve(model)
                         if self._ending.is_set():
-                            await self._drain(announcement)
+                            await self._drain(model, announcement)
                     delay = 0.0
                 except ModelError as error:
                     if not self._settled.is_set():
@@ -211,13 +220,11 @@ class Served:
                     await first_of(self._ending.wait(), asyncio.sleep(delay))
 
     async def _serve(self, model: Model) -> None:
-        """READY => DRAINING, LOADING or ASLEEP."""
+        """READY => LOADING or ASLEEP, or until it is told to end."""
         self._settled.set()
         log.info("%s is ready", self.entry)
         await first_of(self._ending.wait(), model.wait_lost(), self._fall_asleep())
-        if self._ending.is_set():
-            self.state, model.reporter.draining = State.DRAINING, True
-        elif self.state is State.READY:
+        if self.state is State.READY and not self._ending.is_set():
             self.state = State.LOADING
 
     async def _fall_asleep(self) -> None:
@@ -237,10 +244,11 @@ class Served:
         seconds = self._service.sleep_after
         return [] if seconds is None else [asyncio.sleep(seconds)]
 
-    async def _drain(self, announcement: Announcement | None) -> None:
-        """DRAINING => CLOSED. What is not over by then is aborted by whoever ends the model's life."""
+    async def _drain(self, model: Model, announcement: Announcement | None) -> None:
+        """READY => DRAINING => CLOSED. What is not over by then is aborted by whoever ends the model's life."""
         if announcement is not None:
-            await announcement.drain()
+            await announcement.drain()  # first: who watches etcd learns it before whoever asks for its health
+        self.state, model.reporter.draining = State.DRAINING, True
         await asyncio.sleep(self._service.grace)
         self.state = State.CLOSED
         await first_of(self.in_flight.wait_idle(), asyncio.sleep(self._service.finish_within))

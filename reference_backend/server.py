@@ -120,8 +120,9 @@ class Api:
             raise ApiError(404, "not_found", message)
         return await models[0].reporter.stream(request)
 
-    async def _live(self, _request: web.Request) -> web.Response:
-        return json_response({"live": True})
+    async def _live(self, request: web.Request) -> web.Response:
+        is_live = all(each.is_alive for each in self._meant(request))
+        return json_response({"live": is_live}, status=200 if is_live else 503)
 
     async def _ready(self, request: web.Request) -> web.Response:
         is_ready = self._state(request).is_useful

@@ -44,8 +44,9 @@ from reference_backend.tensors import (
     Terms,
     executor,
 )
-from reference_backend.worker import WEDGED_AFTER, spawned
+from reference_backend.worker import spawned
 
+WEDGED_AFTER = 60.0  # seconds without an answer while there is something to do
 log = logging.getLogger(__name__)
 
 
@@ -145,6 +146,7 @@ class Stateless:
     # What a kind has beside its own: inputs and outputs by name, with datatype and number of dimensions.
     fixed_inputs: ClassVar[Mapping[str, tuple[str, int]]] = {}
     fixed_outputs: ClassVar[Mapping[str, tuple[str, int]]] = {}
+    is_alive = True  # its process has no heartbeat: a run may take as long as WEDGED_AFTER
 
     def __init__(self, entry: Entry, card: Card, clock: Callable[[], float], wall: Callable[[], float]) -> None:
         self.kind: Kind = card.kind

@@ -1,8 +1,8 @@
 """The server's side of its worker process: start it, hand requests over, notice when it is gone.
 
-A worker is STARTING (the model is being read) => READY => LOST (it crashed, or has not finished a step for so long
-that it never will). What is in flight then is told so at once; whoever comes meanwhile is refused. `running` is one
-life of it; whoever wants another enters again.
+A worker is STARTING (the model is being read) => READY => LOST (it crashed, or has given no sign for so long that it
+never will: it is asked for one each BEAT_SECONDS, and answers between its steps). What is in flight then is told so at
+once; whoever comes meanwhile is refused. `running` is one life of it; whoever wants another enters again.
 
 Invariants:
 - At most `bound` requests are in flight. The count is here, so that one too many is refused without asking.
@@ -22,10 +22,23 @@ from typing import cast
 import msgspec
 
 from reference_backend.engine.config import ModelError
-from reference_backend.engine.frames import Abort, Ask, Ready, Refused, Start, Turn, Unframed, decode_for_server, framed
+from reference_backend.engine.frames import (
+    Abort,
+    Ask,
+    Ping,
+    Ready,
+    Refused,
+    Start,
+    Turn,
+    Unframed,
+    decode_for_server,
+    framed,
+)
 from reference_backend.engine.request import Delta, Load, Picture, Sampling
 
-WEDGED_AFTER = 60.0  # seconds without a finished step while there is something to do
+BEAT_SECONDS = 2.0
+SILENT_SECONDS = 10.0  # without a sign: it does not count as alive
+STEPS_TO_WAIT = 20  # where its steps take so long that these are more than that, it is given up only after them
 END_WITHIN = 5.0  # seconds for the process to see that its socket is closed
 
 
@@ -50,32 +63,30 @@ class _Link(asyncio.Protocol):
         self._unframed = Unframed()
         self._loop = loop
         self._transport: asyncio.Transport | None = None
-        self._watch: asyncio.TimerHandle | None = None
+        self.silent_seconds = 0.0  # at the next beat, if there is no sign until then
+        self._next_beat: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
 
-    def send(self, message: Start | Ask | Abort) -> None:
+    def send(self, message: Start | Ask | Abort | Ping) -> None:
         if self._transport is not None:
             self._transport.write(framed(message))
-        if self._watch is None and self.waiting_for:
-            self._watch = self._loop.call_later(WEDGED_AFTER, self.cut)
 
     def data_received(self, data: bytes) -> None:
-        if self._watch is not None:
-            self._watch.cancel()
+        self.silent_seconds = 0.0
         for body in self._unframed.feed(data):
             message = decode_for_server(body)
             if isinstance(message, Turn):
                 self._take(message)
-            elif not self.ready.done():
+            elif not isinstance(message, Ping):
                 self._begin(message)
-        self._watch = self._loop.call_later(WEDGED_AFTER, self.cut) if self.waiting_for else None
 
     def _begin(self, message: Ready | Refused) -> None:
         if isinstance(message, Ready):
             self.load = message.load
             self.ready.set_result(message)
+            self._beat()
         else:
             self.ready.set_exception(ModelError(message.reason))
 
@@ -90,6 +101,15 @@ class _Link(asyncio.Protocol):
             deliver(delta)
         self._on_change()
 
+    def _beat(self) -> None:
+        """Ask for a sign, if there is hope. Beats are counted, not time: a server that was held up hears none."""
+        if self.silent_seconds > max(SILENT_SECONDS, STEPS_TO_WAIT * self.load.step_seconds):
+            self.cut()
+            return
+        self.send(Ping())
+        self.silent_seconds += BEAT_SECONDS
+        self._next_beat = self._loop.call_later(BEAT_SECONDS, self._beat)
+
     def cut(self) -> None:
         """End it from this side."""
         if self._transport is not None:
@@ -98,8 +118,8 @@ class _Link(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         del exc
         self._transport = None
-        if self._watch is not None:
-            self._watch.cancel()
+        if self._next_beat is not None:
+            self._next_beat.cancel()
         if not self.ready.done():
             self.ready.set_exception(ModelError("the worker ended while it loaded the model"))
             self.ready.exception()  # it may be that nobody asks
@@ -129,6 +149,11 @@ class Worker:
     @property
     def is_ready(self) -> bool:
         return self._link is not None and not self._link.lost.is_set()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether there is no worker that owes a sign."""
+        return self._link is None or self._link.silent_seconds <= SILENT_SECONDS
 
     @property
     def _in_flight(self) -> int:

@@ -1,8 +1,8 @@
 """What the server and its worker say to each other over a socket: four bytes of length, then MessagePack.
 
 The server begins with `Start`; the worker answers `Ready` or `Refused`. Then requests and their ends go one way, and
-one `Turn` for each turn of the engine the other way, with everything that became known in it. Both ends are ours, of
-one version, on one machine, with one monotonic clock: deadlines are its seconds.
+one `Turn` for each turn of the engine the other way, with everything that became known in it. A `Ping` comes back.
+Both ends are ours, of one version, on one machine, with one monotonic clock: deadlines are its seconds.
 """
 
 from __future__ import annotations
@@ -75,14 +75,18 @@ class Refused(msgspec.Struct, tag=True, array_like=True, frozen=True):
     reason: str
 
 
+class Ping(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """Is it there? It is, if it says the same."""
+
+
 class Turn(msgspec.Struct, tag=True, array_like=True, frozen=True):
     deltas: list[tuple[int, Delta]]
     load: Load
 
 
 encode = msgspec.msgpack.Encoder().encode
-decode_for_worker = msgspec.msgpack.Decoder(Start | Ask | Abort | Join | Lockstep).decode
-decode_for_server = msgspec.msgpack.Decoder(Ready | Refused | Turn).decode
+decode_for_worker = msgspec.msgpack.Decoder(Start | Ask | Abort | Ping | Join | Lockstep).decode
+decode_for_server = msgspec.msgpack.Decoder(Ready | Refused | Turn | Ping).decode
 
 
 def framed(message: msgspec.Struct) -> bytes:

@@ -31,6 +31,7 @@ from reference_backend.engine.frames import (
     Ask,
     Join,
     Lockstep,
+    Ping,
     Ready,
     Refused,
     Start,
@@ -70,7 +71,7 @@ class Line:
         """Wake up for that one, too."""
         self._poll.register(connection, select.POLLIN)
 
-    def read(self, *, wait: bool) -> list[Start | Ask | Abort | Join | Lockstep] | None:
+    def read(self, *, wait: bool) -> list[Start | Ask | Abort | Ping | Join | Lockstep] | None:
         """The messages that have come; None when the other end is gone. Raises RankGone."""
         ready = [descriptor for descriptor, _ in self._poll.poll(None if wait else 0)]
         if set(ready) - {self._connection.fileno()}:
@@ -83,7 +84,7 @@ class Line:
             data = b""
         return [decode_for_worker(body) for body in self._unframed.feed(data)] if data else None
 
-    def send(self, message: Ready | Refused | Turn) -> bool:
+    def send(self, message: Ready | Refused | Turn | Ping) -> bool:
         """Whether the server is still there to hear it. Waits while it does not read."""
         try:
             self._connection.sendall(framed(message))
@@ -127,6 +128,8 @@ def serve(engine: Engine, line: Line, clock: Callable[[], float], crew: Crew | N
         while True:
             messages = line.read(wait=not engine.is_busy)
             if messages is None:
+                return 0
+            if Ping() in messages and not line.send(Ping()):
                 return 0
             heard = [message for message in messages if isinstance(message, Ask | Abort)]
             began = clock()

@@ -188,9 +188,12 @@ async def test_its_life_in_etcd_from_ready_to_drained(tmp_path):
                 async def is_draining():
                     return (await registered())[key].get("state") == "draining"
 
+                async def is_unready():
+                    async with session.get(f"{url}/health") as health:
+                        return health.status == 503
+
                 await until(is_draining)
-                async with session.get(f"{url}/health") as health:
-                    assert health.status == 503
+                await until(is_unready)  # a moment later: gateways that watch etcd hear it first
                 body = await stream.read()
             assert body.endswith(b"data: [DONE]\n\n")
             async with asyncio.timeout(30):

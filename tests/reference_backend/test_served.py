@@ -21,6 +21,7 @@ class Played:
     kind = "tensor"
     bound = 4
     changes = 0
+    is_alive = True
 
     def __init__(self, told, failures=()):
         self.told = told
@@ -50,15 +51,17 @@ class Played:
 
 
 class Announced:
-    def __init__(self, told):
+    def __init__(self, told, takes):
         self.told = told
+        self.takes = takes
 
     async def drain(self):
+        await asyncio.sleep(self.takes)
         self.told.append("drains")
 
 
 @contextlib.asynccontextmanager
-async def living(told, failures=(), sleep_after=None, refusal=None, **how):
+async def living(told, failures=(), sleep_after=None, refusal=None, etcd_takes=0.0, **how):
     """A version in service, from when it is known whether it can be."""
     ids = []
 
@@ -70,7 +73,7 @@ async def living(told, failures=(), sleep_after=None, refusal=None, **how):
         ids.append(id_)
         assert len(set(ids)) == 1
         told.append("announced")
-        yield Announced(told)
+        yield Announced(told, etcd_takes)
         told.append("withdrawn")
 
     model = Played(told, failures)

@@ -16,6 +16,7 @@ from reference_backend.engine.config import ModelError  # noqa: E402
 from reference_backend.engine.frames import (  # noqa: E402
     Abort,
     Ask,
+    Ping,
     Ready,
     Refused,
     Start,
@@ -37,12 +38,15 @@ class Process:
     def __init__(self, connection):
         self.connection = connection
         self.unframed = Unframed()
+        self.pings = 0
 
     def say(self, *messages):
         self.connection.sendall(b"".join(map(framed, messages)))
 
     def heard(self):
-        return [decode_for_worker(body) for body in self.unframed.feed(self.connection.recv(1 << 16))]
+        messages = [decode_for_worker(body) for body in self.unframed.feed(self.connection.recv(1 << 16))]
+        self.pings += messages.count(Ping())
+        return [message for message in messages if message != Ping()]
 
 
 @contextlib.asynccontextmanager
@@ -128,24 +132,48 @@ async def test_before_and_after_its_life_nobody_is_taken():
     worker.abort(7)
 
 
-async def test_one_that_does_nothing_is_cut(monkeypatch):
-    monkeypatch.setattr(subject, "WEDGED_AFTER", 0.05)
+def hurried(monkeypatch):
+    monkeypatch.setattr(subject, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(subject, "SILENT_SECONDS", 0.05)
+
+
+@pytest.mark.parametrize("is_asked", [True, False])
+async def test_one_that_gives_no_sign_is_not_alive_and_then_cut(monkeypatch, is_asked):
+    hurried(monkeypatch)
     arrived = []
     async with linked() as (worker, _):
-        submit(worker, arrived.append)
+        if is_asked:
+            submit(worker, arrived.append)
         async with asyncio.timeout(20):
+            while worker.is_alive:
+                await asyncio.sleep(0.001)
             await worker.wait_lost()
-    assert arrived == [Delta(None, "lost")]
+    assert arrived == [Delta(None, "lost")] * is_asked
+    assert worker.is_alive  # there is none that owes a sign
 
 
-async def test_one_that_has_nothing_to_do_is_left_alone(monkeypatch):
-    monkeypatch.setattr(subject, "WEDGED_AFTER", 0.05)
-    done = []
+async def test_one_whose_steps_are_long_is_not_alive_and_waited_for(monkeypatch):
+    hurried(monkeypatch)
     async with linked() as (worker, process):
-        ticket = submit(worker, done.append)
-        process.say(Turn([(ticket, Delta(1, "stop"))], Load(0, 0, 0.0)))
-        await until(lambda: done)
-        assert worker._link._watch is None
+        process.say(Turn([], Load(1, 0, 0.0, step_seconds=60.0)))
+        async with asyncio.timeout(20):
+            while worker.is_alive or worker._link.silent_seconds < 0.2:
+                await asyncio.sleep(0.001)
+        assert worker.is_ready
+        process.say(Ping())
+        await until(lambda: worker.is_alive)
+
+
+async def test_one_that_gives_a_sign_when_it_is_asked_is_left_alone(monkeypatch):
+    monkeypatch.setattr(subject, "BEAT_SECONDS", 0.01)
+    async with linked() as (worker, process):
+        process.connection.setblocking(False)
+        while process.pings < 5:
+            await asyncio.sleep(0.001)
+            with contextlib.suppress(BlockingIOError):
+                process.heard()
+                process.say(Ping())
+        await until(lambda: worker._link.silent_seconds <= subject.BEAT_SECONDS)
         assert worker.is_ready
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from reference_backend.engine import service  # noqa: E402
 from reference_backend.engine.config import ModelError  # noqa: E402
-from reference_backend.engine.frames import Abort, Ask, Start, Unframed, decode_for_server, framed  # noqa: E402
+from reference_backend.engine.frames import Abort, Ask, Ping, Start, Unframed, decode_for_server, framed  # noqa: E402
 from reference_backend.engine.model import Llama  # noqa: E402
 from reference_backend.engine.ranks import ALONE  # noqa: E402
 from reference_backend.engine.request import Sampling  # noqa: E402
@@ -111,6 +111,15 @@ def test_what_is_too_late_is_told():
         server.say(ask(1, deadline=time.monotonic() - 1))
         [(ticket, delta)] = server.deltas_until(1)
         assert (ticket, delta.token, delta.finish) == (1, None, "deadline")
+
+
+def test_it_gives_a_sign_when_it_is_asked_busy_or_not():
+    with serving() as (server, _):
+        server.say(Ping())
+        assert server.turn() == Ping()
+        server.say(ask(1, max_tokens=400), Ping())
+        assert server.turn() == Ping()
+        assert server.turn().deltas
 
 
 def test_it_ends_when_the_server_is_gone_busy_or_not():
