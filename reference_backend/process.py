@@ -326,10 +326,7 @@ async def listening(api: Api, options: Options, wall: Callable[[], float]) -> As
             exporter = SpanExporter(otlp_export(options.otlp, "weir-backend", "0.1.0"))
             stack.callback(exporter.close)
             middlewares.append(span_middleware(exporter, wall))
-        # Without handler_cancellation a client that left would be generated for to the end.
-        runner = web.AppRunner(
-            api.application(*middlewares), handler_cancellation=True, access_log=None, shutdown_timeout=0.0
-        )
+        runner = api.runner(*middlewares)
         await runner.setup()
         try:
             site = web.TCPSite(runner, options.host, options.port)

@@ -62,6 +62,18 @@ class Api:
         app.router.add_routes([_below_prefix(route) for route in routes])
         return app
 
+    def runner(self, *middlewares: Middleware) -> web.AppRunner:
+        """The application as it is to be run. What is still in flight at the end is cut."""
+        # Without handler_cancellation a client that left would be generated for to the end; with auto_decompress
+        # a body could grow a thousandfold before anybody has looked at it, or break where nobody expects it.
+        return web.AppRunner(
+            self.application(*middlewares),
+            handler_cancellation=True,
+            auto_decompress=False,
+            access_log=None,
+            shutdown_timeout=0.0,
+        )
+
     @web.middleware
     async def _count(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """What somebody waits for an answer to: the process ends after it."""

@@ -26,7 +26,7 @@ COMPOSED = 4  # characters that Unicode normalisation may make one of
 
 
 class TemplateRefused(Exception):  # noqa: N818  an answer, not a fault
-    """The model's chat template does not take these messages; the message is the template's own."""
+    """The model's chat template does not take these messages; the message says why, in the template's own words."""
 
 
 PICTURE_TOKEN = "<|image_pad|>"  # noqa: S105  stands for a piece of a picture, as in Qwen's models
@@ -92,8 +92,8 @@ class Tokenizer:
         turns = [message.as_json() for message in messages]
         try:
             text = self._template.render(messages=turns, tools=tools, add_generation_prompt=True, **self._special)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise TemplateRefused(str(error)) from error
+        except (jinja2.TemplateError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
+            raise TemplateRefused(f"the model's chat template does not take these messages: {error}") from error
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 

@@ -223,6 +223,19 @@ async def test_headers_are_judged_too(headers, expected):
         assert await error_of(backend.url, QUESTION, **headers) == expected
 
 
+@pytest.mark.parametrize("encoding", ["gzip", "br", "deflate", "zip"])
+async def test_a_body_is_not_decompressed_and_costs_neither_connection_nor_log(encoding, caplog):
+    async with running_api() as backend, aiohttp.ClientSession() as session:
+        for _ in range(2):
+            async with session.post(
+                f"{backend.url}/v1/chat/completions",
+                data=b"nothing of the kind",
+                headers={"content-encoding": encoding},
+            ) as response:
+                assert (response.status, (await response.json())["error"]["code"]) == (415, "unsupported_encoding")
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 async def test_a_deadline_cuts_an_answer_that_has_begun():
     now = [0.0]
     async with running_api(clock=lambda: now[0]) as backend, aiohttp.ClientSession() as session:

@@ -147,6 +147,8 @@ def test_a_template_in_its_own_file_comes_first(tmp_path):
         ("{{ messages[9].content.missing }}", "no element 9"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ messages + 1 }}", "can only concatenate"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "recursion depth"),
     ],
 )
 def test_a_template_that_refuses_says_why(tmp_path, template, message):

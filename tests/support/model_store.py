@@ -49,7 +49,7 @@ async def running_store(root: Path, models: Mapping[str, str] | None = None, *ar
     )
     pool = Pool(service, lambda name: process.entries(options, name), lambda: process.known(options))
     api = Api(pool, clock=time.monotonic, wall=time.time, end=lambda: None)
-    runner = web.AppRunner(api.application(), handler_cancellation=True, shutdown_timeout=0.0)
+    runner = api.runner()
     async with pool.running():
         for name in process.names(options):
             await pool.load(name)

@@ -100,7 +100,7 @@ async def running_api(
         list,
     )
     api = Api(pool, clock=clock, wall=lambda: CREATED, end=lambda: None)
-    runner = web.AppRunner(api.application(*middlewares), handler_cancellation=True, shutdown_timeout=0.0)
+    runner = api.runner(*middlewares)
     try:
         async with pool.running():
             [served] = await pool.load("tiny")
