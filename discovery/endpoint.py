@@ -68,6 +68,7 @@ class Endpoint:
     health_path: str | None = None
     load_path: str | None = None
     grpc_port: int | None = None  # of the same host, spoken to as `scheme` says; None: it speaks no gRPC
+    grpc_health: str | None = None  # the service whose health is asked for there; None: all that it serves
 
     @property
     def authority(self) -> str:
@@ -103,6 +104,7 @@ class Registration(msgspec.Struct, frozen=True, omit_defaults=True):
     health: str | None = None  # path of the active health check; absent: the protocol's own
     load: str | None = None  # path at which it pushes reports of its load; absent: it does not
     grpc_port: Annotated[int, msgspec.Meta(ge=1, le=65535)] | None = None  # where the url's host speaks gRPC
+    grpc_health: str | None = None  # the service that grpc.health.v1 is asked for there; absent: ""
 
     def drained(self) -> Registration:
         """The same backend, telling that it wants no new requests."""
@@ -164,6 +166,7 @@ def decode(key: str, value: bytes) -> Candidate:
             health_path=_plain_path("health", wire.health),
             load_path=_plain_path("load", wire.load),
             grpc_port=wire.grpc_port,
+            grpc_health=None if wire.grpc_health is None else _printable("grpc_health", wire.grpc_health),
         ),
         literal,
     )
@@ -263,11 +266,16 @@ def _base_path(url: SplitResult) -> str:
 
 def _model(index: int, entry: ModelEntry) -> Model:
     for field, text in (("name", entry.name), ("version", entry.version)):
-        if len(text) > 200 or not text.isprintable():
-            raise InvalidRegistration(f"models[{index}].{field}: expected at most 200 printable characters")
+        _printable(f"models[{index}].{field}", text)
     if not entry.name:
         raise InvalidRegistration(f"models[{index}].name: must not be empty")
     return Model(entry.name, entry.version)
+
+
+def _printable(where: str, text: str) -> str:
+    if len(text) > 200 or not text.isprintable():
+        raise InvalidRegistration(f"{where}: expected at most 200 printable characters")
+    return text
 
 
 def _plain_path(field: str, path: str | None) -> str | None:

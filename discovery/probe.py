@@ -297,4 +297,5 @@ def _is_passing(endpoint: Endpoint, status: int) -> bool:
 
 def _place(endpoint: Endpoint) -> tuple[str | int | None, ...]:
     """What a check depends on: with another place, what was known of the health is worth nothing."""
-    return (endpoint.scheme, endpoint.address, endpoint.port, endpoint.host, *health_paths(endpoint))
+    rpc = (endpoint.grpc_port, endpoint.grpc_health)
+    return (endpoint.scheme, endpoint.address, endpoint.port, endpoint.host, *rpc, *health_paths(endpoint))

@@ -16,11 +16,11 @@ from discovery.announce import Announcement
 from discovery.discovery import Discovery, LiveGateways, backends_in, gateways_in
 from discovery.endpoint import ModelEntry, Registration
 from discovery.etcd import Credentials, EtcdClient, EtcdSettings, EtcdSource
-from discovery.probe import HttpProbe
+from discovery.probe import HttpProbe, Pace, Prober
 from discovery.source import Source, SourceFailure
 from discovery.static import StaticBackend, StaticSource
 from gateway import config
-from gateway.certificates import Certificates, system_context
+from gateway.certificates import Certificates, Pem, system_context
 from gateway.children import CannotRun
 from gateway.config import Config, Etcd
 from gateway.last_good import LastGood
@@ -31,6 +31,7 @@ from observability import events
 from policies.problems import InvalidDocument
 
 FIRST_LIST_SECONDS = 5.0
+GRPC_PACE = Pace(per_second=50.0)  # a check over gRPC costs some 2 ms of CPU
 MAX_POLICY_BYTES = 1024 * 1024
 
 
@@ -109,12 +110,25 @@ class Sources:
         discovery.store.subscribe(lambda snapshot: fleet.replace(snapshot.endpoints))
         discovery.store.subscribe(lambda snapshot: load_streams.update(snapshot.endpoints))
         discovery.prober.subscribe(fleet.note_health)
+        if self._config.grpc is not None:
+            background(self._grpc_prober(discovery, fleet).run())
         background(discovery.run())
         background(load_streams.run())
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FIRST_LIST_SECONDS):
                 await discovery.wait_listed()
         return discovery, load_streams
+
+    def _grpc_prober(self, discovery: Discovery, fleet: Fleet) -> Prober:
+        """What asks backends for their health over gRPC, too."""
+        from gateway.rpc.health import GrpcProbe, speaking_grpc  # noqa: PLC0415  loaded by nobody else
+
+        certificates = self._certificates.get("backends")
+        probe = GrpcProbe(lambda: certificates.in_force.pem if certificates is not None else Pem())
+        prober = Prober(probe, translated(self._observe), self._rng, pace=GRPC_PACE)
+        prober.subscribe(fleet.note_grpc_health)
+        discovery.store.subscribe(lambda snapshot: prober.update(speaking_grpc(snapshot)))
+        return prober
 
     def backend_tls(self) -> Callable[[], ssl.SSLContext]:
         """How https backends are spoken to, now."""

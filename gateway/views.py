@@ -50,6 +50,7 @@ def _backend(backend: Backend) -> dict[str, Any]:
         "models": [{"name": model.name, "version": model.version} for model in endpoint.models],
         "state": "draining" if endpoint.draining else "serving",
         "healthy": backend.healthy is True,
+        "grpc_healthy": backend.grpc_healthy,
         "breaker": backend.breaker_state.value,
         "inflight": backend.inflight,
         "weight": endpoint.weight,

@@ -379,6 +379,7 @@ class Registry:
             max_concurrency=model.bound,
             load=path + LOAD_PATH,
             grpc_port=self.grpc_port,
+            grpc_health=f"model/{entry}",
         )
         key = f"{options.service or entry.name}/{id_}"
         async with backend_announcement(self.client, key, registration, rng=random.SystemRandom()) as announcement:

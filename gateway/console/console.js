@@ -114,7 +114,8 @@ function showProblem(text, lines) {
 
 function stateOf(backend) {
   if (backend.state === "draining") return tag("draining", "warn");
-  return backend.healthy ? tag("healthy", "good") : tag("unhealthy", "bad");
+  if (!backend.healthy) return tag("unhealthy", "bad");
+  return backend.grpc_healthy === false ? tag("gRPC unhealthy", "bad") : tag("healthy", "good");
 }
 
 function loadOf(backend) {

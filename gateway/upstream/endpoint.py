@@ -37,7 +37,7 @@ class Backend(Candidate):
 
     __slots__ = (
         "_breakers", "_cache_tokens", "_on_breaker", "_reported_until", "_rng", "_seq", "base_path", "channel",
-        "endpoint", "head_lines", "healthy", "name_line", "pool",
+        "endpoint", "grpc_healthy", "head_lines", "healthy", "name_line", "pool",
     )  # fmt: skip
 
     def __init__(
@@ -50,7 +50,8 @@ class Backend(Candidate):
     ) -> None:
         super().__init__(endpoint.key, endpoint.weight, endpoint.max_concurrency, now)
         self.endpoint = endpoint
-        self.healthy: bool | None = None  # None: not probed yet
+        self.healthy: bool | None = None  # over HTTP; None: not probed yet
+        self.grpc_healthy: bool | None = None  # the same over gRPC
         self.pool = Pool(endpoint, tls)
         self.channel: Channel | None = None  # to its gRPC port, once somebody asked for it
         self._breakers: dict[str, Breaker] = {}

@@ -29,14 +29,18 @@ Groups = dict[tuple[str, str | None, str | None], "Group"]
 
 
 class Group:
-    """Backends that are alike for a request: same service, version and model. `usable` leaves the unhealthy out."""
+    """Backends that are alike for a request: same service, version, model, and way to ask them.
+
+    `usable` leaves those out that are unhealthy where they are asked.
+    """
 
     __slots__ = ("chooser", "panicking", "serving", "usable")
 
-    def __init__(self, serving: tuple[Backend, ...]) -> None:
+    def __init__(self, serving: tuple[Backend, ...], over_grpc: bool) -> None:
         self.serving = serving
-        healthy = tuple(backend for backend in serving if backend.healthy)
-        probed = tuple(backend for backend in serving if backend.healthy is not None)
+        told = [(backend, backend.grpc_healthy if over_grpc else backend.healthy) for backend in serving]
+        healthy = tuple(backend for backend, is_healthy in told if is_healthy)
+        probed = tuple(backend for backend, is_healthy in told if is_healthy is not None)
         # With most of them unhealthy it is likelier that the checks are wrong than that so few can carry it all
         self.panicking = panic(len(healthy), len(probed)) or not healthy
         self.usable = healthy if not self.panicking else probed if healthy else serving
@@ -91,7 +95,14 @@ class Fleet:
         if healthy:
             backend.since = self._clock()
         backend.healthy = healthy
-        self._groups, self._grpc_groups = {}, {}
+        self._groups = {}
+
+    def note_grpc_health(self, key: str, healthy: bool) -> None:
+        """The same for its gRPC port."""
+        backend = self.backends.get(key)
+        if backend is not None:
+            backend.grpc_healthy = healthy
+            self._grpc_groups = {}
 
     def hear_header(self, key: str, value: bytes) -> None:
         """A health check brought a load report along."""
@@ -192,7 +203,7 @@ class Fleet:
                 for b in self.backends.values()
                 if not b.endpoint.draining and not (over_grpc and b.endpoint.grpc_port is None)
             )
-            group = Group(tuple(b for b in serving if _offers(b.endpoint, service, model, version)))
+            group = Group(tuple(b for b in serving if _offers(b.endpoint, service, model, version)), over_grpc)
             if group.serving or version is None:
                 groups[key] = group
         return group

@@ -41,6 +41,7 @@ def test_what_a_backend_writes_is_what_the_gateway_reads():
         health="/ping?full=1",
         load="/load/stream",
         grpc_port=9001,
+        grpc_health="model/tiny@2",
     )
     assert decode("chat/a", encode(registration)).at("10.1.2.3") == Endpoint(
         key="chat/a",
@@ -60,6 +61,7 @@ def test_what_a_backend_writes_is_what_the_gateway_reads():
         health_path="/ping?full=1",
         load_path="/load/stream",
         grpc_port=9001,
+        grpc_health="model/tiny@2",
     )
 
 
@@ -195,6 +197,7 @@ def test_names_that_are_not(key, where):
         (value(max_concurrency=0), "$.max_concurrency"),
         (value(grpc_port=65536), "$.grpc_port"),
         (value(grpc_port="9001"), "$.grpc_port"),
+        (value(grpc_health="a\nb"), "grpc_health: expected at most 200 printable characters"),
         (value(protocols=[]), "$.protocols"),
         (value(protocols="openai"), "$.protocols"),
         (value(protocols=["open ai"]), "protocols[0]"),

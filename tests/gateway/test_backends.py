@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -10,6 +11,7 @@ from discovery.endpoint import Endpoint, Model
 from discovery.probe import Checked
 from gateway import backends
 from gateway.children import CannotRun
+from tests.support.grpc_backend import GrpcBackend
 
 ENDPOINT = Endpoint(
     key="tiny/a", service="tiny", id="a", scheme="http", host="gpu-1", port=9000, address="10.0.0.1",
@@ -38,6 +40,19 @@ def test_what_is_registered_is_shown_as_text_and_not_taken_for_markup():
     console = Console(file=io.StringIO(), width=200, record=True)
     console.print(backends.table([Seen("tiny/a", ENDPOINT, Checked(True, "status 200"))]))
     assert "[red]small" in console.export_text()
+
+
+@pytest.mark.integration
+async def test_one_that_speaks_grpc_is_asked_there_too():
+    async def over_http(_endpoint):
+        return Checked(True, "status 200")
+
+    async with GrpcBackend() as backend:
+        speaking, check = replace(ENDPOINT, address="127.0.0.1", grpc_port=backend.port), backends.both(over_http)
+        assert await check(ENDPOINT) == Checked(True, "status 200")
+        assert await check(speaking) == Checked(True, "status 200, gRPC: SERVING")
+        await backend.stop()
+        assert await check(speaking) == Checked(False, "status 200, gRPC: cannot connect")
 
 
 @pytest.mark.integration

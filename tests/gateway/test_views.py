@@ -39,7 +39,7 @@ def test_backends_in_the_order_of_their_names() -> None:
     first, second = document["backends"]
     assert first == {
         "service": "tiny", "id": "a", "url": "http://127.0.0.1:9000/llm", "models": [{"name": "tiny", "version": "1"}],
-        "grpc_port": None, "state": "serving", "healthy": True, "breaker": "closed", "inflight": 0, "weight": 1, "zone": "",
+        "grpc_port": None, "state": "serving", "healthy": True, "grpc_healthy": None, "breaker": "closed", "inflight": 0, "weight": 1, "zone": "",
         "reported_load": 0.0,
     }  # fmt: skip
     assert (second["id"], second["state"], second["healthy"], second["url"]) == (

@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import socket
 import time
 from types import SimpleNamespace
 
+import aiohttp
 import grpc
 import grpc.aio
 import numpy as np
@@ -15,12 +17,15 @@ import tritonclient.grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
+from discovery.probe import Pace, Prober
+from gateway import sources
 from open_inference import inference_pb2
 from policies.identity import generate_signing_key, jwks_of, mint
-from tests.support.admin_client import scrape
-from tests.support.grpc_backend import Caller, GrpcBackend, grpc_gateway, infer, inferred
+from tests.support.admin_client import api, scrape
+from tests.support.grpc_backend import NOT_SERVING, SERVING, Caller, GrpcBackend, grpc_gateway, infer, inferred
 from tests.support.model_store import ADDER, running_store
 from tests.support.otlp_receiver import OtlpReceiver
+from tests.support.ports import silent_listener
 from tests.support.running_gateway import policy_with, until
 
 LOOP = "uvloop"
@@ -44,15 +49,6 @@ plans: {plans}
 consumers: {consumers}
 routes: {routes}
 """
-
-
-@contextlib.contextmanager
-def silent_listener():
-    """Connections to it are made, and nothing is said on them."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        yield listener.getsockname()[1]
 
 
 def is_refused(address) -> bool:
@@ -224,6 +220,57 @@ async def test_a_backend_that_fails_is_left_alone_and_another_one_asked(tmp_path
             == 2
         )
         assert metrics.value("weir_retries_total", service="tiny") >= 1
+
+
+async def test_a_backend_gets_what_it_is_well_for_over_http_and_over_grpc(tmp_path, monkeypatch) -> None:
+    """One whose gRPC is dead and one whose HTTP is; then both come back."""
+    monkeypatch.setitem(Prober.__init__.__kwdefaults__, "pace", Pace(interval=0.1))
+    monkeypatch.setattr(sources, "GRPC_PACE", Pace(interval=0.1))
+    policy = policy_with(balance="round_robin", retry="{attempts: 1}")
+    async with (
+        GrpcBackend() as one,
+        GrpcBackend() as two,
+        grpc_gateway(tmp_path, one, two, policy=policy) as (gateway, caller),
+        aiohttp.ClientSession(f"http://{gateway.data_address}") as session,
+    ):
+
+        def health():
+            at = {backend.endpoint.port: backend for backend in gateway.fleet.backends.values()}
+            found = [at[int(each.url.rpartition(":")[2])] for each in (one, two)]
+            return [(each.healthy, each.grpc_healthy) for each in found]
+
+        async def is_asked(http, grpc):
+            """Ask until all have been asked that should be. Whatever is asked is answered, and nobody else asked."""
+            async with asyncio.timeout(20):
+                for round_ in itertools.count(1):
+                    async with session.post("/v1/chat/completions", json={"model": "tiny"}) as response:
+                        assert response.status == 200
+                    assert await caller.ask() == inferred()
+                    seen = [bool(each.http.heads) for each in (one, two)], [bool(each.messages) for each in (one, two)]
+                    assert not any(is_seen and not may for is_seen, may in zip(sum(seen, []), http + grpc, strict=True))
+                    if round_ >= 10 and seen == (http, grpc):
+                        break
+            for each in (one, two):
+                each.http.heads.clear()
+                each.messages.clear()
+
+        await until(lambda: health() == [(True, True), (True, True)], 20)
+        await is_asked(http=[True, True], grpc=[True, True])
+        port = one.port
+        await one.stop()
+        two.http.healthy = False
+        await until(lambda: health() == [(True, False), (False, True)], 20)
+        await is_asked(http=[True, False], grpc=[False, True])
+        await one.listen(port)
+        two.http.healthy = True
+        one.health = NOT_SERVING  # it listens again, and says that it cannot serve
+        await until(lambda: health() == [(True, False), (True, True)], 20)
+        await is_asked(http=[True, True], grpc=[False, True])
+        one.health = SERVING
+        await until(lambda: health() == [(True, True), (True, True)], 20)
+        await is_asked(http=[True, True], grpc=[True, True])
+        told = [each["grpc_healthy"] for each in (await api(gateway, "backends"))["backends"]]
+        assert told == [True, True]
 
 
 async def test_backends_that_keep_to_no_rule(tmp_path) -> None:

@@ -8,11 +8,13 @@ from typing import Any, Self
 
 import grpc
 import grpc.aio
+from grpc_health.v1 import health_pb2
 
 from open_inference import SERVICE, inference_pb2
 from tests.support.running_gateway import running_gateway
 from tests.support.scripted_backend import ScriptedBackend
 
+SERVING, NOT_SERVING = (health_pb2.HealthCheckResponse(status=status).SerializeToString() for status in (1, 2))
 Script = Callable[[bytes, Any], Awaitable[bytes | None]]
 
 
@@ -38,12 +40,14 @@ class GrpcBackend:
         self.methods: list[str] = []
         self.open = 0
         self.cancelled = 0
+        self.health: bytes | grpc.StatusCode = SERVING  # what is answered to a question for it
+        self.health_asked: list[bytes] = []
         self._credentials = credentials
 
     async def __aenter__(self) -> Self:
-        self._http = ScriptedBackend()
-        await self._http.__aenter__()
-        self.url = self._http.url
+        self.http = ScriptedBackend()
+        await self.http.__aenter__()
+        self.url = self.http.url
         await self.listen()
         return self
 
@@ -57,12 +61,18 @@ class GrpcBackend:
         await self._server.start()
 
     async def stop(self) -> None:
-        """Refuse connections from now on; the health check still passes."""
+        """Refuse connections from now on; the health check over HTTP still passes."""
         await self._server.stop(None)
 
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
-        await self._http.__aexit__()
+        await self.http.__aexit__()
+
+    async def tell_health(self, context) -> None:
+        self.health_asked.append(await context.read())
+        if isinstance(self.health, grpc.StatusCode):
+            await context.abort(self.health, "")
+        await context.write(self.health)
 
     async def serve(self, method: str, context) -> None:
         self.open += 1
@@ -89,7 +99,10 @@ class _Handler(grpc.GenericRpcHandler):
         method = details.method
 
         async def serve(_, context):
-            await self.backend.serve(method, context)
+            if method == "/grpc.health.v1.Health/Check":
+                await self.backend.tell_health(context)
+            else:
+                await self.backend.serve(method, context)
 
         return grpc.stream_stream_rpc_method_handler(serve)
 

@@ -7,9 +7,11 @@ the same time (pytest-xdist, another checkout) walk through the range from place
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import socket
+from collections.abc import Iterator
 
 FIRST, END = 10_000, 20_000  # Redis Cluster takes the one 10,000 above, too
 GOLDEN = 0.618_033_988_75  # its multiples lie far apart, modulo 1 (Knuth, The Art of Computer Programming, 6.4)
@@ -40,3 +42,12 @@ def _is_free(port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+@contextlib.contextmanager
+def silent_listener() -> Iterator[int]:
+    """Connections to this port are made, and nothing is said on them."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]

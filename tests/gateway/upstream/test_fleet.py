@@ -265,6 +265,20 @@ def test_over_grpc_only_those_are_asked_that_speak_it(ports, serving, refusal) -
         assert (type(missing), refusal in missing.message) == (errors.NoBackend, True)
 
 
+def test_health_over_http_and_over_grpc_are_two_things() -> None:
+    story = Story()
+    story.show(*(endpoint(f"tiny/{name}", grpc_port=9001) for name in "ab"))
+    story.health(a=True, b=False)
+    story.fleet.note_grpc_health("tiny/a", False)
+    story.fleet.note_grpc_health("tiny/b", True)
+    story.fleet.note_grpc_health("tiny/gone", True)
+    over_grpc = story.fleet.group(TINY, "tiny", over_grpc=True)
+    assert (story.usable(), [backend.endpoint.id for backend in over_grpc.usable]) == ({"a"}, ["b"])
+    story.fleet.note_grpc_health("tiny/a", True)
+    over_grpc = story.fleet.group(TINY, "tiny", over_grpc=True)
+    assert (story.usable(), [backend.endpoint.id for backend in over_grpc.usable]) == ({"a"}, ["a", "b"])
+
+
 @pytest.mark.parametrize("models", [(), (Model("tiny", "1"),)])
 def test_groups_do_not_grow_with_names_that_clients_invent(models) -> None:
     story = Story()
