@@ -15,7 +15,7 @@ cancelled or late before its batch is made takes no place in it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -158,22 +158,20 @@ class Batcher:
         items = [Item(payload, size, key, deadline, terms.tenant, terms.priority) for payload, size in parts]
         self.batches.add(items, now)
         loop = asyncio.get_running_loop()
-        answers = {item: loop.create_future() for item in items}
+        answers: dict[Item, asyncio.Future[Any]] = {item: loop.create_future() for item in items}
         self._answers |= answers
         self._go()
-        scope = asyncio.timeout(None if deadline is None else deadline - now)
+        timer = None if deadline is None else loop.call_later(deadline - now, _tell_late, answers.values())
         try:
-            async with scope:
-                return await asyncio.gather(*answers.values())
-        except TimeoutError:
-            if scope.expired():
-                raise Late from None
-            raise
+            return [await answer for answer in answers.values()]
         finally:
+            if timer is not None:
+                timer.cancel()
             for item, answer in answers.items():
                 del self._answers[item]
                 self.batches.withdraw(item)
-                answer.cancel()
+                if not (answer.cancel() or answer.cancelled()):
+                    answer.exception()  # it may be that nobody has asked
 
     def _go(self) -> None:
         """Set what can run running."""
@@ -216,3 +214,11 @@ class Batcher:
                 answer.set_exception(result)
             else:
                 answer.set_result(result)
+
+
+def _tell_late(answers: Iterable[asyncio.Future[Any]]) -> None:
+    """Whoever awaits answers in their order is told at the first that is not there."""
+    for answer in answers:
+        if not answer.done():
+            answer.set_exception(Late())
+            break

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 
 import msgspec
-from aiohttp import web
+from aiohttp import StreamReader, web
 
 from reference_backend import protocol
 from reference_backend.engine.request import Priority
@@ -29,13 +29,20 @@ async def read_body(request: web.Request, largest: int) -> bytes:
     """The whole body. Raises ApiError 408, 413, 415."""
     if request.headers.get("content-encoding", "identity") != "identity":
         raise ApiError(415, "unsupported_encoding", "compressed request bodies are not supported")
+    content = request.content
+    body = content.read_nowait() if content.is_eof() else await _arriving(content, largest)
+    if len(body) > largest:
+        raise ApiError(413, "too_large", f"the body is longer than {largest} bytes")
+    return body
+
+
+async def _arriving(content: StreamReader, largest: int) -> bytes:
+    """The body that did not come with its head, or more of it than `largest`. Raises ApiError 408."""
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            async for piece in request.content.iter_any():
-                body += piece
-                if len(body) > largest:
-                    raise ApiError(413, "too_large", f"the body is longer than {largest} bytes")
+            while not content.at_eof() and len(body) <= largest:
+                body += await content.readany()
     except TimeoutError as error:
         raise ApiError(408, "client_timeout", "the request's body came too slowly") from error
     return bytes(body)

@@ -18,8 +18,8 @@ from reference_backend.pool import Pool
 from reference_backend.protocol import ApiError
 from reference_backend.served import Served, State
 from reference_backend.stateless import Stateless, bad_tensor
-from reference_backend.tensor_codec import datatype_of, from_json, from_raw, to_json, to_raw
-from reference_backend.tensors import Array, Tensors, TensorSpec
+from reference_backend.tensor_codec import from_json, from_raw, to_json, to_raw
+from reference_backend.tensors import DATATYPES, Array, Tensors, TensorSpec
 
 LARGEST_BODY = 64 * 1024 * 1024
 HEADER_LENGTH = "inference-header-content-length"
@@ -80,10 +80,10 @@ class OpenInference:
             route
             for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
             for route in (
+                web.post(f"{model}/infer", self._infer),  # first, as they are tried in this order
                 web.get(model, self._metadata),
                 web.get(f"{model}/ready", self._ready),
                 web.get(f"{model}/config", self._config),
-                web.post(f"{model}/infer", self._infer),
             )
         ]
         return [
@@ -205,7 +205,7 @@ def answer(served: Served, asked: InferRequest, outputs: Tensors) -> web.Respons
     for name, array in outputs.items():
         parameters = said.get(name, {})
         check_parameters(parameters)
-        tensor: Json = {"name": name, "datatype": datatype_of(array), "shape": array.shape}
+        tensor: Json = {"name": name, "datatype": DATATYPES[array.dtype], "shape": array.shape}
         if parameters.get("binary_data", binary_by_default) is True:
             behind.append(to_raw(array))
             tensor["parameters"] = {"binary_data_size": len(behind[-1])}

@@ -33,8 +33,8 @@ from reference_backend.pool import Pool
 from reference_backend.protocol import ApiError
 from reference_backend.served import Served, State
 from reference_backend.stateless import Stateless, bad_tensor
-from reference_backend.tensor_codec import CONTENTS, datatype_of, from_list, from_raw, to_raw
-from reference_backend.tensors import Array, Tensors
+from reference_backend.tensor_codec import CONTENTS, from_list, from_raw, to_raw
+from reference_backend.tensors import DATATYPES, Array, Tensors
 
 CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
@@ -159,10 +159,12 @@ class Servicer:
         )
 
     async def _model_ready(self, asked: pb.ModelReadyRequest, context: ServicerContext) -> object:
-        return pb.ModelReadyResponse(ready=self._find(asked.name, asked.version, context).state is State.READY)
+        return pb.ModelReadyResponse(
+            ready=self._find(asked.name, asked.version, metadata_of(context)).state is State.READY
+        )
 
     async def _metadata(self, asked: pb.ModelMetadataRequest, context: ServicerContext) -> object:
-        told = open_inference.metadata(self._pool, self._find(asked.name, asked.version, context))
+        told = open_inference.metadata(self._pool, self._find(asked.name, asked.version, metadata_of(context)))
         for side in ("inputs", "outputs"):
             told[side] = [
                 pb.ModelMetadataResponse.TensorMetadata(name=spec.name, datatype=spec.datatype, shape=spec.shape)
@@ -171,21 +173,22 @@ class Servicer:
         return pb.ModelMetadataResponse(**told)
 
     async def _config(self, asked: pb.ModelConfigRequest, context: ServicerContext) -> object:
-        told = open_inference.config(self._find(asked.name, asked.version, context))
+        told = open_inference.config(self._find(asked.name, asked.version, metadata_of(context)))
         told["input"] = [pb.ModelInput(**each) for each in told["input"]]
         told["output"] = [pb.ModelOutput(**each) for each in told["output"]]
         return pb.ModelConfigResponse(config=pb.ModelConfig(**told))
 
     async def _infer(self, asked: pb.ModelInferRequest, context: ServicerContext) -> pb.ModelInferResponse:
-        served = self._find(asked.model_name, asked.model_version, context)
+        metadata = metadata_of(context)
+        served = self._find(asked.model_name, asked.model_version, metadata)
         try:
             with served.use(Stateless) as model:
                 wanted = chosen(model, [each.name for each in asked.outputs])
-                wanted_how = terms(_metadata(context), self._clock(), context.time_remaining())
+                wanted_how = terms(metadata, self._clock(), context.time_remaining())
                 outputs = await model.infer(read_inputs(asked), wanted_how)
                 return answer(served, asked, {name: outputs[name] for name in wanted})
         finally:
-            _report_load(served, context)
+            _report_load(served, metadata, context)
 
     async def _stream(self, messages: AsyncIterator[bytes], context: ServicerContext) -> AsyncIterator[object]:
         """One answer to each message, in their order; what goes wrong is told in the answer and ends nothing."""
@@ -210,9 +213,9 @@ class Servicer:
         self._pool.unload(asked.model_name)
         return pb.RepositoryModelUnloadResponse()
 
-    def _find(self, name: str, version: str, context: ServicerContext) -> Served:
+    def _find(self, name: str, version: str, metadata: Mapping[str, str]) -> Served:
         """Raises ApiError 404, 503."""
-        place = _metadata(context).get("x-weir-base-path", "").split("/")[-2:]
+        place = metadata.get("x-weir-base-path", "").split("/")[-2:]
         if len(place) < 2:
             return self._pool.find(name, version or None)
         served = self._pool.find(name, version or place[1])
@@ -228,12 +231,12 @@ def _decoded(kind: type[Any], message: bytes) -> Any:
         raise ApiError(400, "bad_request", f"the message is no {kind.DESCRIPTOR.name}") from error
 
 
-def _metadata(context: ServicerContext) -> Mapping[str, str]:
+def metadata_of(context: ServicerContext) -> Mapping[str, str]:
     return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
 
 
-def _report_load(served: Served, context: ServicerContext) -> None:
-    form = _metadata(context).get(FORMAT_HEADER, "").strip().lower()
+def _report_load(served: Served, metadata: Mapping[str, str], context: ServicerContext) -> None:
+    form = metadata.get(FORMAT_HEADER, "").strip().lower()
     if form in ("json", "text") and served.model is not None:
         source = served.model.reporter.source
         context.set_trailing_metadata((("endpoint-load-metrics", orca(source.load(), source.changes, form)),))
@@ -263,7 +266,7 @@ def read_inputs(asked: pb.ModelInferRequest) -> Tensors:
 def answer(served: Served, asked: pb.ModelInferRequest, outputs: Tensors) -> pb.ModelInferResponse:
     """The answer, raw where the request was, or where a datatype has no field."""
     tensors = [
-        pb.ModelInferResponse.InferOutputTensor(name=name, datatype=datatype_of(array), shape=array.shape)
+        pb.ModelInferResponse.InferOutputTensor(name=name, datatype=DATATYPES[array.dtype], shape=array.shape)
         for name, array in outputs.items()
     ]
     told = pb.ModelInferResponse(

@@ -62,7 +62,7 @@ class Pool:
         version = own if version is None else version
         found = [
             served
-            for served in self
+            for served in self._served.values()
             if served.entry.name == name and version in (None, served.entry.version) and own in (None, version)
         ]
         if not found and self.is_ending:
@@ -72,7 +72,7 @@ class Pool:
             asked = model if own is not None or version is None else f"{model}@{version}"
             message = f"model {asked[:LONGEST_SHOWN]!r} is not served here; {known} is"
             raise ApiError(404, "model_not_found", message, param="model")
-        return max(reversed(found), key=lambda served: _PREFERENCE.index(served.state))  # of equals the newest
+        return max(found, key=lambda served: (_PREFERENCE.index(served.state), int(served.entry.version or 0)))
 
     def _change(self) -> None:
         self.changes += 1

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import ClassVar, cast
 
 from reference_backend import protocol
@@ -234,20 +234,22 @@ class Stateless:
         if self._in_flight >= self.bound:
             raise self._full()
         began = self.clock()
-        with self._counted():
-            try:
-                async with asyncio.timeout(None if terms.deadline is None else terms.deadline - began):
-                    outputs = await self._model.infer(inputs, terms)
-            except BadTensor as error:
-                raise ApiError(400, "bad_tensor", str(error), param="inputs") from error
-            except Full as error:
-                raise self._full() from error
-            except (Late, TimeoutError) as error:
-                raise ApiError(504, "deadline", "the deadline passed before there was an answer") from error
-            except Lost as error:
-                raise protocol.worker_lost() from error
-            except Failed as error:
-                raise protocol.engine_failed() from error
+        self._change(1)
+        try:
+            async with asyncio.timeout(None if terms.deadline is None else terms.deadline - began):
+                outputs = await self._model.infer(inputs, terms)
+        except BadTensor as error:
+            raise ApiError(400, "bad_tensor", str(error), param="inputs") from error
+        except Full as error:
+            raise self._full() from error
+        except (Late, TimeoutError) as error:
+            raise ApiError(504, "deadline", "the deadline passed before there was an answer") from error
+        except Lost as error:
+            raise protocol.worker_lost() from error
+        except Failed as error:
+            raise protocol.engine_failed() from error
+        finally:
+            self._change(-1)
         self.reporter.answered(self.clock() - began, self.clock() - began, 1)
         return outputs
 
@@ -255,17 +257,8 @@ class Stateless:
         self.reporter.rejects += 1
         return protocol.not_started(429, "queue_full", "this backend has no room for another request now")
 
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        self._in_flight += 1
-        self._change()
-        try:
-            yield
-        finally:
-            self._in_flight -= 1
-            self._change()
-
-    def _change(self) -> None:
+    def _change(self, requests: int) -> None:
+        self._in_flight += requests
         self.changes += 1
         self._news.set()
 

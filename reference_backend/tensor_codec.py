@@ -7,9 +7,9 @@ becomes an array of its datatype and shape, or an ApiError 400 that names it.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,7 +72,7 @@ def from_json(name: str, datatype: str, shape: Sequence[int], data: msgspec.Raw)
     """A tensor of `data`, which is flat or nested as the shape is."""
     dtype = _dtype(name, datatype)
     element: Any = {"b": bool, "f": float, "O": str}.get(dtype.kind, int)
-    elements = _decode_list(name, data, element, len(shape))
+    elements = _decode_list(name, data, element, min(len(shape), MOST_DIMENSIONS) if _NESTED.match(data) else 1)
     if datatype == "BYTES":
         elements = [text.encode() for text in elements]
     array = from_list(name, datatype, shape, elements)
@@ -81,12 +81,15 @@ def from_json(name: str, datatype: str, shape: Sequence[int], data: msgspec.Raw)
     return array
 
 
+@functools.cache
+def _lists_of(element: Any, depth: int) -> Any:
+    """Decodes lists that are nested so deep."""
+    return _lists_of(list[element], depth - 1) if depth else msgspec.json.Decoder(element).decode
+
+
 def _decode_list(name: str, data: msgspec.Raw, element: Any, depth: int) -> list[Any]:
-    kind: Any = element
-    for _ in range(min(depth, MOST_DIMENSIONS) if _NESTED.match(data) else 1):
-        kind = list[kind]
     try:
-        elements: list[Any] = msgspec.json.decode(data, type=kind)
+        elements: list[Any] = _lists_of(element, depth)(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise bad_tensor(name, f"has data that cannot be read: {str(error)[:200]}") from error
     while elements and isinstance(elements[0], list):
@@ -103,8 +106,8 @@ def from_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes | memory
         raise bad_tensor(name, f"has {len(raw)} bytes, which is no number of elements of {dtype.itemsize} bytes")
     if datatype == "BOOL" and len(raw) and np.frombuffer(raw, np.uint8).max() > 1:
         raise bad_tensor(name, "has elements of BOOL that are neither 0 nor 1")
-    flat = np.frombuffer(bytearray(raw), dtype=dtype.newbyteorder("<"))
-    return _shaped(name, flat if sys.byteorder == "little" else flat.astype(dtype), shape)
+    flat = np.frombuffer(raw, dtype=dtype.newbyteorder("<"))
+    return _shaped(name, np.require(flat, dtype, "A"), shape)
 
 
 def _split(name: str, raw: memoryview) -> list[bytes]:
@@ -139,8 +142,3 @@ def to_json(name: str, array: Array) -> list[Any]:
         raise ApiError(400, "not_json", f"output {name!r} has elements that JSON cannot hold (NaN or infinite); {ask}")
     elements: list[Any] = array.ravel().tolist()
     return elements
-
-
-def datatype_of(array: Array) -> str:
-    """The protocol's name of an array's type."""
-    return next(name for name, dtype in DTYPES.items() if dtype == array.dtype)

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from reference_backend.repository import Card
-from reference_backend.tensors import DTYPES, Tensors, TensorSpec, Terms
+from reference_backend.tensors import DATATYPES, DTYPES, Tensors, TensorSpec, Terms
 
 
 class Packed(msgspec.Struct, array_like=True, frozen=True):
@@ -66,9 +66,8 @@ def pack(tensors: Tensors) -> dict[str, Packed]:
     """Arrays as they travel."""
     packed = {}
     for name, array in tensors.items():
-        datatype = next(name for name, dtype in DTYPES.items() if dtype == array.dtype)
-        data = array.ravel().tolist() if datatype == "BYTES" else bytearray(array.tobytes())
-        packed[name] = Packed(datatype, array.shape, data)
+        data = array.ravel().tolist() if array.dtype == np.object_ else bytearray(array.data)
+        packed[name] = Packed(DATATYPES[array.dtype], array.shape, data)
     return packed
 
 

@@ -7,11 +7,14 @@ the executor's business. It ends when its socket does. A failure in a run is tol
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import signal
 import socket
 import sys
 from pathlib import Path
+
+import uvloop
 
 from reference_backend.engine.config import ModelError
 from reference_backend.engine.frames import Unframed, framed
@@ -57,16 +60,15 @@ async def _answer_all(
     model: TensorModel, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, unframed: Unframed
 ) -> None:
     """Until the server is gone."""
-    under_way: dict[str, asyncio.Task[None]] = {}
+    under_way: dict[int, asyncio.Task[None]] = {}
     while data := await reader.read(READ_BYTES):
         for body in unframed.feed(data):
             message = decode_for_model(body)
             if isinstance(message, Infer):
-                task = asyncio.create_task(_answer(model, message, writer), name=str(message.ticket))
-                under_way[task.get_name()] = task
-                task.add_done_callback(lambda over: under_way.pop(over.get_name()))
-            elif isinstance(message, Cancel) and (task_to_end := under_way.get(str(message.ticket))) is not None:
-                task_to_end.cancel()
+                task = under_way[message.ticket] = asyncio.create_task(_answer(model, message, writer))
+                task.add_done_callback(functools.partial(under_way.pop, message.ticket))
+            elif isinstance(message, Cancel) and (unwanted := under_way.get(message.ticket)) is not None:
+                unwanted.cancel()
     for task in list(under_way.values()):
         task.cancel()
 
@@ -91,7 +93,7 @@ def main(descriptor: int) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # the server decides when it is over
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    return asyncio.run(serve(socket.socket(fileno=descriptor)))
+    return uvloop.run(serve(socket.socket(fileno=descriptor)))
 
 
 if __name__ == "__main__":

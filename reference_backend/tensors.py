@@ -52,6 +52,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "FP64": np.dtype(np.float64),
     "BYTES": np.dtype(np.object_),
 }
+DATATYPES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class BadTensor(ValueError):  # noqa: N818  a verdict on the client's input

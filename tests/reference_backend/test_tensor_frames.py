@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 
 from reference_backend.engine.frames import LENGTH_BYTES, framed
+from reference_backend.engine.request import Priority
 from reference_backend.tensor_frames import Infer, decode_for_model, pack, unpack
-from reference_backend.tensors import DTYPES
+from reference_backend.tensors import DTYPES, Terms
+
+TERMS = Terms(1.5, "ci", Priority.LOW)
 
 
 @pytest.mark.parametrize("datatype", DTYPES)
@@ -15,10 +18,11 @@ def test_they_arrive_as_they_were(datatype, shape):
     content = [b"a" * n for n in range(count)] if datatype == "BYTES" else [n % 2 for n in range(count)]
     array = np.empty(count, dtype=DTYPES[datatype])
     array[:] = content
-    sent = framed(Infer(7, pack({"x": array.reshape(shape)}), None))
+    sent = framed(Infer(7, pack({"x": array.reshape(shape)}), TERMS))
     arrived = decode_for_model(sent[LENGTH_BYTES:])
     there = unpack(arrived.inputs)["x"]
-    assert (arrived.ticket, there.dtype, there.shape) == (7, DTYPES[datatype], shape)
+    assert (arrived.ticket, arrived.terms) == (7, TERMS)
+    assert (there.dtype, there.shape) == (DTYPES[datatype], shape)
     assert there.ravel().tolist() == array.tolist()
     assert there.flags.writeable
 

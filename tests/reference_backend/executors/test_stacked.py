@@ -69,6 +69,28 @@ async def test_requests_that_wait_run_as_one_and_each_gets_its_rows():
     assert other_shape.result()["sum"].tolist() == [5.0, 6.0]
 
 
+async def test_a_full_batch_is_stacked_while_the_one_before_it_runs(monkeypatch):
+    made = []
+
+    def concatenate(arrays):
+        made.append(len(arrays))
+        return np.hstack(arrays) if arrays[0].ndim == 1 else np.vstack(arrays)
+
+    monkeypatch.setattr("reference_backend.executors.stacked.np.concatenate", concatenate)
+    adder = Adder(wait=True)
+    async with stacked(adder).running() as model, asyncio.TaskGroup() as group:
+        group.create_task(model.infer(request(1)))
+        assert await asyncio.to_thread(adder.started.wait, 20)
+        for rows in (4, 3, 1, 2):
+            group.create_task(model.infer(request(rows)))
+        async with asyncio.timeout(20):
+            while len(made) < 2:  # x and y of eight rows, and not the two that are left
+                await asyncio.sleep(0)
+        assert (made, adder.ran) == ([3, 3], [1, 8, 1])
+        adder.go.set()
+    assert adder.ran == [1, 8, 1, 8, 2]
+
+
 async def test_one_that_the_model_fails_on_fails_alone():
     adder = Adder(wait=True)
     async with stacked(adder).running() as model, asyncio.TaskGroup() as group:
