@@ -13,11 +13,11 @@ import msgspec
 import numpy as np
 from aiohttp import web
 
-from reference_backend import protocol
-from reference_backend.incoming import check_open, find, json_response, read_body, terms
-from reference_backend.openai_api import LARGEST_BODY, USAGE
+from reference_backend.answers import Json, Usage
+from reference_backend.incoming import find, json_response, read, terms
+from reference_backend.openai_api import USAGE
 from reference_backend.pool import Pool
-from reference_backend.protocol import ApiError, Json, Usage
+from reference_backend.protocol import ApiError, bad
 from reference_backend.stateless import Embedding
 from reference_backend.tensors import Array, Tensors
 
@@ -32,8 +32,8 @@ class EmbeddingRequest(msgspec.Struct, kw_only=True):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, msgspec.Meta(ge=1)] | None = None
 
-    def check_supported(self) -> None:
-        """Raise ApiError for what was asked for and cannot be done."""
+    def __post_init__(self) -> None:
+        """Raises ApiError for what was asked for and cannot be done."""
         self.tensors()
 
     def tensors(self) -> Tensors:
@@ -58,7 +58,7 @@ class EmbeddingRequest(msgspec.Struct, kw_only=True):
 
 
 def _bad_input(what: str) -> ApiError:
-    return ApiError(400, "bad_request", f"input {what}", param="input")
+    return bad(f"input {what}", "input")
 
 
 class Embeddings:
@@ -71,8 +71,7 @@ class Embeddings:
         return [web.post("/v1/embeddings", self._embed)]
 
     async def _embed(self, request: web.Request) -> web.Response:
-        check_open(self._pool)
-        body = protocol.decode(await read_body(request, LARGEST_BODY), EmbeddingRequest)
+        body = await read(self._pool, request, EmbeddingRequest)
         served = find(self._pool, request, body.model)
         with served.use(Embedding) as model:
             size = next(spec.shape[-1] for spec in model.outputs if spec.name == "embedding")
@@ -80,13 +79,13 @@ class Embeddings:
                 message = (
                     f"this model gives {size} dimensions and is not trained to be cut short; leave `dimensions` out"
                 )
-                raise ApiError(400, "unsupported_parameter", message, param="dimensions")
+                raise bad(message, "dimensions", "unsupported_parameter")
             try:
                 outputs = await model.infer(body.tensors(), terms(request.headers, model.clock()))
             except ApiError as error:
                 if error.code != "bad_tensor":
                     raise
-                raise ApiError(400, "bad_request", error.message, param="input") from error
+                raise bad(error.message, "input") from error
         tokens = int(outputs["tokens"].sum())
         request[USAGE] = Usage(tokens, 0)
         return json_response(

@@ -7,64 +7,71 @@ included, aborts the sequence.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Self
 from uuid import uuid4
 
 from reference_backend import protocol
-from reference_backend.engine.request import Delta, Finish, Logprobs, Picture, Priority, Sampling
-from reference_backend.load_report import Reporter
-from reference_backend.protocol import ApiError, TokenLogprob, Usage
+from reference_backend.answers import Piece, TokenLogprob, Usage, finish_reason
+from reference_backend.engine.request import Delta, Finish, Picture, Sampling
+from reference_backend.language import Language
+from reference_backend.tensors import Terms
 from reference_backend.tokenizer import TextStream, Tokenizer
 from reference_backend.tools import CallPiece, CallReader, Form
-from reference_backend.worker import Worker, WorkerAway, WorkerBusy
+from reference_backend.worker import WorkerAway, WorkerBusy
+
+REFUSALS = {"failed": protocol.engine_failed, "grammar": protocol.grammar_failed, "lost": protocol.worker_lost}
 
 
-class GenerationError(Exception):
-    """There will be no more tokens, and no proper end. Carries what to tell a client who has seen none yet."""
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a request asks for: of which prompt, each choice how, ended where, with which tools, and all beside that."""
 
-    def __init__(self, refusal: ApiError) -> None:
-        super().__init__(refusal.message)
-        self.refusal = refusal
+    prompt: list[int]
+    samplings: list[Sampling]  # one for each choice
+    terms: Terms
+    stops: tuple[str, ...]
+    salt: bytes
+    form: Form | None  # of calls, where there are tools
+    pictures: list[Picture]  # that the prompt has places for
 
 
 class Generation:
-    """One request at the worker: a `with` around `next`, which gives its tokens, those of each choice in order.
+    """One request at the worker, of which each choice takes a place: a `with` around an iteration over its pieces."""
 
-    There is a choice for each sampling, and each takes a place at the worker.
-    """
-
-    def __init__(
-        self, worker: Worker, reporter: Reporter, prompt: list[int], samplings: list[Sampling], asked: Asked
-    ) -> None:
-        self._worker, self._reporter = worker, reporter
+    def __init__(self, model: Language, asked: Asked) -> None:
+        self._worker, self._reporter, self._asked = model.worker, model.reporter, asked
         self._arrived: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
-        self._prompt, self._samplings, self._asked = prompt, samplings, asked
         self._tickets: list[int] = []
-        self._began, self._first_at, self._tokens = worker.clock(), 0.0, 0
+        self._open = {
+            index: _Choice(index, model.tokenizer, asked.stops, asked.form) for index in range(len(asked.samplings))
+        }
+        self._began, self._first_at, self._tokens = self._worker.clock(), 0.0, 0
+        self._is_begun = False
+        self.usage = Usage(len(asked.prompt), 0)
 
     def __enter__(self) -> Self:
         """Raises ApiError 429 when the worker is full, 503 when there is none."""
+        asked = self._asked
         try:
-            for choice, sampling in enumerate(self._samplings):
+            for choice, sampling in enumerate(asked.samplings):
                 ticket = self._worker.submit(
-                    self._prompt,
+                    asked.prompt,
                     sampling,
                     partial(self._arrive, choice),
-                    deadline=self._asked.deadline,
-                    priority=self._asked.priority,
-                    tenant=self._asked.tenant,
-                    salt=self._asked.salt,
-                    pictures=self._asked.pictures,
+                    deadline=asked.terms.deadline,
+                    priority=asked.terms.priority,
+                    tenant=asked.terms.tenant,
+                    salt=asked.salt,
+                    pictures=asked.pictures,
                 )
                 self._tickets.append(ticket)
         except WorkerBusy as error:
-            for choice in range(len(self._tickets)):
-                self.abort(choice)
+            self._abort()
             self._reporter.rejects += 1
-            raise protocol.not_started(429, "queue_full", "this backend has no room for another request now") from error
+            raise protocol.queue_full() from error
         except WorkerAway as error:
             raise protocol.loading() from error
         return self
@@ -72,71 +79,71 @@ class Generation:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for choice in range(len(self._tickets)):
-            self.abort(choice)
+        self._abort()
         if self._tokens:
             each = -(-self._tokens // len(self._tickets))
             self._reporter.answered(self._first_at - self._began, self._worker.clock() - self._began, each)
 
     @property
     def choices(self) -> int:
-        return len(self._samplings)
+        return len(self._asked.samplings)
 
-    def abort(self, choice: int) -> None:
-        """Give one choice up. What it has said may still come."""
-        self._worker.abort(self._tickets[choice])
+    def _abort(self) -> None:
+        for ticket in self._tickets:
+            self._worker.abort(ticket)
 
     def _arrive(self, choice: int, delta: Delta) -> None:
         self._arrived.put_nowait((choice, delta))
 
-    async def next(self) -> tuple[int, Delta]:
-        """Wait for the next token of any choice, or its end. Raises GenerationError."""
-        choice, delta = await self._arrived.get()
-        if delta.finish == "failed":
-            raise GenerationError(protocol.engine_failed())
-        if delta.finish == "grammar":
-            raise GenerationError(protocol.grammar_failed())
-        if delta.finish == "lost":
-            raise GenerationError(protocol.worker_lost())
-        self._tokens += 1
-        if self._tokens == 1:
-            self._first_at = self._worker.clock()
-        return choice, delta
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Piece:
+        """Wait for what is certain next, of any choice. One with a finish is the last of its choice.
+
+        Raises ApiError: where the model, its process or a grammar fails; 504 when the deadline passes before any text.
+        """
+        while self._open:
+            index, delta = await self._arrived.get()
+            if delta.finish in REFUSALS:
+                refusal = REFUSALS[delta.finish]()
+                raise refusal
+            self._tokens += 1
+            if self._tokens == 1:
+                self._first_at = self._worker.clock()
+            choice = self._open.get(index)
+            if choice is None:
+                continue  # it was on its way when a stop string ended the choice
+            self.usage.completion_tokens += delta.finish != "deadline"
+            self.usage.cached_tokens = max(self.usage.cached_tokens, delta.cached_tokens)
+            piece = choice.take(delta)
+            if piece is None:
+                continue
+            if delta.finish == "deadline" and not (self._is_begun or piece.text):
+                raise protocol.ApiError(504, "deadline", "the deadline passed before the answer began")
+            if piece.finish is not None:
+                del self._open[index]
+                self._worker.abort(self._tickets[index])
+            self._is_begun = True
+            return piece
+        raise StopAsyncIteration
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What stands beside a request: until when it is wanted, how urgently, by whom, and with whom it may share."""
+class _Choice:
+    """One choice as it is written: its text, in which there may be calls."""
 
-    deadline: float | None
-    priority: Priority
-    tenant: str
-    salt: bytes
-    pictures: list[Picture] = field(default_factory=list)  # that the prompt has places for
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What is to be sent on of a choice: text and calls, the end if this is it, and of which tokens it is if wanted."""
-
-    choice: int
-    text: str
-    finish: str | None  # as OpenAI calls it
-    logprobs: list[TokenLogprob] | None
-    calls: list[CallPiece]
-    is_late: bool = False
-
-
-class _Written:
-    """One choice: its text, in which there may be calls."""
-
-    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...], form: Form | None) -> None:
+    def __init__(self, index: int, tokenizer: Tokenizer, stops: tuple[str, ...], form: Form | None) -> None:
+        self._index, self._tokenizer = index, tokenizer
         self._text = TextStream(tokenizer, stops)
         self._calls = None if form is None else CallReader(form, lambda: f"call_{uuid4().hex[:24]}")
-        self.untold: list[TokenLogprob] | None = None  # of text that is held back
+        self._untold: list[TokenLogprob] = []  # of text that is held back
 
-    def take(self, delta: Delta) -> tuple[str, list[CallPiece], str | None]:
-        """What is certain now, and how it ends, if it does."""
+    def take(self, delta: Delta) -> Piece | None:
+        """What is certain now, and how it ends, if it does; None while nothing is."""
+        name = self._tokenizer.name
+        if delta.token is not None and delta.logprobs is not None:
+            top = [(name(other), value) for other, value in delta.logprobs.top]
+            self._untold.append(TokenLogprob(name(delta.token), delta.logprobs.chosen, top))
         text = "" if delta.token is None else self._text.feed(delta.token)
         if delta.finish is not None and not self._text.is_stopped:
             text += self._text.finish()
@@ -145,51 +152,8 @@ class _Written:
         if self._calls is not None:
             text, calls = self._calls.feed(text)
             text += self._calls.finish() if finish is not None else ""
+        if not (text or calls or finish is not None):
+            return None
+        told, self._untold = self._untold, []
         has_called = self._calls is not None and self._calls.calls > 0
-        return text, calls, None if finish is None else protocol.finish_reason(finish, has_called=has_called)
-
-
-class Reader:
-    """A generation as text: detokenised, cut at the stop strings, counted. `choices` are those still being written."""
-
-    def __init__(
-        self,
-        generation: Generation,
-        tokenizer: Tokenizer,
-        stops: tuple[str, ...],
-        prompt_tokens: int,
-        form: Form | None = None,
-    ) -> None:
-        self._generation = generation
-        self._tokenizer = tokenizer
-        self.choices = {choice: _Written(tokenizer, stops, form) for choice in range(generation.choices)}
-        self._prompt_tokens = prompt_tokens
-        self._completion_tokens = 0
-        self._cached_tokens = 0
-
-    @property
-    def usage(self) -> Usage:
-        return Usage(self._prompt_tokens, self._completion_tokens, self._cached_tokens)
-
-    async def next(self) -> Piece:
-        """The next text that is certain. A piece with a finish is the last of its choice."""
-        while True:
-            choice, delta = await self._generation.next()
-            written = self.choices.get(choice)
-            if written is None:
-                continue  # it was on its way when a stop string ended the choice
-            self._completion_tokens += delta.finish != "deadline"
-            self._cached_tokens = max(self._cached_tokens, delta.cached_tokens)
-            if delta.token is not None and delta.logprobs is not None:
-                written.untold = [*(written.untold or []), self._told(delta.token, delta.logprobs)]
-            text, calls, finish = written.take(delta)
-            if finish is not None:
-                del self.choices[choice]
-                self._generation.abort(choice)
-            if text or calls or finish is not None:
-                told, written.untold = written.untold, None
-                return Piece(choice, text, finish, told, calls, delta.finish == "deadline")
-
-    def _told(self, token: int, logprobs: Logprobs) -> TokenLogprob:
-        top = [(self._tokenizer.name(other), value) for other, value in logprobs.top]
-        return TokenLogprob(self._tokenizer.name(token), logprobs.chosen, top)
+        return Piece(self._index, text, finish and finish_reason(finish, has_called=has_called), told, calls)

@@ -14,11 +14,10 @@ import msgspec
 import numpy as np
 from aiohttp import web
 
-from reference_backend import protocol
 from reference_backend.images import png
-from reference_backend.incoming import check_open, find, json_response, read_body, terms
+from reference_backend.incoming import find, json_response, read, terms
 from reference_backend.pool import Pool
-from reference_backend.protocol import LONGEST_SHOWN, ApiError
+from reference_backend.protocol import LONGEST_SHOWN, ApiError, bad
 from reference_backend.stateless import Painter
 
 LARGEST_BODY = 64 * 1024
@@ -40,12 +39,12 @@ class ImageRequest(msgspec.Struct, kw_only=True):
     background: Any = None
     stream: Any = None
 
-    def check_supported(self) -> None:
-        """Raise ApiError for what was asked for and cannot be done."""
+    def __post_init__(self) -> None:
+        """Raises ApiError for what was asked for and cannot be done."""
         known = {"response_format": "b64_json", "output_format": "png", "background": "opaque", "stream": False}
         for name, only in known.items():
             if getattr(self, name) not in (None, "auto", only):
-                raise ApiError(400, "unsupported_parameter", f"{name} can only be {only!r} here", param=name)
+                raise bad(f"{name} can only be {only!r} here", name, "unsupported_parameter")
 
     def side(self, own: int) -> int:
         """The pixels in a row of a picture that has `own` of them. Raises ApiError 400."""
@@ -54,7 +53,7 @@ class ImageRequest(msgspec.Struct, kw_only=True):
         sides = {f"{side}x{side}": side for side in range(own, LARGEST_SIDE + 1, own)}
         if self.size not in sides:
             message = f"size is {str(self.size)[:LONGEST_SHOWN]!r}; it can be {own}x{own}, or a multiple up to "
-            raise ApiError(400, "bad_request", f"{message}{LARGEST_SIDE}x{LARGEST_SIDE}", param="size")
+            raise bad(f"{message}{LARGEST_SIDE}x{LARGEST_SIDE}", "size")
         return sides[self.size]
 
 
@@ -70,8 +69,7 @@ class Images:
         return [web.post("/v1/images/generations", self._generate)]
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
-        check_open(self._pool)
-        body = protocol.decode(await read_body(request, LARGEST_BODY), ImageRequest)
+        body = await read(self._pool, request, ImageRequest, LARGEST_BODY)
         with find(self._pool, request, body.model).use(Painter) as model:
             own = model.outputs[0].shape[1]
             side, count = body.side(own), body.n or 1
@@ -85,7 +83,7 @@ class Images:
             except ApiError as error:
                 if error.code != "bad_tensor":
                     raise
-                raise ApiError(400, "bad_request", error.message, param="prompt") from error
+                raise bad(error.message, "prompt") from error
             pictures = [picture.tobytes() for picture in outputs["image"]]
             shown = await asyncio.to_thread(lambda: [png(pixels, own, side) for pixels in pictures])
         data = [{"b64_json": content} for content in shown]

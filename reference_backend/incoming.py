@@ -12,17 +12,26 @@ from aiohttp import StreamReader, web
 from reference_backend import protocol
 from reference_backend.engine.request import Priority
 from reference_backend.pool import Pool
-from reference_backend.protocol import ApiError
+from reference_backend.protocol import ApiError, bad
 from reference_backend.served import Served
 from reference_backend.tensors import Terms
 
 BODY_SECONDS = 30.0
+LARGEST_BODY = 4 * 1024 * 1024
 DEADLINE_HEADER = "x-weir-deadline-ms"  # what is left of the client's time
 CONSUMER_HEADER = "x-weir-consumer"  # who shares this backend fairly with others
 PRIORITY_HEADER = "x-weir-priority"
 SERVED = web.RequestKey("served", Served)  # whose request it is, for whoever wraps the handler
 # One version has all paths below this, too: as such it is registered, so that each can be given a share.
 PREFIX = "/models/{name}/{number}"
+
+
+async def read(
+    pool: Pool, request: web.Request, form: type[protocol.Request], largest: int = LARGEST_BODY
+) -> protocol.Request:
+    """A request of the OpenAI API, decoded and judged. Raises ApiError."""
+    check_open(pool)
+    return protocol.decode(await read_body(request, largest), form)
 
 
 async def read_body(request: web.Request, largest: int) -> bytes:
@@ -56,10 +65,10 @@ def terms(headers: Mapping[str, str], now: float, left: float | None = None) -> 
     milliseconds, priority = headers.get(DEADLINE_HEADER), headers.get(PRIORITY_HEADER, "normal").upper()
     if milliseconds is not None:
         if not (milliseconds.isascii() and milliseconds.isdigit() and len(milliseconds) < 12):
-            raise ApiError(400, "bad_request", f"{DEADLINE_HEADER} is not a number of milliseconds")
+            raise bad(f"{DEADLINE_HEADER} is not a number of milliseconds")
         left = min(int(milliseconds) / 1000, math.inf if left is None else left)
     if priority not in Priority.__members__:
-        raise ApiError(400, "bad_request", f"{PRIORITY_HEADER} is not high, normal or low")
+        raise bad(f"{PRIORITY_HEADER} is not high, normal or low")
     deadline = None if left is None else now + left
     return Terms(deadline, headers.get(CONSUMER_HEADER, ""), Priority[priority])
 

@@ -1,4 +1,4 @@
-"""What clients send and get on the OpenAI paths: requests decoded and judged, answers and errors encoded.
+"""What clients send on the OpenAI paths, decoded and judged, and the errors that they get.
 
 Nothing here does I/O. A request is decoded once into a struct; whatever is wrong with it becomes an `ApiError` that
 names the field. A field that would change the answer and that this server does not know how to honour is refused, not
@@ -8,15 +8,16 @@ ignored; fields that it has never heard of are ignored, as OpenAI's own clients 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
+from dataclasses import fields, replace
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 
-from reference_backend.engine.request import PICTURE_TOKENS, Finish, Sampling
-from reference_backend.structured import Clause, ResponseFormat, clause_of, composed
-from reference_backend.tokenizer import PICTURE_TOKEN, UNFINISHED, Message
-from reference_backend.tools import MOST_TOOLS, CallPiece, EarlierCall, Form, Tool, ToolNamed, call_grammar, schema_of
+from reference_backend.answers import Answer, ChatAnswer, CompletionAnswer, Json
+from reference_backend.engine.request import PICTURE_TOKENS, Sampling
+from reference_backend.structured import Clause, ResponseFormat, clause_of
+from reference_backend.tokenizer import PICTURE_TOKEN, Message
+from reference_backend.tools import MOST_TOOLS, EarlierCall, Form, Tool, ToolNamed, call_grammar, schema_of
 
 LONGEST_SHOWN = 200  # characters of a client's own text in a message of ours
 PICTURE = PICTURE_TOKEN * PICTURE_TOKENS  # what stands for a picture in a text
@@ -25,7 +26,6 @@ COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 # What clients send when they mean the default. Zero stands for False, too.
 NEUTRAL: tuple[Any, ...] = (None, 0, "", "none", "auto", [], {}, ["text"], {"type": "text"})
 
-Json = dict[str, Any]
 Tokens = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 Choices = Annotated[int, msgspec.Meta(ge=1, le=128)]
 Bias = Annotated[float, msgspec.Meta(ge=-100, le=100)]
@@ -51,9 +51,18 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "code": self.code, "param": self.param}}
 
 
+def bad(message: str, param: str | None = None, code: str = "bad_request") -> ApiError:
+    """A request that is wrong, and in which field."""
+    return ApiError(400, code, message, param=param)
+
+
 def not_started(status: int, code: str, message: str) -> ApiError:
     """A refusal before any work: whoever balances over several backends may send the request to another one."""
     return ApiError(status, code, message, headers={"retry-after": "1", "x-backend-not-started": "true"})
+
+
+def queue_full() -> ApiError:
+    return not_started(429, "queue_full", "this backend has no room for another request now")
 
 
 def loading() -> ApiError:
@@ -78,7 +87,7 @@ def engine_failed() -> ApiError:
 
 def grammar_failed() -> ApiError:
     message = "the schema led to more work for each token than this server gives to one request; make it simpler"
-    return ApiError(400, "schema_too_complex", message)
+    return bad(message, code="schema_too_complex")
 
 
 class StreamOptions(msgspec.Struct):
@@ -108,30 +117,34 @@ class ChatMessage(msgspec.Struct):
     tool_calls: list[EarlierCall] | None = None
     tool_call_id: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError(f"a message of the role {self.role} needs content")
+
+    @property
+    def parts(self) -> list[Part]:
+        return self.content if isinstance(self.content, list) else [Part("text", self.content or "")]
+
     def plain(self, *, sees: bool) -> Message:
         """The message as templates know it: one text, and `developer` under its older name.
 
         Where a picture is, tokens that stand for it. Raises ApiError 400 for what the model cannot read.
         """
-        role = "system" if self.role == "developer" else self.role
-        if self.content is None and not (role == "assistant" and self.tool_calls):
-            raise ApiError(400, "bad_request", f"a message of the role {self.role} needs content", param="messages")
-        calls = tuple(each.plain() for each in self.tool_calls or ())
-        if self.content is None or isinstance(self.content, str):
-            return Message(role, self.content or "", calls, self.tool_call_id)
-        readable = {True: "text and image_url", False: "text"}[sees]
-        for part in self.content:
+        for part in self.parts:
             if part.type != "text" and not (sees and part.picture is not None):
+                readable = "text and image_url" if sees else "text"
                 message = f"this model reads {readable} parts only, not {part.type[:LONGEST_SHOWN]!r}"
-                raise ApiError(400, "unsupported_content", message, param="messages")
-        text = "".join(PICTURE if part.picture is not None else part.text for part in self.content)
-        return Message(role, text, calls, self.tool_call_id)
+                raise bad(message, "messages", "unsupported_content")
+        return Message(
+            "system" if self.role == "developer" else self.role,
+            "".join(part.text if part.picture is None else PICTURE for part in self.parts),
+            [call.plain() for call in self.tool_calls or ()],
+            self.tool_call_id,
+        )
 
     def pictures(self) -> list[str]:
         """URLs of the pictures in it."""
-        if self.content is None or isinstance(self.content, str):
-            return []
-        return [part.picture for part in self.content if part.picture is not None]
+        return [part.picture for part in self.parts if part.picture is not None]
 
 
 class Unsupported(msgspec.Struct, kw_only=True):
@@ -151,6 +164,8 @@ class GenerationRequest(Unsupported, kw_only=True):
     """The fields that both endpoints share. Those that OpenAI does not have are named as vLLM names them."""
 
     unsupported: ClassVar[tuple[str, ...]] = Unsupported.__struct_fields__
+    answer: ClassVar[type[Answer]]
+    prompt_field: ClassVar[str]
 
     model: str
     stream: bool | None = None
@@ -171,13 +186,13 @@ class GenerationRequest(Unsupported, kw_only=True):
     ignore_eos: bool = False  # go on to max_tokens, for measurements
     cache_salt: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] | None = None
 
-    def check_supported(self) -> None:
-        """Raise ApiError for what was asked for and cannot be done."""
+    def __post_init__(self) -> None:
+        """Raises ApiError for what was asked for and cannot be done."""
         for name in self.unsupported:
             if getattr(self, name) not in NEUTRAL:
-                raise ApiError(400, "unsupported_parameter", f"{name} is not supported by this server", param=name)
+                raise bad(f"{name} is not supported by this server", name, "unsupported_parameter")
         if self.best_of not in (None, self.n or 1):
-            raise ApiError(400, "unsupported_parameter", "best_of is not supported beyond n", param="best_of")
+            raise bad("best_of is not supported beyond n", "best_of", "unsupported_parameter")
 
     def stops(self) -> tuple[str, ...]:
         """The stop strings, however they were sent."""
@@ -190,28 +205,19 @@ class GenerationRequest(Unsupported, kw_only=True):
         """How to generate each choice, given the tokens that the context has room for. Raises ApiError."""
         unknown = next((token for token in self.logit_bias or () if not 0 <= token <= largest_token), None)
         if unknown is not None:
-            message = f"logit_bias: {unknown} is no token of this model; its last is {largest_token}"
-            raise ApiError(400, "bad_request", message, param="logit_bias")
-        first = self._sampling(room, grammar)
+            raise bad(
+                f"logit_bias: {unknown} is no token of this model; its last is {largest_token}", param="logit_bias"
+            )
+        given = {each.name: getattr(self, each.name, None) for each in fields(Sampling)} | {
+            "max_tokens": min(self.token_limit() or room, room),
+            "top_k": max(self.top_k or 0, 0),
+            "logprobs": self.alternatives(),
+            "bias": tuple((self.logit_bias or {}).items()),
+            "grammar": grammar,
+        }
+        first = Sampling(**{name: value for name, value in given.items() if value is not None})
         seeds = [self.seed if self.seed is None else _other_seed(self.seed, choice) for choice in range(self.n or 1)]
         return [replace(first, seed=seed) for seed in seeds]
-
-    def _sampling(self, room: int, grammar: str | None) -> Sampling:
-        return Sampling(
-            max_tokens=min(self.token_limit() or room, room),
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=max(self.top_k or 0, 0),
-            min_p=self.min_p or 0.0,
-            presence_penalty=self.presence_penalty or 0.0,
-            frequency_penalty=self.frequency_penalty or 0.0,
-            repetition_penalty=self.repetition_penalty or 1.0,
-            seed=self.seed,
-            logprobs=self.alternatives(),
-            ignore_eos=self.ignore_eos,
-            bias=tuple((self.logit_bias or {}).items()),
-            grammar=grammar,
-        )
 
     def alternatives(self) -> int | None:
         """How many alternatives the client wants to be told with each token; None: no logprobs at all."""
@@ -223,6 +229,9 @@ class GenerationRequest(Unsupported, kw_only=True):
 
 
 class ChatRequest(GenerationRequest, kw_only=True):
+    answer = ChatAnswer
+    prompt_field = "messages"
+
     messages: Annotated[list[ChatMessage], msgspec.Meta(min_length=1, max_length=1000)]
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
@@ -232,25 +241,28 @@ class ChatRequest(GenerationRequest, kw_only=True):
     tool_choice: Literal["none", "auto", "required"] | ToolNamed | None = None
     parallel_tool_calls: bool | None = None
 
-    def check_supported(self) -> None:
-        super().check_supported()
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.top_logprobs and not self.logprobs:
-            raise ApiError(400, "bad_request", "top_logprobs needs logprobs: true", param="top_logprobs")
+            raise bad("top_logprobs needs logprobs: true", "top_logprobs")
         names = [tool.function.name for tool in self.tools or ()]
         if len(set(names)) < len(names):
-            raise ApiError(400, "bad_request", "two tools have the same name", param="tools")
-        chosen = self.tool_choice
-        if isinstance(chosen, ToolNamed) and chosen.function.name not in names:
-            message = f"tool_choice names {chosen.function.name[:LONGEST_SHOWN]!r}, which is not among the tools"
-            raise ApiError(400, "bad_request", message, param="tool_choice")
-        if chosen == "required" and not names:
-            raise ApiError(400, "bad_request", "tool_choice: required needs tools", param="tool_choice")
+            raise bad("two tools have the same name", "tools")
+        if self.named is not None and self.named not in names:
+            raise bad(f"tool_choice names {self.named[:LONGEST_SHOWN]!r}, which is not among the tools", "tool_choice")
+        if self.tool_choice == "required" and not names:
+            raise bad("tool_choice: required needs tools", "tool_choice")
         for index, tool in enumerate(self.tools or ()):
             if (tool.function.parameters or {}).get("type", "object") != "object":
                 place = f"tools[{index}].function.parameters.type"
-                raise ApiError(400, "bad_request", f"{place}: the parameters of a function are an object", param=place)
+                raise bad(f"{place}: the parameters of a function are an object", place)
         if self.ignore_eos and (self.offered() or clause_of(self.response_format)):
-            raise ApiError(400, "bad_request", "ignore_eos does not go with structured output", param="ignore_eos")
+            raise bad("ignore_eos does not go with structured output", "ignore_eos")
+
+    @property
+    def named(self) -> str | None:
+        """The one tool that is to be called."""
+        return self.tool_choice.function.name if isinstance(self.tool_choice, ToolNamed) else None
 
     def offered(self) -> list[Tool]:
         """The tools that the model may call."""
@@ -259,33 +271,31 @@ class ChatRequest(GenerationRequest, kw_only=True):
     def structure(self, form: Form | None) -> tuple[str | None, list[Clause]]:
         """The grammar that the answer keeps to, for a model that calls tools in this form, and what it is made of.
 
-        Raises Unfit for what is too long or too deep, ApiError where the model calls no tools.
+        Raises Unfit for what is too deep, ApiError where the model calls no tools.
         """
         content = clause_of(self.response_format)
         clauses = [] if content is None else [content]
+        expression = "" if content is None else content.grammar
         if not self.offered():
-            return (composed(lambda: f"start: {content.grammar}", content.place) if content else None), clauses
+            return f"start: {expression}" if expression else None, clauses
         if form is None:
             message = "this model's chat template takes no tools, or has them called in a form that is not known here"
-            raise ApiError(400, "unsupported_parameter", message, param="tools")
-        chosen = self.tool_choice
+            raise bad(message, "tools", "unsupported_parameter")
         called = {
-            f"tools[{index}].function.parameters": tool.function
-            for index, tool in enumerate(self.offered())
-            if not isinstance(chosen, ToolNamed) or tool.function.name == chosen.function.name
-        }
-        clauses += [Clause(place, schema_of(each), is_strict=bool(each.strict)) for place, each in called.items()]
-
-        def build() -> str:
-            return call_grammar(
-                form,
-                list(called.values()),
-                is_forced=chosen == "required" or isinstance(chosen, ToolNamed),
-                in_parallel=self.parallel_tool_calls is not False and not isinstance(chosen, ToolNamed),
-                content="" if content is None else content.grammar,
+            tool.function.name: Clause(
+                f"tools[{index}].function.parameters", schema_of(tool.function), is_strict=bool(tool.function.strict)
             )
-
-        return composed(build, "tools"), clauses
+            for index, tool in enumerate(self.offered())
+            if self.named in (None, tool.function.name)
+        }
+        grammar = call_grammar(
+            form,
+            {name: clause.grammar for name, clause in called.items()},
+            is_forced=self.tool_choice == "required" or self.named is not None,
+            in_parallel=self.parallel_tool_calls is not False and self.named is None,
+            content=expression,
+        )
+        return grammar, [*clauses, *called.values()]
 
     def alternatives(self) -> int | None:
         return self.top_logprobs or 0 if self.logprobs else None
@@ -296,6 +306,8 @@ class ChatRequest(GenerationRequest, kw_only=True):
 
 class CompletionRequest(GenerationRequest, kw_only=True):
     unsupported = (*Unsupported.__struct_fields__, "response_format", "tool_choice", "tools")
+    answer = CompletionAnswer
+    prompt_field = "prompt"
 
     response_format: Any = None
     tool_choice: Any = None
@@ -314,218 +326,20 @@ class CompletionRequest(GenerationRequest, kw_only=True):
         return self.max_tokens or COMPLETION_TOKENS
 
 
-class Judged(Protocol):
-    """What a body is decoded into."""
-
-    def check_supported(self) -> None: ...
-
-
-Request = TypeVar("Request", bound=Judged)
+Request = TypeVar("Request", bound=msgspec.Struct)
 _FIELD = re.compile(r" - at (?:`key` in )?`\$\.?([^`]*)`$|missing required field `(\w+)`$")
 
 
 def decode(body: bytes, form: type[Request]) -> Request:
     """Decode and judge a request. Raises ApiError 400, with the field where there is one to name."""
     try:
-        request = msgspec.json.decode(body, type=form)
+        return msgspec.json.decode(body, type=form)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         what = str(error)
         place = _FIELD.search(what)
-        param = (place[1] or place[2]) if place else None
-        raise ApiError(400, "bad_request", what[:LONGEST_SHOWN], param=param) from error
-    request.check_supported()
-    return request
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int = 0  # of the prompt, that did not have to be computed
-
-    def as_json(self) -> Json:
-        total = self.prompt_tokens + self.completion_tokens
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": total,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """A token as text, its logprob, and those of the likeliest tokens in its place."""
-
-    text: str
-    logprob: float
-    top: list[tuple[str, float]]
-
-
-Told = list[TokenLogprob] | None
-
-
-@dataclass(slots=True)
-class Choice:
-    """One answer, as it grows."""
-
-    text: str = ""
-    finish: str | None = None
-    logprobs: Told = None
-    calls: list[Json] = field(default_factory=list)
-
-    def add(self, text: str, finish: str | None, logprobs: Told, calls: list[CallPiece]) -> None:
-        """Take a piece."""
-        self.text, self.finish = self.text + text, finish
-        if logprobs is not None:
-            self.logprobs = [*(self.logprobs or []), *logprobs]
-        for piece in calls:
-            if piece.id is not None:
-                called = {"name": piece.name, "arguments": ""}
-                self.calls.append({"id": piece.id, "type": "function", "function": called})
-            self.calls[-1]["function"]["arguments"] += piece.arguments
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The frame of one answer; its two kinds fill in the choice."""
-
-    whole_name: ClassVar[str]
-    chunk_name: ClassVar[str]
-    id_prefix: ClassVar[str]
-    prompt_field: ClassVar[str]
-
-    id: str
-    created: int
-    model: str
-    with_usage: bool = field(default=False)  # chunks carry `usage`: null, until the last one
-
-    def whole(self, choices: list[Choice], usage: Usage) -> Json:
-        """The complete answer as one object."""
-        told = [self._choice(each) | self._ending(n, each.finish, each.logprobs) for n, each in enumerate(choices)]
-        return self._frame(self.whole_name, told) | {"usage": usage.as_json()}
-
-    def chunk(
-        self,
-        index: int,
-        text: str | None,
-        finish: str | None = None,
-        logprobs: Told = None,
-        calls: list[CallPiece] | None = None,
-    ) -> Json:
-        """One event of a stream, for one choice. No text, with a finish, is the last one of that choice."""
-        delta = self._delta(text, calls or []) | self._ending(index, finish, logprobs)
-        return self._frame(self.chunk_name, [delta]) | ({"usage": None} if self.with_usage else {})
-
-    def usage_chunk(self, usage: Usage) -> Json:
-        """The event that closes a stream when the client asked for usage."""
-        return self._frame(self.chunk_name, []) | {"usage": usage.as_json()}
-
-    def opening(self, choices: int) -> list[Json]:
-        """Events that precede the text."""
-        del choices
-        return []
-
-    def _frame(self, name: str, choices: list[Json]) -> Json:
-        return {"id": self.id, "object": name, "created": self.created, "model": self.model, "choices": choices}
-
-    def _ending(self, index: int, finish: str | None, logprobs: Told = None) -> Json:
-        told = None if logprobs is None else self._logprobs(logprobs)
-        return {"index": index, "logprobs": told, "finish_reason": finish}
-
-    def _choice(self, choice: Choice) -> Json:
-        raise NotImplementedError
-
-    def _delta(self, text: str | None, calls: list[CallPiece]) -> Json:
-        raise NotImplementedError
-
-    def _logprobs(self, logprobs: list[TokenLogprob]) -> Json:
-        raise NotImplementedError
-
-
-class ChatAnswer(Answer):
-    __slots__ = ()
-    whole_name = "chat.completion"
-    chunk_name = "chat.completion.chunk"
-    id_prefix = "chatcmpl"
-    prompt_field = "messages"
-
-    def opening(self, choices: int) -> list[Json]:
-        role = {"delta": {"role": "assistant", "content": ""}}
-        return [self.chunk(n, None) | {"choices": [role | self._ending(n, None)]} for n in range(choices)]
-
-    def _choice(self, choice: Choice) -> Json:
-        message: Json = {"role": "assistant", "content": choice.text, "refusal": None}
-        if choice.calls:
-            message |= {"content": choice.text or None, "tool_calls": choice.calls}
-        return {"message": message}
-
-    def _delta(self, text: str | None, calls: list[CallPiece]) -> Json:
-        delta: Json = {"content": text} if text or (text is not None and not calls) else {}
-        return {"delta": delta | ({"tool_calls": [_call(each) for each in calls]} if calls else {})}
-
-    def _logprobs(self, logprobs: list[TokenLogprob]) -> Json:
-        content = [
-            _token(each.text, each.logprob) | {"top_logprobs": [_token(text, value) for text, value in each.top]}
-            for each in logprobs
-        ]
-        return {"content": content, "refusal": None}
-
-
-class CompletionAnswer(Answer):
-    __slots__ = ()
-    whole_name = chunk_name = "text_completion"
-    id_prefix = "cmpl"
-    prompt_field = "prompt"
-
-    def _choice(self, choice: Choice) -> Json:
-        return {"text": choice.text}
-
-    def _delta(self, text: str | None, calls: list[CallPiece]) -> Json:
-        del calls  # there are none on this path
-        return {"text": text or ""}
-
-    def _logprobs(self, logprobs: list[TokenLogprob]) -> Json:
-        return {
-            "tokens": [each.text for each in logprobs],
-            "token_logprobs": [each.logprob for each in logprobs],
-            "top_logprobs": [dict(each.top) for each in logprobs],
-        }
-
-
-def _token(text: str, logprob: float) -> Json:
-    """A token that is no whole text by itself has no bytes to tell."""
-    return {"token": text, "logprob": logprob, "bytes": None if UNFINISHED in text else list(text.encode())}
-
-
-def _call(piece: CallPiece) -> Json:
-    """A piece of a call: what it is with the first one, and more of its arguments with the others."""
-    function: Json = {"arguments": piece.arguments}
-    if piece.id is None:
-        return {"index": piece.index, "function": function}
-    return {"index": piece.index, "id": piece.id, "type": "function", "function": {"name": piece.name} | function}
+        raise bad(what[:LONGEST_SHOWN], (place[1] or place[2]) if place else None) from error
 
 
 def _other_seed(seed: int, choice: int) -> int:
     """A seed for each choice, the first of which has the client's own: equal requests have equal answers."""
     return (seed + choice * SEED_STEP + (1 << 63)) % (1 << 64) - (1 << 63)
-
-
-def finish_reason(finish: Finish, *, has_called: bool = False) -> str:
-    """OpenAI's word for it. An answer that its deadline cut short reads like one that its length cut short."""
-    if finish != "stop":
-        return "length"
-    return "tool_calls" if has_called else "stop"
-
-
-def builtins(tools: list[Tool]) -> list[Json] | None:
-    """The tools as chat templates know them: None where there are none."""
-    return [msgspec.to_builtins(tool) for tool in tools] or None
-
-
-def event(content: Json) -> bytes:
-    """One server-sent event."""
-    return b"data: " + msgspec.json.encode(content) + b"\n\n"
-
-
-DONE = b"data: [DONE]\n\n"

@@ -13,7 +13,6 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from reference_backend.embeddings import Embeddings
-from reference_backend.generation import GenerationError
 from reference_backend.images_api import Images
 from reference_backend.in_flight import InFlight
 from reference_backend.incoming import PREFIX, SERVED, is_at, json_response
@@ -89,8 +88,6 @@ class Api:
             return await handler(request)
         except ApiError as error:
             return _refusal(request, error)
-        except GenerationError as error:
-            return _refusal(request, error.refusal)
         except web.HTTPException as error:
             return _refusal(request, _refused_by_router(error.status))
         except Exception:  # a bug of ours: the client learns that, the log learns which

@@ -255,7 +255,7 @@ class Stateless:
 
     def _full(self) -> ApiError:
         self.reporter.rejects += 1
-        return protocol.not_started(429, "queue_full", "this backend has no room for another request now")
+        return protocol.queue_full()
 
     def _change(self, requests: int) -> None:
         self._in_flight += requests

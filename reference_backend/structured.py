@@ -12,7 +12,7 @@ import contextlib
 import resource
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from random import Random
 from typing import Annotated, Any
 
@@ -62,7 +62,11 @@ class Clause(msgspec.Struct, frozen=True):
 
     @property
     def grammar(self) -> str:
-        return json_grammar(self.schema, is_strict=self.is_strict)
+        """An expression of the notation. Raises Unfit for what nobody would write."""
+        try:
+            return json_grammar(self.schema, is_strict=self.is_strict)
+        except RecursionError as error:
+            raise Unfit(self.place, "it is nested too deep") from error
 
 
 def clause_of(wanted: ResponseFormat | None) -> Clause | None:
@@ -88,17 +92,6 @@ class _Task(msgspec.Struct):
     clauses: list[Clause]
 
 
-def composed(build: Callable[[], str], place: str) -> str:
-    """A grammar from what a client sent. Raises Unfit for what nobody would write."""
-    try:
-        grammar = build()
-    except RecursionError as error:
-        raise Unfit(place, "it is nested too deep") from error
-    if len(grammar) > LARGEST_GRAMMAR:
-        raise Unfit(place, f"schemas may have {LARGEST_GRAMMAR} characters in all")
-    return grammar
-
-
 class Trials:
     """Tries grammars, and remembers the good ones."""
 
@@ -108,6 +101,9 @@ class Trials:
 
     async def check(self, grammar: str, clauses: list[Clause]) -> None:
         """Raises Unfit for a grammar, made of these clauses, that is wrong or would cost too much."""
+        if len(grammar) > LARGEST_GRAMMAR:
+            largest = max(clauses, key=lambda clause: len(clause.grammar))
+            raise Unfit(largest.place, f"schemas may have {LARGEST_GRAMMAR} characters in all")
         if grammar not in self._good:
             async with self._room:
                 await self._try(msgspec.json.encode(_Task(grammar, clauses)), clauses[0].place)

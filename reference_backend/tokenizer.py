@@ -7,11 +7,11 @@ end in another. `TextStream` therefore holds back what could still turn out othe
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import msgspec
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
@@ -32,26 +32,18 @@ class TemplateRefused(Exception):  # noqa: N818  an answer, not a fault
 PICTURE_TOKEN = "<|image_pad|>"  # noqa: S105  stands for a piece of a picture, as in Qwen's models
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a conversation; `calls` are tool calls as templates know them, an answer to one names its id."""
+class Message(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One turn of a conversation, as templates know it."""
 
     role: str
     content: str
-    calls: tuple[dict[str, Any], ...] = ()
-    call_id: str | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """As templates know it."""
-        turn: dict[str, Any] = {"role": self.role, "content": self.content}
-        if self.calls:
-            turn["tool_calls"] = list(self.calls)
-        return turn if self.call_id is None else turn | {"tool_call_id": self.call_id}
+    tool_calls: list[dict[str, Any]] = []
+    tool_call_id: str | None = None  # of the call that this answers
 
     @property
     def characters(self) -> int:
         """About how many there are, calls included."""
-        return len(self.content) + sum(len(str(call["function"])) for call in self.calls)
+        return len(self.content) + sum(len(str(call["function"])) for call in self.tool_calls)
 
 
 class Tokenizer:
@@ -69,10 +61,6 @@ class Tokenizer:
         self.largest_token: int = max(vocabulary.values(), default=0)
         self._longest_token = max(map(len, vocabulary), default=1)
 
-    @property
-    def has_chat_template(self) -> bool:
-        return self._template is not None
-
     def is_hopeless(self, characters: int, tokens: int) -> bool:
         """Whether so long a text surely has more than so many tokens. To be asked before it is tokenized.
 
@@ -89,7 +77,7 @@ class Tokenizer:
         """A conversation up to where the assistant speaks, who may call these tools. Raises TemplateRefused."""
         if self._template is None:
             raise TemplateRefused("this model has no chat template; use /v1/completions")
-        turns = [message.as_json() for message in messages]
+        turns = msgspec.to_builtins(messages)
         try:
             text = self._template.render(messages=turns, tools=tools, add_generation_prompt=True, **self._special)
         except (jinja2.TemplateError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:

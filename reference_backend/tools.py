@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from reference_backend.engine.grammar import json_grammar
 from reference_backend.tokenizer import overlap
 
 MOST_TOOLS = 128  # OpenAI's bound
@@ -105,16 +104,17 @@ def schema_of(function: Function) -> dict[str, Any]:
     return NOTHING if function.parameters is None else {"type": "object"} | function.parameters
 
 
-def call_grammar(form: Form, functions: list[Function], *, is_forced: bool, in_parallel: bool, content: str) -> str:
-    """Calls of these functions, and nothing else if `is_forced`; otherwise calls behind text, or no calls.
+def call_grammar(form: Form, called: dict[str, str], *, is_forced: bool, in_parallel: bool, content: str) -> str:
+    """Calls of functions, and nothing else if `is_forced`; otherwise calls behind text, or no calls.
 
-    `content` is what an answer without calls keeps to, as an expression; empty: any text.
+    `called` has what the arguments of each function keep to, and `content` what an answer without calls keeps to
+    (empty: any text), as expressions of the notation.
     """
     rules = [
-        f"tool_{index}: {_quoted(each.name + form.middle)} {json_grammar(schema_of(each), is_strict=bool(each.strict))}"
-        for index, each in enumerate(functions)
+        f"tool_{index}: {_quoted(name + form.middle)} {arguments}"
+        for index, (name, arguments) in enumerate(called.items())
     ]
-    named = " | ".join(f"tool_{index}" for index in range(len(functions)))
+    named = " | ".join(f"tool_{index}" for index in range(len(called)))
     rules.append(f"call: {_quoted(form.opening)} ({named}) {_quoted(form.closing)}")
     if form.tag is None:
         calls = "call"

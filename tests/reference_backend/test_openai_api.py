@@ -10,9 +10,9 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
 
 from reference_backend import incoming, load_report  # noqa: E402
+from reference_backend.answers import DONE  # noqa: E402
 from reference_backend.engine.request import Priority  # noqa: E402
-from reference_backend.openai_api import LARGEST_BODY  # noqa: E402
-from reference_backend.protocol import DONE  # noqa: E402
+from reference_backend.incoming import LARGEST_BODY  # noqa: E402
 from reference_backend.served import State  # noqa: E402
 from tests.support.tiny_model import CREATED, running_api  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""Requests judged and answers written, without a server around them."""
+"""Requests judged, without a server around them."""
 
 import json
 
@@ -7,18 +7,8 @@ import pytest
 
 from reference_backend import protocol
 from reference_backend.engine.request import Sampling
-from reference_backend.protocol import (
-    ApiError,
-    ChatAnswer,
-    ChatRequest,
-    Choice,
-    CompletionAnswer,
-    CompletionRequest,
-    TokenLogprob,
-    Usage,
-    decode,
-)
-from reference_backend.tools import QWEN, CallPiece
+from reference_backend.protocol import ApiError, ChatRequest, CompletionRequest, decode
+from reference_backend.tools import QWEN
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -256,7 +246,8 @@ def test_earlier_calls_and_their_results_are_plain_for_templates():
         {"role": "assistant", "content": None, "tool_calls": [call, broken]},
         {"role": "tool", "tool_call_id": "c1", "content": "2"},
     ]
-    asked, told = [each.plain(sees=False).as_json() for each in decode(chat(messages=sent), ChatRequest).messages]
+    messages = decode(chat(messages=sent), ChatRequest).messages
+    asked, told = msgspec.to_builtins([each.plain(sees=False) for each in messages])
     assert asked["content"] == ""
     assert [each["function"]["arguments"] for each in asked["tool_calls"]] == [{"a": [1]}, "{a"]
     assert told == {"role": "tool", "content": "2", "tool_call_id": "c1"}
@@ -288,40 +279,6 @@ def test_tools_for_a_model_that_knows_none_are_refused():
         decode(chat(tools=[tool("f")]), ChatRequest).structure(None)
 
 
-def test_calls_are_told_whole_and_piece_by_piece():
-    pieces = [
-        CallPiece(0, "", "c1", "f"),
-        CallPiece(0, '{"a"'),
-        CallPiece(0, ": 1}"),
-        CallPiece(1, "", "c2", "g"),
-        CallPiece(1, "{}"),
-    ]
-    whole = Choice()
-    whole.add("", "tool_calls", None, pieces)
-    answer = ChatAnswer("chatcmpl-1", 1, "tiny")
-    message = answer.whole([whole], Usage(1, 1))["choices"][0]["message"]
-    assert message["content"] is None
-    assert [(each["id"], each["function"]) for each in message["tool_calls"]] == [
-        ("c1", {"name": "f", "arguments": '{"a": 1}'}),
-        ("c2", {"name": "g", "arguments": "{}"}),
-    ]
-    [chunk] = answer.chunk(0, "", calls=pieces[:2])["choices"]
-    assert chunk["delta"] == {
-        "tool_calls": [
-            {"index": 0, "id": "c1", "type": "function", "function": {"name": "f", "arguments": ""}},
-            {"index": 0, "function": {"arguments": '{"a"'}},
-        ]
-    }
-
-
-@pytest.mark.parametrize(
-    ("finish", "has_called", "told"),
-    [("stop", False, "stop"), ("stop", True, "tool_calls"), ("length", True, "length"), ("deadline", False, "length")],
-)
-def test_ends_have_the_names_of_openai(finish, has_called, told):
-    assert protocol.finish_reason(finish, has_called=has_called) == told
-
-
 @pytest.mark.parametrize(("asked", "alternatives"), [({}, None), ({"logprobs": 0}, 0), ({"logprobs": 5}, 5)])
 def test_completions_ask_for_logprobs_by_number(asked, alternatives):
     body = json.dumps({"model": "tiny", "prompt": "a"} | asked).encode()
@@ -335,71 +292,4 @@ def test_errors_have_the_form_of_openai(status, kind):
     error = ApiError(status, "some_code", "What was wrong.", param="model")
     assert error.body() == {
         "error": {"message": "What was wrong.", "type": kind, "code": "some_code", "param": "model"}
-    }
-
-
-def test_a_chat_answer_is_this_json():
-    answer = ChatAnswer("chatcmpl-1", 1_800_000_000, "tiny")
-    assert answer.whole([Choice("Hi.", "stop")], Usage(9, 3, 8)) == {
-        "id": "chatcmpl-1",
-        "object": "chat.completion",
-        "created": 1_800_000_000,
-        "model": "tiny",
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": "Hi.", "refusal": None},
-                "logprobs": None,
-                "finish_reason": "stop",
-            }
-        ],
-        "usage": {
-            "prompt_tokens": 9,
-            "completion_tokens": 3,
-            "total_tokens": 12,
-            "prompt_tokens_details": {"cached_tokens": 8},
-        },
-    }
-
-
-def test_a_stream_of_completions_is_these_bytes():
-    answer = CompletionAnswer("cmpl-1", 1, "tiny", with_usage=True)
-    events = [answer.chunk(0, "Hi"), answer.chunk(0, None, "length"), answer.usage_chunk(Usage(1, 1))]
-    frame = b'"id":"cmpl-1","object":"text_completion","created":1,"model":"tiny","choices":'
-    assert b"".join(protocol.event(each) for each in events) == (
-        b"data: {" + frame + b'[{"text":"Hi","index":0,"logprobs":null,"finish_reason":null}],"usage":null}\n\n'
-        b"data: {" + frame + b'[{"text":"","index":0,"logprobs":null,"finish_reason":"length"}],"usage":null}\n\n'
-        b"data: {" + frame + b'[],"usage":{"prompt_tokens":1,"completion_tokens":1,"total_tokens":2,'
-        b'"prompt_tokens_details":{"cached_tokens":0}}}\n\n'
-    )
-
-
-LOGPROBS = [TokenLogprob("Hi", -0.5, [("Hi", -0.5), ("Ho", -1.0)]), TokenLogprob("\N{REPLACEMENT CHARACTER}", -2.0, [])]
-
-
-def test_logprobs_of_a_chat():
-    [choice] = ChatAnswer("chatcmpl-1", 1, "tiny").chunk(0, "Hi", logprobs=LOGPROBS)["choices"]
-    assert choice["logprobs"] == {
-        "content": [
-            {
-                "token": "Hi",
-                "logprob": -0.5,
-                "bytes": [72, 105],
-                "top_logprobs": [
-                    {"token": "Hi", "logprob": -0.5, "bytes": [72, 105]},
-                    {"token": "Ho", "logprob": -1.0, "bytes": [72, 111]},
-                ],
-            },
-            {"token": "\N{REPLACEMENT CHARACTER}", "logprob": -2.0, "bytes": None, "top_logprobs": []},
-        ],
-        "refusal": None,
-    }
-
-
-def test_logprobs_of_a_completion():
-    [choice] = CompletionAnswer("cmpl-1", 1, "tiny").whole([Choice("Hi", "length", LOGPROBS)], Usage(1, 2))["choices"]
-    assert choice["logprobs"] == {
-        "tokens": ["Hi", "\N{REPLACEMENT CHARACTER}"],
-        "token_logprobs": [-0.5, -2.0],
-        "top_logprobs": [{"Hi": -0.5, "Ho": -1.0}, {}],
     }

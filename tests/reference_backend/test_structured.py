@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from reference_backend import structured
-from reference_backend.structured import Clause, JsonSchema, ResponseFormat, Trials, Unfit, clause_of, composed, faults
+from reference_backend.structured import Clause, JsonSchema, ResponseFormat, Trials, Unfit, clause_of, faults
 from reference_backend.tools import QWEN, Function, call_grammar, schema_of
 
 BAD = {"type": "strnig"}
@@ -82,9 +82,10 @@ def test_clauses_that_are_good_alone_and_not_together_are_told_too():
     ("schema", "reason"),
     [(TOO_DEEP, "it is nested too deep"), ({"const": "x" * 200_000}, "may have 131072 characters")],
 )
-def test_what_nobody_would_write_is_not_even_tried(schema, reason):
-    with pytest.raises(Unfit, match=reason):
-        composed(lambda: clause(schema).grammar, "schema")
+async def test_what_nobody_would_write_is_not_even_tried(schema, reason):
+    with pytest.raises(Unfit, match=reason) as refusal:
+        await Trials().check(clause(schema).grammar, [clause({}), clause(schema, place="b")])
+    assert refusal.value.place == ("b" if schema is not TOO_DEEP else "schema")
 
 
 HOSTILE = {"allOf": [{"type": "string", "pattern": f"(a|b)*a(a|b){{{n}}}"} for n in range(2, 30)]}  # takes for ever
@@ -114,7 +115,8 @@ async def test_forty_tools_are_no_trouble():
     parameters = {"properties": {f"p{n}": {"type": "string", "format": "date-time"} for n in range(5)}}
     functions = [Function(name=f"tool_{n}", parameters=parameters) for n in range(40)]
     clauses = [clause(schema_of(each), place=each.name) for each in functions]
-    await Trials().check(call_grammar(QWEN, functions, is_forced=False, in_parallel=True, content=""), clauses)
+    called = {each.place: each.grammar for each in clauses}
+    await Trials().check(call_grammar(QWEN, called, is_forced=False, in_parallel=True, content=""), clauses)
 
 
 async def test_what_is_good_is_not_tried_again(monkeypatch):
