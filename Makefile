@@ -70,8 +70,8 @@ fmt: $(VENV)/.installed
 # What protoc makes of open_inference/inference.proto, in a pool of its own: in the common one its names would clash with
 # those of a client library (Triton's) in the same process.
 stubs: setup
-	@$(BIN)/python -m grpc_tools.protoc -I open_inference --python_out=open_inference --pyi_out=open_inference inference.proto
-	@sed -i 's/_descriptor_pool.Default()/_descriptor_pool.DescriptorPool()/' open_inference/inference_pb2.py
+	@$(BIN)/python -m grpc_tools.protoc -I open_inference --python_out=open_inference --pyi_out=open_inference inference.proto orca_load_report.proto
+	@sed -i 's/_descriptor_pool.Default()/_descriptor_pool.DescriptorPool()/' open_inference/*_pb2.py
 
 # Pins what the environment holds now. Upgrade there, test, then `make lock`. The local part of torch's version
 # (+cpu, +cu130) is the machine's choice and not pinned.

@@ -1,7 +1,7 @@
 """What a backend tells of its load: one report, told in three ways.
 
 - In an answer, to whoever asks for it: the `endpoint-load-metrics` header (ORCA, envoyproxy/envoy#6614), and beside
-  `usage` in the last chunk of a stream.
+  `usage` in the last chunk of a stream. Over gRPC in the trailers of each call, as ORCA's message.
 - Pushed, to whoever listens at `/load/stream`: server-sent events, one for each change, APART_SECONDS apart at least;
   while there is work SIGN_SECONDS apart at most, else HEARTBEAT_SECONDS. A busy one that is silent longer is not well.
 - Scraped, at `/metrics`, under vLLM's names (what knows vLLM, such as the inference extension of the Kubernetes Gateway
@@ -173,14 +173,19 @@ def together(loads: Sequence[Load]) -> Load:
     return Load(running, waiting, max((load.kv_usage for load in loads), default=0.0))
 
 
-def orca(load: Load, seq: int, form: str) -> str:
-    """The value of `endpoint-load-metrics`, `json` or `text`: what balancing needs, named as vLLM's metrics are."""
-    metrics = {
+def named_metrics(load: Load, seq: int) -> dict[str, float]:
+    """What balancing needs, named as vLLM's metrics are."""
+    return {
         "num_requests_running": load.running,
         "num_requests_waiting": load.waiting,
         "kv_cache_usage_perc": round(load.kv_usage, 4),
         "seq": seq,
     }
+
+
+def orca(load: Load, seq: int, form: str) -> str:
+    """The value of `endpoint-load-metrics`, `json` or `text`."""
+    metrics = named_metrics(load, seq)
     if form == "json":
         return "JSON " + msgspec.json.encode({"named_metrics": metrics}).decode()
     return "TEXT " + ", ".join(f"named_metrics.{name}={value}" for name, value in metrics.items())

@@ -24,10 +24,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from open_inference import SERVICE
 from open_inference import inference_pb2 as pb
+from open_inference.orca_load_report_pb2 import OrcaLoadReport
 from reference_backend import open_inference
 from reference_backend.in_flight import InFlight
 from reference_backend.incoming import terms
-from reference_backend.load_report import FORMAT_HEADER, orca
+from reference_backend.load_report import FORMAT_HEADER, named_metrics, orca
 from reference_backend.open_inference import LARGEST_BODY, check_parameters, chosen
 from reference_backend.pool import Pool
 from reference_backend.protocol import ApiError
@@ -236,10 +237,20 @@ def metadata_of(context: ServicerContext) -> Mapping[str, str]:
 
 
 def _report_load(served: Served, metadata: Mapping[str, str], context: ServicerContext) -> None:
+    """Twice: for gRPC's own balancers (ORCA, gRPC's proposal A51), and as text for whoever asks.
+
+    gRPC hands the first form to its balancers alone; whoever calls cannot see it.
+    """
+    if served.model is None:
+        return
+    load, seq = served.model.reporter.source.load(), served.model.reporter.source.changes
+    told: list[tuple[str, str | bytes]] = [
+        ("endpoint-load-metrics-bin", OrcaLoadReport(named_metrics=named_metrics(load, seq)).SerializeToString())
+    ]
     form = metadata.get(FORMAT_HEADER, "").strip().lower()
-    if form in ("json", "text") and served.model is not None:
-        source = served.model.reporter.source
-        context.set_trailing_metadata((("endpoint-load-metrics", orca(source.load(), source.changes, form)),))
+    if form in ("json", "text"):
+        told.append(("endpoint-load-metrics", orca(load, seq, form)))
+    context.set_trailing_metadata(tuple(told))
 
 
 def read_inputs(asked: pb.ModelInferRequest) -> Tensors:

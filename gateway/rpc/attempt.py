@@ -28,6 +28,8 @@ from gateway.rpc.channels import Channel
 from gateway.rpc.metadata import Metadata, forwarded, pairs, passing, value_in
 from gateway.rpc.methods import resource_in
 from gateway.rpc.statuses import Code, meaning_of
+from gateway.upstream.endpoint import REPORT_SECONDS
+from gateway.upstream.load_report import of_header
 from policies import errors
 from policies.deadline import Kind, Phase, next_due, remaining_ms
 from policies.retry import Failure
@@ -80,8 +82,9 @@ class Carrier:
             exchange.release()
             ending = exchange.ending
             lease.outcome = outcome_of(ending, exchange.status, exchange.overdue)
-            if exchange.load_report:
-                backend.hear_header(exchange.load_report, trail.mark)
+            told = of_header(exchange.load_report)
+            if told is not None:  # there this call is over, here it is not yet
+                backend.hear_load(told._replace(requests=told.requests + 1), trail.mark, REPORT_SECONDS)
             note_attempt(
                 lease, trail, route, ending, exchange.status, span_id, started, connect_before, upstream_before
             )
@@ -106,7 +109,7 @@ def _metadata(call: Call, client: RpcClient, lines: bytes, span_id: str, deadlin
         ("traceparent", f"00-{call.trace_id}-{span_id}-{'01' if call.sampled else '00'}"),
         ("x-request-id", call.request_id),
         ("x-weir-deadline-ms", str(deadline_ms)),
-        ("endpoint-load-metrics-format", "json"),
+        ("endpoint-load-metrics-format", "json"),  # as text: gRPC keeps the binary form from those who use it
     )
     handed_on = (("via", call.head.via.decode()),) if call.head.via else ()
     return forwarded(client.metadata) + handed_on + pairs(lines) + own

@@ -21,12 +21,13 @@ from discovery.probe import Pace, Prober
 from gateway import sources
 from open_inference import inference_pb2
 from policies.identity import generate_signing_key, jwks_of, mint
+from tests.reference_backend.test_open_inference_grpc import GOOD
 from tests.support.admin_client import api, scrape
 from tests.support.grpc_backend import NOT_SERVING, SERVING, Caller, GrpcBackend, grpc_gateway, infer, inferred
 from tests.support.model_store import ADDER, running_store
 from tests.support.otlp_receiver import OtlpReceiver
 from tests.support.ports import silent_listener
-from tests.support.running_gateway import policy_with, until
+from tests.support.running_gateway import policy_with, running_gateway, until
 
 LOOP = "uvloop"
 pytestmark = pytest.mark.integration
@@ -271,6 +272,56 @@ async def test_a_backend_gets_what_it_is_well_for_over_http_and_over_grpc(tmp_pa
         await is_asked(http=[True, True], grpc=[True, True])
         told = [each["grpc_healthy"] for each in (await api(gateway, "backends"))["backends"]]
         assert told == [True, True]
+
+
+async def test_calls_go_where_less_is_to_do_as_backends_tell_behind_their_answers(tmp_path) -> None:
+    def telling(running):
+        report = json.dumps({"named_metrics": {"num_requests_running": running}})
+
+        async def script(message, context):
+            context.set_trailing_metadata((("endpoint-load-metrics", f"JSON {report}"),))
+            return inferred()
+
+        return script
+
+    policy = policy_with(balance="least_load")
+    async with (
+        GrpcBackend(telling(0)) as idle,
+        GrpcBackend(telling(50)) as busy,
+        grpc_gateway(tmp_path, idle, busy, policy=policy) as (gateway, caller),
+    ):
+        async with asyncio.timeout(20):
+            while not (idle.messages and busy.messages):
+                assert await caller.ask() == inferred()
+        known = len(busy.messages)
+        assert {round(each.reported) for each in gateway.fleet.backends.values()} == {0, 50}
+        for _ in range(5):
+            await caller.ask()
+        assert len(busy.messages) == known
+
+
+async def test_the_reference_backend_tells_its_load_behind_each_answer(tmp_path) -> None:
+    slow = ADDER + "settings = {slow = 60}\n"
+    (tmp_path / "store").mkdir()
+    async with running_store(tmp_path / "store", {"adder/1": slow}) as store:
+        port = int(store.grpc.rpartition(":")[2])
+        async with (
+            running_gateway(
+                tmp_path, store.url, models="[adder]", config="grpc: {listen: 127.0.0.1:0}\n", grpc_ports=[port]
+            ) as gateway,
+            Caller(gateway.grpc_address) as caller,
+            Caller(store.grpc) as others,
+        ):
+            waiting = [asyncio.ensure_future(others.ask(GOOD.SerializeToString(), timeout=60)) for _ in range(3)]
+            [served] = store.pool
+            await until(lambda: served.in_flight.count == 3)
+            refused = await caller.refused(infer("adder"))
+            assert refused.code == "INVALID_ARGUMENT"
+            [backend] = gateway.fleet.backends.values()
+            assert backend.reported == 3.0
+            for each in waiting:
+                each.cancel()
+            await asyncio.wait(waiting)
 
 
 async def test_backends_that_keep_to_no_rule(tmp_path) -> None:

@@ -12,12 +12,13 @@ from open_inference import SERVICE, inference_pb2
 HERE = Path(open_inference.__file__).parent
 
 
-def test_it_is_made_of_the_proto_that_lies_beside_it(tmp_path):
+@pytest.mark.parametrize("name", ["inference", "orca_load_report"])
+def test_it_is_made_of_the_proto_that_lies_beside_it(tmp_path, name):
     command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{HERE}", f"--python_out={tmp_path}", f"--pyi_out={tmp_path}"]
-    subprocess.run([*command, "inference.proto"], check=True)
-    made = (tmp_path / "inference_pb2.py").read_text().replace("_pool.Default()", "_pool.DescriptorPool()")
-    assert made == (HERE / "inference_pb2.py").read_text(), "run `make stubs`"
-    assert (tmp_path / "inference_pb2.pyi").read_text() == (HERE / "inference_pb2.pyi").read_text(), "run `make stubs`"
+    subprocess.run([*command, f"{name}.proto"], check=True)
+    made = (tmp_path / f"{name}_pb2.py").read_text().replace("_pool.Default()", "_pool.DescriptorPool()")
+    assert made == (HERE / f"{name}_pb2.py").read_text(), "run `make stubs`"
+    assert (tmp_path / f"{name}_pb2.pyi").read_text() == (HERE / f"{name}_pb2.pyi").read_text(), "run `make stubs`"
 
 
 def test_triton_clients_mean_the_same():

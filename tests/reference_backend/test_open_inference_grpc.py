@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import struct
 import time
 
 import grpc
@@ -14,9 +15,11 @@ from tritonclient.utils import InferenceServerException
 
 from open_inference import SERVICE
 from open_inference import inference_pb2 as pb
+from open_inference.orca_load_report_pb2 import OrcaLoadReport
 from reference_backend import open_inference_grpc
 from reference_backend.in_flight import InFlight
 from reference_backend.served import State
+from tests.support.grpc_backend import PREFACE, data, frame, headers
 from tests.support.model_store import ADDER, put, running_store
 
 LEFT = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -142,6 +145,24 @@ async def test_tensors_in_fields_are_answered_in_fields(tmp_path):
     assert not told.raw_output_contents
     load = json.loads(trailers["endpoint-load-metrics"].removeprefix("JSON "))["named_metrics"]
     assert (load["num_requests_running"], load["seq"]) == (0, 2)
+
+
+async def test_the_load_stands_behind_every_answer_as_grpc_s_balancers_read_it(tmp_path):
+    """By hand, as no client of gRPC shows it. 0xfe03 is the setting by which binary values come as they are."""
+    async with running_store(tmp_path) as store, asyncio.timeout(20):
+        reader, writer = await asyncio.open_connection(*store.grpc.split(":"))
+        settings = frame(4, 0, 0, struct.pack("!HI", 0xFE03, 1))
+        writer.write(PREFACE + settings + headers(1, f"/{SERVICE}/ModelInfer".encode()))
+        writer.write(data(1, GOOD.SerializeToString()))
+        await reader.readuntil(b"endpoint-load-metrics-bin")
+        [length] = await reader.readexactly(1)  # RFC 7541, 5.1: less than 127 is one byte
+        value = await reader.readexactly(length)
+        writer.close()
+    assert value[0] == 0  # it is binary
+    metrics = OrcaLoadReport.FromString(value[1:]).named_metrics
+    assert dict(metrics) == {
+        "num_requests_running": 0.0, "num_requests_waiting": 0.0, "kv_cache_usage_perc": 0.0, "seq": 2.0,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
