@@ -226,7 +226,7 @@ def decoding(scale: Scale, model: Llama, best_gb_s: float) -> list[dict[str, flo
         step = engine.runner._prepared
         alone = 0.0
         if step is not None and model.device.type == "cuda":
-            alone = seconds(scale, partial(step.scores, step._slots))  # of nobody: the cache is not read
+            alone = seconds(scale, partial(step.take, step._slots))  # of nobody: the cache is not read
         line = {"batch": batch, "tokens_s": rate, "lowest": min(rates), "highest": max(rates), "roof": roof}
         found.append(line | {"share": rate / roof, "idle_at_most": max(0.0, 1 - alone * rate / batch)})
     return found

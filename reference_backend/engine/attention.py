@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from reference_backend.engine.graphs import sent
 from reference_backend.engine.operations import Fused, Operations, Rotary
 
 # Layer, what its projection gives as [tokens, heads + 2 * kv_heads, head_dim] (and may be overwritten), the gains of
@@ -168,7 +169,9 @@ def fused(cache: PagedCache, tables: Tensor, step: Step, shared: int) -> Attend:
     runs = [
         (chunk.first + at, min(most, chunk.tokens - at)) for chunk in step.chunks for at in range(0, chunk.tokens, most)
     ]
-    run_firsts, run_counts = torch.tensor(runs, device=device).t().contiguous() if runs else (None, None)
+    run_firsts, run_counts = (
+        (sent(column, torch.int64, device) for column in zip(*runs, strict=True)) if runs else (None, None)
+    )
 
     def attend(layer: int, qkv: Tensor, gains: Tensor | None, rotary: Rotary) -> Tensor:
         pages = cache.layer(layer)

@@ -30,11 +30,12 @@ class Sampling:
     """How tokens are chosen, and how many. Equal seeds give equal text, whoever else is in the batch.
 
     The candidates are the `top_k` likeliest (0: all), of those the likeliest that together have `top_p` of their
-    probability, and of those the ones at least `min_p` times as likely as the likeliest. Penalties come before all
-    that: `presence` and `frequency` are subtracted from the logits of what was generated (once, and each time),
-    `repetition` divides the logits of what was generated or asked. `bias` is added to the logits of tokens. Where there
-    is a `grammar`, only tokens that keep to it are candidates, and the answer is over when it is complete. `logprobs`
-    is the number of alternatives to tell with each token; None tells nothing.
+    probability, and of those the ones at least `min_p` times as likely as the likeliest. Who is as likely as a
+    candidate is one, too, but a `top_k` of 1 takes the first. Penalties come before all that: `presence` and
+    `frequency` are subtracted from the logits of what was generated (once, and each time), `repetition` divides the
+    logits of what was generated or asked. `bias` is added to the logits of tokens. Where there is a `grammar`, only
+    tokens that keep to it are candidates, and the answer is over when it is complete. `logprobs` is the number of
+    alternatives to tell with each token; None tells nothing.
     """
 
     max_tokens: int
@@ -53,7 +54,7 @@ class Sampling:
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature < GREEDY_BELOW
+        return self.temperature < GREEDY_BELOW or self.top_k == 1
 
     @property
     def is_filtered(self) -> bool:

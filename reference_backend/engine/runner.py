@@ -10,14 +10,16 @@ There is one row more than slots: that of nobody, with which prepared steps (`gr
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from reference_backend.engine.attention import Chunk, PagedCache, Step, attention_for
-from reference_backend.engine.graphs import Prepare, Prepared
+from reference_backend.engine.graphs import Prepare, Prepared, Taken, sent
 from reference_backend.engine.model import Llama, Seen
+from reference_backend.engine.operations import Fused
 from reference_backend.engine.request import PICTURE_TOKENS, Logprobs, Sequence
 from reference_backend.engine.sampler import Drawn, Rows, Sampler, told_logprobs
 from reference_backend.engine.scheduler import Work
@@ -26,12 +28,16 @@ from reference_backend.engine.vision import Album
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The token that a sequence drew. Not `is_sound`: its scores were not numbers."""
+    """The token that a sequence drew."""
 
     sequence: Sequence
     token: int
-    is_sound: bool
     logprobs: Logprobs | None
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether its scores were numbers."""
+        return self.token >= 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +55,7 @@ class Launched:
         if self.arrived is not None:
             self.arrived.synchronize()
         logprobs = told_logprobs(self.drawn, [sequence.sampling for sequence in self.sequences])
-        columns = (self.sequences, self.drawn.tokens.tolist(), self.drawn.best.isfinite().tolist(), logprobs)
-        return [Result(*row) for row in zip(*columns, strict=True)]
+        return [Result(*row) for row in zip(self.sequences, self.drawn.tokens.tolist(), logprobs, strict=True)]
 
 
 class Runner:
@@ -66,7 +71,8 @@ class Runner:
         self._tables[slots] = blocks  # nobody's
         self._lengths = torch.zeros(slots + 1, dtype=torch.int64, device=device)
         self._last_tokens = torch.zeros(slots + 1, dtype=torch.int64, device=device)
-        self._sampler = Sampler(slots, model.config.vocab_size, device)
+        has_kernel = isinstance(model.operations, Fused)
+        self._sampler = Sampler(model.config.vocab_size, self._lengths, has_kernel=has_kernel)
         self._cache = PagedCache(
             model.config.layers,
             model.kv_heads,
@@ -98,27 +104,36 @@ class Runner:
         sequences = [work.sequence for work in (*decodes, *(work for work in chunks if work.samples))]
         rows = self._sampling_rows(sequences)
         if self._prepared is not None and not chunks:
-            scores = self._prepared.scores(rows.slots)
+            scores, tokens = self._prepared.take(rows.slots)
+            drawn = Drawn(tokens.clone()) if rows.are_plain else None  # a clone: the next step writes over it
         else:
             hidden = self._step(decodes, chunks, rows.slots[: len(decodes)])
             if not sequences:
                 return Launched([], None)
-            scores = self.model.logits(hidden)
-        masks = b"".join(each.constraint.mask() for each in sequences if each.constraint is not None)
-        drawn = self._sampler.sample(scores, rows, masks)
-        self._last_tokens.index_copy_(0, rows.slots, drawn.tokens)
+            scores, drawn = self.model.logits(hidden), None
+        if drawn is None:
+            masks = b"".join(each.constraint.mask() for each in sequences if each.constraint is not None)
+            drawn = self._sampler.sample(scores, rows, masks)
+            self._note(rows.slots, drawn.tokens)
         if self._homewards is None:
             return Launched(sequences, drawn)
         return Launched(sequences, *brought(drawn, self._homewards))
 
-    def _decode(self, slots: Tensor) -> Tensor:
-        """Scores of the next token of each slot, computed from what lies on the device alone."""
+    def _decode(self, slots: Tensor) -> Taken:
+        """Scores and the next token of each slot, computed from what lies on the device alone."""
         positions = self._lengths.index_select(0, slots)
         step = Step(slots, positions, [self._tables.shape[1]] * len(slots), [])
         hidden = self._forward(self._last_tokens.index_select(0, slots), step, None)
         self._lengths.index_copy_(0, slots, positions + 1)
         self._lengths[-1] = 0
-        return self.model.logits(hidden)
+        scores = self.model.logits(hidden)
+        tokens = self._sampler.draw(scores, Rows(slots))
+        self._note(slots, tokens)
+        return scores, tokens
+
+    def _note(self, slots: Tensor, tokens: Tensor) -> None:
+        """The newest tokens. In place of none, for a sequence that will be told that it failed, stands any."""
+        self._last_tokens.index_copy_(0, slots, tokens.clamp_min(0))
 
     def _step(self, decodes: list[Work], chunks: list[Work], decoding: Tensor) -> Tensor:
         """Hidden states of those that draw a token: first who generates, in the slots `decoding`, then prompts."""
@@ -131,7 +146,7 @@ class Runner:
             slot = _slot(work.sequence)
             known = work.sequence.tokens[work.start : work.start + work.tokens]
             where = torch.arange(work.start, work.start + work.tokens, device=self._device)
-            tokens.append(torch.tensor(known, device=self._device))
+            tokens.append(self._ids(known))
             positions.append(where)
             slots.append(torch.full_like(where, slot))
             pieces.append(Chunk(at, work.tokens, slot, work.start))
@@ -143,7 +158,7 @@ class Runner:
         step = Step(_joined(slots), _joined(positions), widths, pieces)
         hidden = self._forward(_joined(tokens), step, self._seen(chunks, len(decodes)))
         self._lengths.index_copy_(0, decoding, positions[0] + 1)
-        return hidden[torch.tensor(ends, dtype=torch.int64, device=self._device)] if chunks else hidden
+        return hidden[self._ids(ends)] if chunks else hidden
 
     def _seen(self, chunks: list[Work], at: int) -> Seen | None:
         """The pieces of pictures among the tokens of prompts, the first of which is in row `at` of the step."""
@@ -157,7 +172,7 @@ class Runner:
                     rows += range(at + first - work.start, at + last - work.start)
                     pieces.append(self._album.look(picture)[first - picture.start : last - picture.start])
             at += work.tokens
-        return (torch.tensor(rows, device=self._device), torch.cat(pieces)) if rows else None
+        return (self._ids(rows), torch.cat(pieces)) if rows else None
 
     def _forward(self, tokens: Tensor, step: Step, seen: Seen | None) -> Tensor:
         attend = self._attention(self._cache, self._tables, step, self.model.heads // self.model.kv_heads)
@@ -165,12 +180,13 @@ class Runner:
 
     def _sampling_rows(self, sequences: list[Sequence]) -> Rows:
         if self._rows is None or self._rows[0] != sequences:
-            slots = torch.tensor([_slot(sequence) for sequence in sequences], dtype=torch.int64, device=self._device)
+            slots = self._ids(_slot(sequence) for sequence in sequences)
             self._rows = (sequences, self._sampler.rows(sequences, slots))
         return self._rows[1]
 
     def _write_rows(self, plan: list[Work]) -> None:
         """Bring the rows of newcomers, and the tables of those that have grown, to the device."""
+        grown: list[tuple[int, int, int]] = []
         for work in plan:
             sequence, slot = work.sequence, _slot(work.sequence)
             if work.is_new:
@@ -178,10 +194,15 @@ class Runner:
                 self._tables[slot] = 0
                 self._rows = None
                 self._sampler.load(slot, sequence)
-            held, written = len(sequence.blocks), self._written[slot]
-            if held > written:
-                self._tables[slot, written:held] = torch.tensor(sequence.blocks[written:], device=self._device)
-                self._written[slot] = held
+            written = self._written[slot]
+            grown += ((slot, column, block) for column, block in enumerate(sequence.blocks[written:], start=written))
+            self._written[slot] = len(sequence.blocks)
+        if grown:
+            slots, columns, blocks = (self._ids(column) for column in zip(*grown, strict=True))
+            self._tables[slots, columns] = blocks
+
+    def _ids(self, numbers: Iterable[int]) -> Tensor:
+        return sent(numbers, torch.int64, self._device)
 
 
 def brought(drawn: Drawn, stream: torch.cuda.Stream) -> tuple[Drawn, torch.cuda.Event]:

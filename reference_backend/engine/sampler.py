@@ -1,103 +1,121 @@
 """From scores to tokens, for a whole batch at once, and for each row as if it were alone.
 
-A row's result follows from its scores, its settings, its seed and how many tokens it has drawn before; neither its
-neighbours nor its place in the batch matter. Chance is a function of seed and count (a counter-based generator), not a
-state that is handed on: a sequence that was preempted and computed again draws the same tokens again.
+A row's token follows from its scores, its settings, its seed and its position; neither its neighbours nor its place in
+the batch matter. Chance is a function (a hash of seed, position and token), not a state that is handed on: a sequence
+that was preempted and computed again draws the same tokens again, and so does every rank that shares a model.
 
-Rows are sorted by what they ask for, and each kind takes its own path: greedy rows one maximum; drawing rows one
-inverse of the cumulative distribution; rows with top-k, top-p or min-p the same over sorted candidates.
+Each token is as far from the best as its score is below it. Candidates are all up to some distance, so that what is
+equally likely is in or out together (as in transformers). To every candidate's distance goes temperature times the
+logarithm of an exponential variate, and the nearest is drawn (of equal ones the first): that is the Gumbel-max trick,
+which needs no sum over candidates, and without temperature it is the best token.
+
+`Sampler.draw` is that much: on a GPU one kernel (`sampler_kernels.py`), which reads all that it needs from rows on the
+device and so is a part of the recorded step. What changes scores before (penalties, bias, grammars) or tells of them
+(logprobs) is done by `Sampler.sample`, behind a recorded step: masks come from the host, and the others need tables of
+slots times vocabulary that most servers never fill. It costs the batches in which somebody asks for it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+import math
+import struct
+from collections.abc import Callable, Iterable
+from hashlib import blake2b
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from reference_backend.engine.request import GREEDY_BELOW, Logprobs, Sampling, Sequence
+from reference_backend.engine.graphs import sent
+from reference_backend.engine.request import Logprobs, Sampling, Sequence
 
-_LOW_32 = (1 << 32) - 1
-# Odd constants of splitmix64 and of the golden ratio, as signed 64-bit integers.
-_GOLDEN, _MIX_1, _MIX_2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
+# Odd constants: the golden ratio's, and those of a two-round hash of 32 bits with low bias (Wellons, "Prospecting for
+# Hash Functions", 2018).
+SPREAD, MIX_1, MIX_2 = 0x9E3779B9, 0x7FEB352D, 0x846CA68B
+FARTHEST = torch.finfo(torch.float32).max  # what has a score of -inf is farther
 
 
-def uniform(seed: Tensor, count: Tensor) -> Tensor:
-    """A number in [0, 1), float64, for each pair of int64: splitmix64 of the seed's hash, `count` steps on.
+def signed(word: int) -> int:
+    """The int32 with these bits."""
+    return (word & 0xFFFFFFFF ^ 0x80000000) - 0x80000000
 
-    Source: Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators" (OOPSLA 2014).
+
+def log_waits(spread: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Logarithms of exponential variates, one for each token: a hash of `spread` with two int32 for each row.
+
+    31 bits are a number in (0, 1) that is finest near 0, which is where the shortest of many waits comes from.
     """
-    state = _mix(_mix(seed + _GOLDEN) + count * _GOLDEN)
-    return _shifted(state, 11).double() / (1 << 53)
+    x = spread ^ first
+    x = ((x >> 16 & 0xFFFF) ^ x).mul_(signed(MIX_1)).add_(second)
+    x = ((x >> 15 & 0x1FFFF) ^ x).mul_(signed(MIX_2)).bitwise_and_(0x7FFFFFFF)
+    # Never 0 nor 1: half a step up, and a little less than 2 ** -31 each.
+    return x.float().mul_(-(2**-31) * (1 - 2**-24)).sub_(2**-32).log1p_().neg_().log_()
 
 
-def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shifted(x, 30)) * _MIX_1
-    x = (x ^ _shifted(x, 27)) * _MIX_2
-    return x ^ _shifted(x, 31)
+Some: TypeAlias = Tensor | slice | None  # row numbers in a batch; all of them; none of them
+ALL = slice(None)
 
 
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    """Shifted right with zeros coming in."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """A batch, sorted by kind. `slots` says where a row's settings lie; the rest are row numbers in the batch."""
+class Rows(NamedTuple):
+    """A batch, sorted by kind. `slots` says where a row's settings lie."""
 
     slots: Tensor
-    drawing: Tensor | None
-    filtered: Tensor | None
-    penalized: Tensor | None
-    biased: Tensor | None
-    constrained: Tensor | None  # those that keep to a grammar
-    told: Tensor | None  # those that want logprobs
-    alternatives: int  # the most that any of them wants
+    drawing: Some = None
+    filtered: Some = ALL  # the general case, of which the others are simpler ones
+    penalized: Some = None
+    biased: Some = None
+    constrained: Some = None  # those that keep to a grammar
+    told: Some = None  # those that want logprobs
+    alternatives: int = 0  # the most that any of them wants
+
+    @property
+    def are_plain(self) -> bool:
+        """Whether the scores decide as they are, and nothing is to be told of them."""
+        return self.penalized is self.biased is self.constrained is self.told is None
 
 
 class Drawn(NamedTuple):
-    """One token for each row, and the largest score of each: not finite if the row's scores were no good."""
+    """One token for each row; -1 if the row's scores were no good."""
 
     tokens: Tensor
-    best: Tensor
-    chosen: Tensor | None  # logprobs of those rows that want them, and the likeliest tokens
-    top: Tensor | None
-    top_tokens: Tensor | None
+    chosen: Tensor | None = None  # logprobs of those rows that want them, and the likeliest tokens
+    top: Tensor | None = None
+    top_tokens: Tensor | None = None
 
 
 class Sampler:
-    """Settings of every slot, on the device."""
+    """Settings of every slot, on the device. `lengths` [slots] are those of the sequences there."""
 
-    def __init__(self, slots: int, vocabulary: int, device: torch.device) -> None:
+    def __init__(self, vocabulary: int, lengths: Tensor, *, has_kernel: bool = False) -> None:
         self._vocabulary = vocabulary
-        self._device = device
-        self._temperature = torch.ones(slots, 1, device=device)
-        self._top_p = torch.ones(slots, 1, device=device, dtype=torch.float64)
-        self._min_p = torch.zeros(slots, 1, device=device)
-        self._top_k = torch.zeros(slots, 1, device=device, dtype=torch.int64)
-        self._penalties = torch.zeros(slots, 3, 1, device=device)
-        self._seed = torch.zeros(slots, 1, device=device, dtype=torch.int64)
-        self._drawn = torch.zeros(slots, 1, device=device, dtype=torch.int64)
+        self._lengths = lengths
+        self._slots, self._device = len(lengths), lengths.device
+        self._floats = torch.zeros(self._slots, 3, device=self._device)  # temperature, farthest by min-p, top-p
+        self._ints = torch.ones(self._slots, 3, device=self._device, dtype=torch.int32)  # top-k, two words of the seed
+        self._spread = (torch.arange(vocabulary, device=self._device) * SPREAD).to(torch.int32)
+        self._penalties = torch.zeros(self._slots, 3, 1, device=self._device)
         # How often each token was generated, and whether it has occurred at all: only if somebody asks for penalties.
         self._counts: Tensor | None = None
         self._occurred: Tensor | None = None
         self._bias: Tensor | None = None  # likewise
-        self._slots = slots
+        self._kernel: Callable[..., Tensor] | None = None
+        if has_kernel:
+            from reference_backend.engine.sampler_kernels import draw  # noqa: PLC0415  Triton is only there where it is used
+
+            self._kernel = draw
 
     def load(self, slot: int, sequence: Sequence) -> None:
         """Take over the settings of a sequence that begins, or begins again, in this slot."""
         settings, generated = sequence.sampling, sequence.generated
-        self._temperature[slot] = max(settings.temperature, GREEDY_BELOW)
-        self._top_p[slot] = settings.top_p
-        self._min_p[slot] = settings.min_p
-        self._top_k[slot] = settings.top_k if 0 < settings.top_k < self._vocabulary else self._vocabulary
-        self._seed[slot] = sequence.seed
-        self._drawn[slot] = len(generated)
+        temperature = 0.0 if settings.is_greedy else settings.temperature
+        farthest = min(-temperature * math.log(settings.min_p), FARTHEST) if settings.min_p > 0 else FARTHEST
+        top_k = settings.top_k if 0 < settings.top_k < self._vocabulary else self._vocabulary
+        words = struct.unpack("<ii", blake2b(struct.pack("<q", sequence.seed), digest_size=8).digest())
+        self._floats[slot] = sent([temperature, farthest, settings.top_p], torch.float32, self._device)
+        self._ints[slot] = sent([top_k, *words], torch.int32, self._device)
         if settings.is_penalized:
-            penalties = (settings.presence_penalty, settings.frequency_penalty, settings.repetition_penalty)
-            self._penalties[slot] = torch.tensor(penalties, device=self._device)[:, None]
+            penalties = [settings.presence_penalty, settings.frequency_penalty, settings.repetition_penalty]
+            self._penalties[slot] = sent(penalties, torch.float32, self._device)[:, None]
             if self._counts is None or self._occurred is None:
                 shape = (self._slots, self._vocabulary)
                 self._counts = torch.zeros(shape, dtype=torch.int32, device=self._device)
@@ -110,7 +128,7 @@ class Sampler:
                 self._bias = torch.zeros(self._slots, self._vocabulary, device=self._device)
             tokens, biases = zip(*settings.bias, strict=True)
             self._bias[slot] = 0.0
-            self._bias[slot, self._ids(list(tokens))] = torch.tensor(biases, device=self._device)
+            self._bias[slot, self._ids(tokens)] = sent(biases, torch.float32, self._device)
 
     def rows(self, sequences: list[Sequence], slots: Tensor) -> Rows:
         """Sort a batch by kind. Good for as long as the same sequences stand in the same slots."""
@@ -132,7 +150,6 @@ class Sampler:
         `masks` says what the constrained rows may draw, one after the other: a bit for each token, the first in the
         lowest, in whole words of 32.
         """
-        chosen = top = top_tokens = None
         told = None if rows.told is None else scores[rows.told].log_softmax(dim=-1)
         if rows.penalized is not None:
             self._penalize(scores, rows.penalized, rows.slots[rows.penalized])
@@ -140,41 +157,36 @@ class Sampler:
             scores[rows.biased] += self._bias[rows.slots[rows.biased]]
         if rows.constrained is not None:
             scores[rows.constrained] = scores[rows.constrained].masked_fill(~self._allowed(masks), -torch.inf)
-        best, tokens = scores.max(dim=-1)
-        for kind, draw in ((rows.drawing, self._draw), (rows.filtered, self._draw_filtered)):
-            if kind is not None:
-                slots = rows.slots[kind]
-                scaled = (scores[kind] - best[kind, None]) / self._temperature[slots]
-                tokens[kind] = draw(scaled.softmax(dim=-1), uniform(self._seed[slots], self._drawn[slots]), slots)
-        if rows.drawing is not None or rows.filtered is not None:
-            self._drawn[rows.slots] += 1
+        tokens = self.draw(scores, rows)
         if rows.penalized is not None:
             self._remember(rows.slots[rows.penalized], tokens[rows.penalized])
-        if told is not None and rows.told is not None:
-            chosen = told.gather(1, tokens[rows.told, None])[:, 0]
-            top, top_tokens = told.topk(min(rows.alternatives, self._vocabulary), dim=-1)
-        return Drawn(tokens, best, chosen, top, top_tokens)
+        if told is None or rows.told is None:
+            return Drawn(tokens)
+        chosen = told.gather(1, tokens[rows.told, None].clamp_min(0))[:, 0]
+        return Drawn(tokens, chosen, *told.topk(min(rows.alternatives, self._vocabulary), dim=-1))
 
-    def _draw(self, probabilities: Tensor, chance: Tensor, _slots: Tensor) -> Tensor:
-        cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
-        return _inverse(cumulative, chance * cumulative[:, -1:], self._vocabulary - 1)
+    def draw(self, scores: Tensor, rows: Rows) -> Tensor:
+        """The token of each row, -1 for one whose best score is no finite number."""
+        if self._kernel is not None:
+            return self._kernel(scores, rows.slots, self._lengths, self._floats, self._ints)
+        best, tokens = scores.max(dim=-1, keepdim=True)
+        for kind, is_filtered in ((rows.drawing, False), (rows.filtered, True)):
+            if kind is not None:
+                tokens[kind] = self._nearest(best[kind] - scores[kind], rows.slots[kind], is_filtered=is_filtered)
+        return torch.where(best.isfinite(), tokens, -1)[:, 0]
 
-    def _draw_filtered(self, probabilities: Tensor, chance: Tensor, slots: Tensor) -> Tensor:
-        """Candidates are a head of the sorted distribution, whatever the filter."""
-        probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
-        top_k = self._top_k[slots]
-        nucleus = self._top_p[slots] * cumulative.gather(1, top_k - 1)
-        kept = (
-            (cumulative - probabilities < nucleus)
-            & (torch.arange(self._vocabulary, device=self._device) < top_k)
-            & (probabilities >= self._min_p[slots] * probabilities[:, :1])
-        )
-        last = kept.sum(dim=-1, keepdim=True).clamp_(min=1) - 1
-        place = _inverse(cumulative, chance * cumulative.gather(1, last), last[:, 0])
-        return order.gather(1, place[:, None])[:, 0]
+    def _nearest(self, distances: Tensor, slots: Tensor, *, is_filtered: bool) -> Tensor:
+        temperature, farthest, top_p = self._floats[slots].split(1, dim=1)
+        top_k, first, second = self._ints[slots].split(1, dim=1)
+        positions = self._lengths[slots, None].int()
+        waits = log_waits(self._spread, first + positions, second + positions * signed(SPREAD))
+        drawn = torch.addcmul(distances, waits, temperature)
+        if is_filtered:
+            limit = torch.minimum(farthest, _reach(distances, temperature, top_k, top_p))
+            drawn.masked_fill_(distances > limit, torch.inf)
+        return drawn.argmin(dim=-1, keepdim=True)
 
-    def _penalize(self, scores: Tensor, rows: Tensor, slots: Tensor) -> None:
+    def _penalize(self, scores: Tensor, rows: Tensor | slice, slots: Tensor) -> None:
         assert self._counts is not None  # noqa: S101  for the type checker: whoever is penalized was loaded
         assert self._occurred is not None  # noqa: S101
         presence, frequency, repetition = self._penalties[slots].unbind(1)
@@ -196,18 +208,21 @@ class Sampler:
         bits = (words >> torch.arange(32, device=self._device)) & 1
         return bits.flatten(1)[:, : self._vocabulary].bool()
 
-    def _where(self, wanted: list[bool]) -> Tensor | None:
+    def _where(self, wanted: list[bool]) -> Some:
         found = [row for row, is_wanted in enumerate(wanted) if is_wanted]
-        return self._ids(found) if found else None
+        return ALL if all(wanted) else self._ids(found) if found else None
 
-    def _ids(self, numbers: list[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int64, device=self._device)
+    def _ids(self, numbers: Iterable[int]) -> Tensor:
+        return sent(numbers, torch.int64, self._device)
 
 
-def _inverse(cumulative: Tensor, value: Tensor, last: Tensor | int) -> Tensor:
-    """The first place where the cumulative distribution exceeds the value, at most `last`."""
-    place = torch.searchsorted(cumulative, value, right=True)[:, 0]
-    return place.clamp_max(last) if isinstance(last, int) else torch.minimum(place, last)
+def _reach(distances: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """How far the `top_k` nearest go, and of those the nearest that have `top_p` of what all of those weigh."""
+    near = distances.sort(dim=-1).values
+    reach = near.gather(1, top_k.long() - 1)
+    weights = torch.exp(near / -temperature).masked_fill_(near > reach, 0.0).cumsum(dim=-1, dtype=torch.float64)
+    fewer = (weights < top_p * weights[:, -1:]).sum(dim=-1, keepdim=True)
+    return near.gather(1, fewer.clamp_max(near.shape[1] - 1))
 
 
 def told_logprobs(drawn: Drawn, settings: list[Sampling]) -> list[Logprobs | None]:

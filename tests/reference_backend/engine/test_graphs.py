@@ -27,13 +27,13 @@ def test_a_batch_is_filled_up_with_nobody():
     prepared, taken = [], []
 
     def step(slots):
-        return slots[:, None].float()
+        return slots[:, None].float(), slots
 
     def prepare(step):
-        prepared.append(len(step()))
+        prepared.append(len(step()[1]))
 
         def repeat():
-            taken.append(len(step()))
+            taken.append(len(step()[1]))
             return step()
 
         return repeat
@@ -42,7 +42,8 @@ def test_a_batch_is_filled_up_with_nobody():
     assert prepared == [5, 4, 2, 1]
     many, few = torch.tensor([4, 0, 2]), torch.tensor([3])
     for slots, size in [(many, 4), (few, 1), (many, 4), (many, 4)]:
-        assert subject.scores(slots).tolist() == [[slot] for slot in slots.tolist()]
+        scores, tokens = subject.take(slots)
+        assert (scores[:, 0].tolist(), tokens.tolist()) == (slots.tolist(), slots.tolist())
         assert taken.pop() == size
     assert subject._slots.tolist() == [4, 0, 2, subject.nobody, subject.nobody]
 
@@ -50,6 +51,6 @@ def test_a_batch_is_filled_up_with_nobody():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU: torch sees none")
 def test_a_recorded_step_reads_what_is_there_when_it_is_replayed():
     number = torch.zeros(1, device="cuda")
-    replay = recording()(lambda: number + 1)
+    replay = recording()(lambda: (number + 1, number + 2))
     number.fill_(5)
-    assert replay().tolist() == [6]
+    assert [each.tolist() for each in replay()] == [[6], [7]]

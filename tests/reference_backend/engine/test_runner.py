@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from reference_backend.engine.model import load_model  # noqa: E402
 from reference_backend.engine.request import Sampling, Sequence  # noqa: E402
@@ -21,8 +22,8 @@ def runner(slots=2, **options):
     return Runner(MODEL, slots=slots, blocks=20, block_size=4, context=32, **options)
 
 
-def placed(slot, blocks, tokens=TEXT):
-    made = Sequence(list(tokens), Sampling(max_tokens=9, temperature=0.0))
+def placed(slot, blocks, tokens=TEXT, sampling=None):
+    made = Sequence(list(tokens), Sampling(max_tokens=9, **(sampling or {"temperature": 0.0})))
     made.slot, made.blocks = slot, blocks
     return made
 
@@ -77,6 +78,46 @@ def test_cleared_blocks_are_zero():
     subject.clear([2])
     kept = subject._cache.gather(0, torch.tensor([1, 2, 3]), 3).abs().sum((1, 2, 3)) > 0
     assert kept.tolist() == [True, False, True]
+
+
+class Watched(TorchDispatchMode):
+    """What torch is asked for outside of a prepared step."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked, self.is_inside = [], False
+
+    def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
+        if not self.is_inside:
+            self.asked.append(function.name())
+        return function(*args, **kwargs or {})
+
+    def prepare(self, step):
+        def repeat():
+            self.is_inside = True
+            taken = step()
+            self.is_inside = False
+            return taken
+
+        return repeat
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 0.9, "top_k": 9, "top_p": 0.8, "seed": 3}])
+def test_who_goes_on_generating_needs_nothing_from_the_host(sampling):
+    """Beside the recorded step, which draws, too, there is but a copy on the device of what it drew."""
+    watched = Watched()
+    subject, ordinary = runner(prepare=watched.prepare), runner()
+    asked = [placed(0, [2, 1, 5, 4], sampling=sampling) for _ in range(2)]
+    plans = [[works(asked[0], 11 + n, 1, is_decode=True)] for n in range(2)]
+    subject.launch([works(asked[0], 0, 11, is_new=True)])
+    subject.launch(plans[0])
+    with watched:
+        drawn = subject.launch(plans[1])
+    assert watched.asked == ["aten::slice.Tensor", "aten::slice.Tensor", "aten::clone"]
+    ordinary.launch([works(asked[1], 0, 11, is_new=True)])
+    ordinary.launch([works(asked[1], 11, 1, is_decode=True)])
+    [(_, expected)] = tokens_of(ordinary.launch([works(asked[1], 12, 1, is_decode=True)]))
+    assert tokens_of(drawn) == [(asked[0], expected)]
 
 
 def test_a_prepared_step_is_the_ordinary_one():

@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
 
 from reference_backend.engine.request import Sampling, Sequence  # noqa: E402
-from reference_backend.engine.sampler import Sampler, told_logprobs, uniform  # noqa: E402
+from reference_backend.engine.sampler import SPREAD, Sampler, log_waits, signed, told_logprobs  # noqa: E402
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -39,7 +39,8 @@ class Bench:
 
     def __init__(self, *sequences, vocabulary=4):
         self.sequences = sequences
-        self.sampler = Sampler(len(sequences), vocabulary, CPU)
+        self.lengths = torch.tensor([len(each.tokens) for each in sequences])
+        self.sampler = Sampler(vocabulary, self.lengths)
         for slot, each in enumerate(sequences):
             self.sampler.load(slot, each)
 
@@ -47,7 +48,9 @@ class Bench:
         slots = list(range(len(self.sequences))) if slots is None else slots
         present = [self.sequences[slot] for slot in slots]
         masks = b"".join(each.constraint.mask() for each in present if each.constraint is not None)
-        return self.sampler.sample(scores.clone(), self.sampler.rows(present, torch.tensor(slots)), masks)
+        drawn = self.sampler.sample(scores.clone(), self.sampler.rows(present, torch.tensor(slots)), masks)
+        self.lengths[slots] += 1
+        return drawn
 
     def draw(self, scores, slots=None):
         return self.drawn(scores, slots).tokens.tolist()
@@ -109,7 +112,10 @@ def test_draws_follow_the_probabilities(sampling, expected):
 
 def test_ties_are_broken_by_place_and_shared_by_chance():
     assert set(tally([0.25, 0.25, 0.25, 0.25], temperature=0.0)) == {0}
-    assert set(tally([0.25, 0.25, 0.25, 0.25], top_k=2)) == {0, 1}
+    assert set(tally([0.25, 0.25, 0.25, 0.25], top_k=1)) == {0}
+    assert set(tally([0.25, 0.25, 0.25, 0.25], top_k=2)) == {0, 1, 2, 3}  # who is as likely as a candidate is one
+    assert set(tally([0.3, 0.2, 0.3, 0.2], top_p=0.1)) == {0, 2}
+    assert set(tally([0.3, 0.2, 0.3, 0.2], min_p=1.0)) == {0, 2}
     assert set(tally([0.25, 0.25, 0.25, 0.25])) == {0, 1, 2, 3}
 
 
@@ -208,7 +214,7 @@ def test_only_what_a_grammar_allows_is_drawn_and_bias_counts_among_that(settings
 
 def test_what_may_draw_nothing_says_so():
     drawn = Bench(sequence(constraint=Only()), sequence(seed=2)).drawn(torch.zeros(2, 4))
-    assert drawn.best.isfinite().tolist() == [False, True]
+    assert [token >= 0 for token in drawn.tokens.tolist()] == [False, True]
 
 
 @pytest.mark.parametrize(("bias", "expected"), [(((1, -100.0),), 0), (((3, 4.5), (0, -1.0)), 3), ((), 1)])
@@ -244,20 +250,30 @@ def test_scores_that_are_no_numbers_are_told_and_touch_nobody_else(settings, bad
     expected = Bench(sequence(**settings), sequence(seed=2, **settings)).draw(scores)
     scores[0, 2] = bad
     drawn = Bench(sequence(**settings), sequence(seed=2, **settings)).drawn(scores)
-    assert drawn.best.isfinite().tolist() == [False, True]
-    assert 0 <= int(drawn.tokens[0]) < 4
-    assert int(drawn.tokens[1]) == expected[1]
+    assert drawn.tokens.tolist() == [-1, expected[1]]
 
 
-def test_chance_is_even_and_the_same_everywhere():
-    seeds, counts = torch.arange(-50, 50)[:, None], torch.arange(100)[None]
-    found = uniform(seeds, counts)
-    assert ((found >= 0) & (found < 1)).all()
-    tenths = torch.histc(found, bins=10, min=0, max=1)
-    assert ((tenths - 1000) ** 2 / 1000).sum() < 27.9  # 9 degrees of freedom, p = 0.001
-    assert len(found.unique()) == 10_000
-    correlation = torch.corrcoef(torch.stack([found[:, :-1].flatten(), found[:, 1:].flatten()]))[0, 1]
-    assert abs(correlation) < 0.04
-    assert (
-        uniform(torch.tensor([7]), torch.tensor([3])).item() == uniform(torch.tensor([[7]]), torch.tensor([3])).item()
-    )
+def test_chance_is_even_and_independent():
+    """Over seeds, positions and tokens: the waits are exponential, and none is like its neighbours in any direction."""
+    tokens, seeds, positions = torch.arange(400), torch.arange(-20, 20), torch.arange(50)
+    spread = (tokens * SPREAD).to(torch.int32)[None, None]
+    keys = (seeds * 0x5851F42D4C957F2D).to(torch.int32)[:, None, None]
+    at = positions.int()[None, :, None]
+    waits = log_waits(spread, keys + at, (keys >> 7) + at * signed(SPREAD)).double().exp()
+    assert ((waits > 0) & waits.isfinite()).all()
+    chances = 1 - (-waits).exp()
+    counts = torch.histc(chances, bins=100, min=0, max=1)
+    assert ((counts - 8000) ** 2 / 8000).sum() < 149  # 99 degrees of freedom, p = 0.001
+    rare = (waits < 1e-3).sum().item()
+    assert abs(rare - 800) < 3.3 * 800**0.5  # the shortest are as frequent as they should be, too
+    for axis in range(3):
+        pair = torch.stack(
+            [
+                each.flatten()
+                for each in (
+                    chances.narrow(axis, 0, chances.shape[axis] - 1),
+                    chances.narrow(axis, 1, chances.shape[axis] - 1),
+                )
+            ]
+        )
+        assert abs(torch.corrcoef(pair)[0, 1]) < 3.3 / pair.shape[1] ** 0.5
