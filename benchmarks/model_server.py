@@ -45,18 +45,21 @@ def requests(model: str) -> Iterator[bytes]:
     """Prompts that are all different, as requests."""
     for number in itertools.count():
         question = f"Question {number}: what is a circuit breaker, and when does it let requests through again?"
-        body = json.dumps(
-            {
-                "model": model,
-                "messages": [{"role": "user", "content": question}],
-                "stream": True,
-                "temperature": 0,
-                "ignore_eos": True,
-                "max_tokens": TOKENS,
-            }
-        )
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
-        yield f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+        asked = {
+            "model": model,
+            "messages": [{"role": "user", "content": question}],
+            "stream": True,
+            "temperature": 0,
+            "ignore_eos": True,
+            "max_tokens": TOKENS,
+        }
+        yield posted("/v1/chat/completions", json.dumps(asked).encode())
+
+
+def posted(path: str, body: bytes) -> bytes:
+    """A request as it is sent."""
+    head = f"POST {path} HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 class Asker(Stream):

@@ -1,14 +1,14 @@
 """A run beside servers that are made up: who is absent and why, turn by turn, and what the page says of it."""
 
 import json
-import sys
 from dataclasses import replace
 
 import pytest
 
 from benchmarks import beside
-from benchmarks.beside import NAMELESS, WORKLOADS, Server, Workload, document, page, run
+from benchmarks.beside import Asked, Server, Workload, document, filled, page, run
 from benchmarks.figures import Figure
+from benchmarks.model_peers import WORKLOADS
 from benchmarks.processes import Failed
 
 ANSWERS = """
@@ -25,14 +25,15 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 SPEED = (Figure("per_second", "/s", "requests", 0),)
 
 
-def server(name: str, program: str = ANSWERS, path: str = "/ask", **more) -> Server:
-    return Server(name, "", lambda port, _files: [sys.executable, "-c", program, str(port)], path, model="m", **more)
+def server(name: str, program: str = "{answers}", path: str = "/ask", **more) -> Server:
+    return Server(name, f"{{python}} -c {program} {{port}}", path, model="m", **more)
 
 
 def workload(*servers: Server, measure) -> Workload:
     return Workload(
-        "made-up", "nothing", (1, 2), servers, lambda folder: {}, lambda number: {"n": number}, measure, SPEED
-    )
+        "made-up", "nothing", (1, 2), servers, lambda folder: {}, lambda number: {"n": number}, measure, SPEED,
+        places={"answers": ANSWERS, "broken": "import sys; sys.exit('out of order')"},
+    )  # fmt: skip
 
 
 def test_servers_are_asked_in_turn_and_those_that_fail_are_absent_with_the_reason(tmp_path, monkeypatch):
@@ -49,9 +50,9 @@ def test_servers_are_asked_in_turn_and_those_that_fail_are_absent_with_the_reaso
         server("weir"),
         server("other"),
         server("tired"),
-        server("broken", "import sys; sys.exit('out of order')"),
+        server("broken", "{broken}"),
         server("elsewhere", path="/nowhere"),
-        replace(server("missing"), venv="missing"),
+        server("missing", venv="missing"),
     )
     said = []
     found = run(workload(*servers, measure=measure), tmp_path, 2, 2.0, said.append)
@@ -80,8 +81,10 @@ def test_what_cannot_be_made_leaves_all_absent(tmp_path):
 def test_every_server_of_a_workload_is_asked_the_same_in_its_own_form(one, tmp_path):
     files = {"model": tmp_path / "model", "repository": tmp_path, "folder": tmp_path}
     for each in one.servers:
-        body = json.loads(beside.Asked(one, each, None, 1, files).body(3))
-        assert ("model" in body) is (each.model != NAMELESS)
+        places = {"port": 1, **each.places, **one.places, **files}
+        body = json.loads(Asked(one, each, None, 1, places).body(3))
+        assert ("model" in body) is bool(each.model)
         assert body.get("max_tokens", 0) == one.tokens
-        assert all(str(word) for word in each.argv(1, files))
+        assert filled(each.command, places)
+        assert all("=" in word for word in filled(each.env, places))
     assert one.servers[0].name == beside.OURS
