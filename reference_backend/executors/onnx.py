@@ -5,8 +5,8 @@ Threads do not spin while they wait: on a machine that others use too, spinning 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,10 @@ import numpy as np
 import onnxruntime
 
 from reference_backend.engine.config import ModelError
-from reference_backend.executors.stacked import (
-    Compute,
-    Settings,
-    Stacked,
-    checked_specs,
-    file_of,
-    first_line,
-    read_settings,
-    spec_of,
-)
+from reference_backend.executors import stacked
+from reference_backend.executors.stacked import Program, Stacked, first_line, spec_of
 from reference_backend.repository import Card
-from reference_backend.tensors import BadTensor, Tensors, TensorSpec
+from reference_backend.tensors import Array, BadTensor, TensorSpec
 
 DATATYPES = {
     "tensor(bool)": "BOOL",
@@ -46,21 +38,25 @@ PROVIDERS = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecution
 FATAL_ONLY = 4  # what it would log is in the exceptions
 
 
-@contextlib.asynccontextmanager
-async def opened(directory: Path, card: Card) -> AsyncIterator[Stacked]:
+def opened(directory: Path, card: Card) -> AbstractAsyncContextManager[Stacked]:
     """The model in the card's file. Raises ModelError."""
-    settings = read_settings(directory, card, Settings)
-    path = file_of(directory, card)
-    session = load_session(path, settings.threads)
-    found = [
+    return stacked.opened(load, directory, card)
+
+
+def load(path: Path, threads: int) -> Program:
+    """What an ONNX file gives. Raises ModelError."""
+    session = load_session(path, threads)
+    inputs, outputs = (
         [spec_of(each.name, DATATYPES.get(each.type), each.shape, path) for each in tensors]
         for tensors in (session.get_inputs(), session.get_outputs())
-    ]
-    inputs = checked_specs(card.inputs, found[0], "inputs", path)
-    outputs = checked_specs(card.outputs, found[1], "outputs", path)
-    names = [spec.name for spec in found[0]], [spec.name for spec in found[1]]
-    async with Stacked(_compute(session, *names, inputs, outputs), inputs, outputs, card, settings).running() as model:
-        yield model
+    )
+    names = [spec.name for spec in outputs]
+
+    def compute(arrays: Sequence[Array]) -> list[Array]:
+        feeds = {spec.name: _to_text(array, spec) for spec, array in zip(inputs, arrays, strict=True)}
+        return [_to_bytes(array, spec) for spec, array in zip(outputs, session.run(names, feeds), strict=True)]
+
+    return Program(inputs, outputs, compute)
 
 
 def load_session(path: Path, threads: int) -> Any:
@@ -74,17 +70,6 @@ def load_session(path: Path, threads: int) -> Any:
         return onnxruntime.InferenceSession(path, options, providers=[name for name in PROVIDERS if name in there])
     except Exception as error:  # its errors have no common class
         raise ModelError(f"{path}: cannot be read as an ONNX model: {first_line(error)}") from error
-
-
-def _compute(
-    session: Any, taken: list[str], given: list[str], inputs: list[TensorSpec], outputs: list[TensorSpec]
-) -> Compute:
-    def compute(tensors: Tensors) -> dict[str, Any]:
-        feeds = {name: _to_text(tensors[spec.name], spec) for name, spec in zip(taken, inputs, strict=True)}
-        found = session.run(given, feeds)
-        return {spec.name: _to_bytes(array, spec) for spec, array in zip(outputs, found, strict=True)}
-
-    return compute
 
 
 def _to_text(array: Any, spec: TensorSpec) -> Any:

@@ -14,6 +14,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -31,12 +32,41 @@ Compute = Callable[[Tensors], Mapping[str, Array]]
 Form = TypeVar("Form")
 
 
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What a file has: the tensors that `compute` takes and gives, in this order."""
+
+    inputs: Sequence[TensorSpec]
+    outputs: Sequence[TensorSpec]
+    compute: Callable[[Sequence[Array]], Sequence[Array]]
+
+
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The `[settings]` that every executor here takes."""
 
     threads: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1  # of arithmetic; more than one pays for large models only
     delay_us: Annotated[int, msgspec.Meta(ge=0, le=10_000_000)] = 0  # an idle model waits so long for company
     finite: bool = True
+
+
+@contextlib.asynccontextmanager
+async def opened(load: Callable[[Path, int], Program], directory: Path, card: Card) -> AsyncIterator[Stacked]:
+    """The model in the card's file, which `load` reads, to run on so many threads. Raises ModelError.
+
+    The card may give its tensors other names, in the same order.
+    """
+    settings = read_settings(directory, card, Settings)
+    path = file_of(directory, card)
+    program = load(path, settings.threads)
+    inputs = checked_specs(card.inputs, program.inputs, "inputs", path)
+    outputs = checked_specs(card.outputs, program.outputs, "outputs", path)
+
+    def compute(tensors: Tensors) -> dict[str, Array]:
+        found = program.compute([tensors[spec.name] for spec in inputs])
+        return {spec.name: array for spec, array in zip(outputs, found, strict=True)}
+
+    async with Stacked(compute, inputs, outputs, card, settings).running() as model:
+        yield model
 
 
 def read_settings(directory: Path, card: Card, form: type[Form]) -> Form:

@@ -10,27 +10,19 @@ shows how).
 
 from __future__ import annotations
 
-import contextlib
 import zipfile
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from reference_backend.engine.config import ModelError
-from reference_backend.executors.stacked import (
-    Compute,
-    Settings,
-    Stacked,
-    checked_specs,
-    file_of,
-    first_line,
-    read_settings,
-    spec_of,
-)
+from reference_backend.executors import stacked
+from reference_backend.executors.stacked import Program, Stacked, first_line, spec_of
 from reference_backend.repository import Card
-from reference_backend.tensors import TensorSpec
+from reference_backend.tensors import Array, TensorSpec
 
 DATATYPES = {
     torch.bool: "BOOL",
@@ -45,22 +37,27 @@ DATATYPES = {
 }
 
 
-@contextlib.asynccontextmanager
-async def opened(directory: Path, card: Card) -> AsyncIterator[Stacked]:
+def opened(directory: Path, card: Card) -> AbstractAsyncContextManager[Stacked]:
     """The model in the card's file. Raises ModelError."""
-    settings = read_settings(directory, card, Settings)
-    path = file_of(directory, card)
+    return stacked.opened(load, directory, card)
+
+
+def load(path: Path, threads: int) -> Program:
+    """What the file of a program gives. Raises ModelError."""
+    torch.set_num_threads(threads)
     program = load_program(path)
-    torch.set_num_threads(settings.threads)
     nodes = list(program.graph.nodes)
     taken = [node for node in nodes if node.name in program.graph_signature.user_inputs]
-    inputs = checked_specs(card.inputs, _specs(taken, path), "inputs", path)
     [given] = [node.args[0] for node in nodes if node.op == "output"]
-    outputs = checked_specs(card.outputs, _specs(given, path, "output"), "outputs", path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = program.module().to(device)
-    async with Stacked(_compute(module, inputs, outputs, device), inputs, outputs, card, settings).running() as model:
-        yield model
+
+    def compute(arrays: Sequence[Array]) -> list[Array]:
+        with torch.inference_mode():
+            found = module(*(torch.tensor(array, device=device) for array in arrays))
+        return [tensor.cpu().numpy() for tensor in ((found,) if isinstance(found, torch.Tensor) else found)]
+
+    return Program(_specs(taken, path), _specs(given, path, "output"), compute)
 
 
 def load_program(path: Path) -> Any:
@@ -82,15 +79,3 @@ def _specs(nodes: Iterable[Any], path: Path, prefix: str = "") -> list[TensorSpe
         name = f"{prefix}_{index}" if prefix else node.name
         specs.append(spec_of(name, DATATYPES.get(value.dtype), value.shape, path))
     return specs
-
-
-def _compute(
-    module: torch.nn.Module, inputs: list[TensorSpec], outputs: list[TensorSpec], device: torch.device
-) -> Compute:
-    def compute(tensors: Any) -> dict[str, Any]:
-        with torch.inference_mode():
-            found = module(*(torch.tensor(tensors[spec.name], device=device) for spec in inputs))
-        found = (found,) if isinstance(found, torch.Tensor) else found
-        return {spec.name: tensor.cpu().numpy() for spec, tensor in zip(outputs, found, strict=True)}
-
-    return compute
