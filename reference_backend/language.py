@@ -64,6 +64,12 @@ class Language:
         async with self.worker.running(self._start):
             yield
 
+    async def sleep(self) -> None:
+        await self.worker.sleep()
+
+    async def wake(self) -> None:
+        await self.worker.wake()
+
     async def wait_lost(self) -> None:
         await self.worker.wait_lost()
 

@@ -109,10 +109,13 @@ def parse(arguments: Sequence[str]) -> Options:
         "--sleep-after",
         type=_positive,
         metavar="SECONDS",
-        help="end the process of a model that nobody asked for so long",
+        help="let a model sleep that nobody asked for so long",
     )
     parser.add_argument(
-        "--most-awake", type=_positive, metavar="N", help="versions that have a process; of more, the least used sleeps"
+        "--most-awake",
+        type=_positive,
+        metavar="N",
+        help="versions that do not sleep; of more, the one used least recently does",
     )
     parser.add_argument("--service", help="service to register under (default: the model's name)")
     parser.add_argument("--etcd", type=_url, metavar="URL", help="register there (default: do not register)")

@@ -1,10 +1,10 @@
 """One version of a model in service: its state, from loading to gone.
 
-    LOADING => READY      it is loaded, has run once, and is registered
+    LOADING => READY      it is loaded or woken, has run once, and is registered
     LOADING => FAILED     it cannot be loaded; `failure` says why. The first time that is its end, as a bug is any time
     READY => LOADING      its process is gone: what was in flight has been told so, the registration is withdrawn, and
                           another process is started, at once and then after delays that double
-    READY => ASLEEP       nobody asked for so long, or others need room: its process has ended, its registration stays
+    READY => ASLEEP       nobody asked for so long, or others need room, which it makes; its registration stays
     ASLEEP => LOADING     somebody asked
     READY => DRAINING     told to end: the registration says so, new requests are still taken while that gets around
     DRAINING => CLOSED    new requests are refused, old ones end, the rest is aborted
@@ -71,6 +71,14 @@ class Model(Protocol):
         """One life of it, from when it has run once. Raises ModelError on entering. May be entered again."""
         ...
 
+    async def sleep(self) -> None:
+        """Make room for others. Raises ModelError when this life is over."""
+        ...
+
+    async def wake(self) -> None:
+        """Be as before `sleep`, and have run once. Raises ModelError when that cannot be."""
+        ...
+
     async def wait_lost(self) -> None:
         """Until this life is over by itself."""
         ...
@@ -87,7 +95,7 @@ class Service:
     announce: Callable[[Entry, str, Model], AbstractAsyncContextManager[Announcement | None]]
     """Registers it under an id. Raises InvalidRegistration on entering."""
     sleep_after: float | None = None  # seconds
-    most_awake: int | None = None  # versions that have a process; of more, the one used least recently sleeps
+    most_awake: int | None = None  # versions; of more, the one used least recently sleeps
     grace: float = ACCEPT_WHILE_DRAINING
     finish_within: float = FINISH_WITHIN
     uses: Iterator[int] = field(default_factory=itertools.count)  # numbers uses, so that the least recent one is known
@@ -189,43 +197,49 @@ class Served:
 
     async def _live(self, model: Model) -> None:
         """One life after another, until told to end. Raises ModelError, InvalidRegistration in the first."""
-        delay, announcement = 0.0, None
-        async with contextlib.AsyncExitStack() as published:
-            while not self._ending.is_set():
+        delay = 0.0
+        while not self._ending.is_set():
+            async with contextlib.AsyncExitStack() as published:  # withdrawn when its life is over
                 try:
                     async with model.running():
-                        self.used = next(self._service.uses)
-                        self.state, self.failure = State.READY, None  # before anybody hears of it
-                        if announcement is None:
-                            announcement = await published.enter_async_context(
-                                self._service.announce(self.entry, self._id, model)
-                            )
-                        await self._serve(model)
-                        if self._ending.is_set():
+                        announcement = await self._serve(model, published)
+                        delay = 0.0
+                        if self._ending.is_set() and self.state is State.READY:
                             await self._drain(model, announcement)
-                    delay = 0.0
                 except ModelError as error:
                     if not self._settled.is_set():
                         raise
-                    self.failure = error
+                    self.state, self.failure = State.LOADING, error
                     log.error("%s cannot be started: %s", self.entry, error)  # noqa: TRY400  the message says it all
-                if self.state is State.ASLEEP:
-                    await first_of(self._ending.wait(), self._wanted.wait())
-                    self.state = State.LOADING
-                elif self.state is State.LOADING:
-                    announcement = None
-                    await published.aclose()
-                    delay = min(2 * delay, LAST_RESTART) or FIRST_RESTART
-                    log.error("the process of %s is gone; another one is started in %.1f s", self.entry, delay)
-                    await first_of(self._ending.wait(), asyncio.sleep(delay))
+            if self.state is State.LOADING:
+                delay = min(2 * delay, LAST_RESTART) or FIRST_RESTART
+                log.error("the process of %s is gone; another one is started in %.1f s", self.entry, delay)
+                await first_of(self._ending.wait(), asyncio.sleep(delay))
 
-    async def _serve(self, model: Model) -> None:
-        """READY => LOADING or ASLEEP, or until it is told to end."""
-        self._settled.set()
-        log.info("%s is ready", self.entry)
-        await first_of(self._ending.wait(), model.wait_lost(), self._fall_asleep())
-        if self.state is State.READY and not self._ending.is_set():
-            self.state = State.LOADING
+    async def _serve(self, model: Model, published: contextlib.AsyncExitStack) -> Announcement | None:
+        """READY => LOADING, or until it is told to end; it may sleep in between. Gives what `published` holds.
+
+        Raises ModelError, InvalidRegistration.
+        """
+        announcement: Announcement | None = None
+        while True:
+            self.used = next(self._service.uses)
+            self.state, self.failure = State.READY, None  # before anybody hears of it
+            if announcement is None:
+                announcing = self._service.announce(self.entry, self._id, model)
+                announcement = await published.enter_async_context(announcing)
+            self._settled.set()
+            log.info("%s is ready", self.entry)
+            await first_of(self._ending.wait(), model.wait_lost(), self._fall_asleep())
+            if self.state is State.ASLEEP:
+                await model.sleep()
+                await first_of(self._ending.wait(), model.wait_lost(), self._wanted.wait())
+            if self._ending.is_set():
+                return announcement
+            has_slept, self.state = self.state is State.ASLEEP, State.LOADING
+            if not has_slept:
+                return announcement
+            await model.wake()
 
     async def _fall_asleep(self) -> None:
         """READY => ASLEEP. In one step with seeing that nobody is there, so that nobody comes in between."""

@@ -162,6 +162,7 @@ class Stateless:
         self._news = asyncio.Event()
         self._model: TensorModel | None = None
         self._lost = asyncio.Event()
+        self._life = contextlib.AsyncExitStack()
 
     def __repr__(self) -> str:
         state = "away" if self._model is None else "ready"
@@ -170,6 +171,20 @@ class Stateless:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """One life of it. Raises ModelError on entering."""
+        async with contextlib.AsyncExitStack() as self._life:
+            await self.wake()
+            yield
+
+    async def sleep(self) -> None:
+        """End its process: such a model is read again in no time."""
+        await self._life.aclose()
+        self._lost = asyncio.Event()
+
+    async def wake(self) -> None:
+        await self._life.enter_async_context(self._awake())
+
+    @contextlib.asynccontextmanager
+    async def _awake(self) -> AsyncIterator[None]:
         life = self._beside() if self.card.isolation == "thread" else self._apart()
         async with life as model:
             self._check_kind(model)

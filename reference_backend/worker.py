@@ -28,9 +28,11 @@ from reference_backend.engine.frames import (
     Ping,
     Ready,
     Refused,
+    Sleep,
     Start,
     Turn,
     Unframed,
+    Wake,
     decode_for_server,
     framed,
 )
@@ -69,7 +71,15 @@ class _Link(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
 
-    def send(self, message: Start | Ask | Abort | Ping) -> None:
+    async def change(self, message: Sleep | Wake) -> None:
+        """Have the worker go to sleep or wake up. Raises ModelError when it is gone."""
+        if self._transport is None:
+            raise ModelError("the worker is gone")
+        self.ready = self._loop.create_future()
+        self.send(message)
+        await self.ready
+
+    def send(self, message: Start | Ask | Abort | Sleep | Wake | Ping) -> None:
         if self._transport is not None:
             self._transport.write(framed(message))
 
@@ -83,12 +93,13 @@ class _Link(asyncio.Protocol):
                 self._begin(message)
 
     def _begin(self, message: Ready | Refused) -> None:
-        if isinstance(message, Ready):
-            self.load = message.load
-            self.ready.set_result(message)
-            self._beat()
-        else:
+        if isinstance(message, Refused):
             self.ready.set_exception(ModelError(message.reason))
+            return
+        self.load = message.load
+        self.ready.set_result(message)
+        if self._next_beat is None:
+            self._beat()
 
     def _take(self, turn: Turn) -> None:
         self.load = turn.load
@@ -107,7 +118,8 @@ class _Link(asyncio.Protocol):
             self.cut()
             return
         self.send(Ping())
-        self.silent_seconds += BEAT_SECONDS
+        if self.ready.done():  # else it loads, which may take longer than any step
+            self.silent_seconds += BEAT_SECONDS
         self._next_beat = self._loop.call_later(BEAT_SECONDS, self._beat)
 
     def cut(self) -> None:
@@ -208,6 +220,16 @@ class Worker:
         if self._link is not None and self._link.waiting_for.pop(ticket, None) is not None:
             self._link.send(Abort(ticket))
             self._change()
+
+    async def sleep(self) -> None:
+        """Have it give its device back, and the memory of its cache, while nothing is in flight. Raises ModelError."""
+        if self._link is not None:
+            await self._link.change(Sleep())
+
+    async def wake(self) -> None:
+        """Have it as before `sleep`, when it has produced a token. Raises ModelError."""
+        if self._link is not None:
+            await self._link.change(Wake())
 
     async def wait_lost(self) -> None:
         if self._link is not None:

@@ -60,11 +60,25 @@ class PagedCache:
         self, layers: int, kv_heads: int, head_dim: int, *, blocks: int, block_size: int, like: Tensor
     ) -> None:
         self.block_size = block_size
-        shape = (layers, 2 * kv_heads, blocks, block_size, head_dim)
+        self._shape = (layers, 2 * kv_heads, blocks, block_size, head_dim)
+        self._pages = like
+        self.take()
+
+    def take(self) -> None:
+        """Take the memory that it needs."""
         # Zeroed rather than empty: masked garbage could be NaN, and zero times NaN is NaN. Pages are only
         # committed by the system once they are written.
-        self._pages = like.new_zeros(shape)
+        self._pages = self._pages.new_zeros(self._shape)
         self._layers = [layer.flatten(1, 2) for layer in self._pages]
+
+    def free(self) -> None:
+        """Give the memory back, with all that is in it, until `take`."""
+        self._pages, self._layers = self._pages.new_empty(0), []
+
+    @property
+    def bytes(self) -> int:
+        """What it takes now."""
+        return self._pages.untyped_storage().nbytes()
 
     def layer(self, layer: int) -> Tensor:
         """[2 * kv_heads, blocks, block_size, head_dim]: a head's part of a block is in one piece."""

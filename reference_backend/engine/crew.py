@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from reference_backend.engine.frames import Abort, Ask, Join, Lockstep, Start, framed
+from reference_backend.engine.frames import Abort, Ask, Join, Lockstep, Sleep, Start, Wake, framed
 
 END_WITHIN = 5.0  # seconds for a rank to see that its socket is closed
 
@@ -44,7 +44,7 @@ class Crew:
         for rank, each in enumerate(self.sockets, start=1):
             self._send(each, Join(start, rank, str(self.meeting), seed))
 
-    def step(self, messages: list[Ask | Abort], now: float, took: float | None) -> None:
+    def step(self, messages: list[Ask | Abort | Sleep | Wake], now: float, took: float | None) -> None:
         """Have them take the turn that this one takes. Raises RankGone."""
         for each in self.sockets:
             self._send(each, Lockstep(messages, now, took))

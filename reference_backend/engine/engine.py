@@ -149,6 +149,16 @@ class Engine:
         """Stop a sequence before the next token. Harmless for one that has finished."""
         sequence.aborted = True
 
+    def sleep(self) -> None:
+        """Give the device back, while nothing is under way. What was cached is forgotten."""
+        self._unread = None
+        self.scheduler.pool.forget(list(range(1, self.settings.blocks)))
+        self.runner.sleep()
+
+    def wake(self) -> None:
+        """Be as before `sleep`. Raises RuntimeError where the device has no room any more."""
+        self.runner.wake()
+
     def turn(self, now: float) -> Published:
         """Take one step: every sequence that generates gets one token, and a piece of a prompt is read."""
         self._take_in(now)

@@ -1,7 +1,8 @@
 """What the server and its worker say to each other over a socket: four bytes of length, then MessagePack.
 
 The server begins with `Start`; the worker answers `Ready` or `Refused`. Then requests and their ends go one way, and
-one `Turn` for each turn of the engine the other way, with everything that became known in it. A `Ping` comes back.
+one `Turn` for each turn of the engine the other way, with everything that became known in it. A `Ping` comes back. When
+nothing is under way the worker can be told to `Sleep`, and to `Wake`; `Ready` says that it is done.
 Both ends are ours, of one version, on one machine, with one monotonic clock: deadlines are its seconds.
 """
 
@@ -45,6 +46,14 @@ class Abort(msgspec.Struct, tag=True, array_like=True, frozen=True):
     ticket: int
 
 
+class Sleep(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """Give the device back, and be ready to have it again. Nothing is under way."""
+
+
+class Wake(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """Be as before `Sleep`."""
+
+
 class Join(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """From the first rank of a worker to another one: what to load, who it is, and where they meet."""
 
@@ -57,13 +66,13 @@ class Join(msgspec.Struct, tag=True, array_like=True, frozen=True):
 class Lockstep(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """From the first rank to another one: take this turn. `took` is the seconds of the one before, if there was one."""
 
-    messages: list[Ask | Abort]
+    messages: list[Ask | Abort | Sleep | Wake]
     now: float
     took: float | None
 
 
 class Ready(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """The model is loaded and has produced a token."""
+    """The model is loaded and has produced a token; or it sleeps, where it was told to."""
 
     context: int
     load: Load = Load(0, 0, 0.0)
@@ -85,7 +94,7 @@ class Turn(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 encode = msgspec.msgpack.Encoder().encode
-decode_for_worker = msgspec.msgpack.Decoder(Start | Ask | Abort | Ping | Join | Lockstep).decode
+decode_for_worker = msgspec.msgpack.Decoder(Start | Ask | Abort | Sleep | Wake | Ping | Join | Lockstep).decode
 decode_for_server = msgspec.msgpack.Decoder(Ready | Refused | Turn | Ping).decode
 
 

@@ -105,6 +105,15 @@ class Llama:
         """The matrices of all layers."""
         return [each for layer in self._layers for each in (layer.qkv, layer.out, layer.gate_up, layer.down)]
 
+    @property
+    def weights(self) -> list[Tensor]:
+        """What it has on its device, but for the smallest."""
+        ends = [self._embedding, self._head, self._final_norm, self._turns]
+        matrices = [each for linear in self.linears for each in (linear.matrix, linear.bias, linear.scale)]
+        norms = [layer.qk_norm for layer in self._layers]
+        vision = [] if self.vision is None else list(self.vision.parameters())
+        return [each for each in (*ends, *matrices, *norms, *vision) if each is not None]
+
     def hidden(self, tokens: Tensor, positions: Tensor, attend: Attend, seen: Seen | None = None) -> Tensor:
         """Hidden states [tokens, hidden] of tokens [tokens], which may belong to many sequences."""
         do, heads = self.operations, self.heads + 2 * self.kv_heads

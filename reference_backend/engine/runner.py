@@ -23,6 +23,7 @@ from reference_backend.engine.operations import Fused
 from reference_backend.engine.request import PICTURE_TOKENS, Logprobs, Sequence
 from reference_backend.engine.sampler import Drawn, Rows, Sampler, told_logprobs
 from reference_backend.engine.scheduler import Work
+from reference_backend.engine.stowed import Stowed
 from reference_backend.engine.vision import Album
 
 
@@ -85,11 +86,38 @@ class Runner:
         self._album = None if model.vision is None else Album(model.vision)
         self._written = [0] * slots  # blocks in each row's table
         self._rows: tuple[list[Sequence], Rows] | None = None  # of the last step, most often those of the next
-        self._prepared: Prepared | None = None
-        if prepare is not None:
-            with torch.inference_mode():
-                self._prepared = Prepared(self._decode, slots=slots, device=device, prepare=prepare)
+        self._slots, self._prepare = slots, prepare
+        self._prepared = self._prepare_steps()
+        self._stowed: Stowed | None = None
         self._homewards = torch.cuda.Stream() if device.type == "cuda" else None
+
+    @torch.inference_mode()
+    def _prepare_steps(self) -> Prepared | None:
+        if self._prepare is None:
+            return None
+        return Prepared(self._decode, slots=self._slots, device=self._device, prepare=self._prepare)
+
+    def sleep(self) -> None:
+        """Free what lies on the device, but for the small. Weights on a CPU are where they would go already."""
+        self._prepared = self._rows = None
+        self._cache.free()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+            self._stowed = Stowed(self.model.weights)
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        """Have it all again, as it was; the cache is empty."""
+        if self._stowed is not None:
+            self._stowed.bring_back()
+            self._stowed = None
+        self._cache.take()
+        self._prepared = self._prepare_steps()
+
+    @property
+    def cache_bytes(self) -> int:
+        """What keys and values take now."""
+        return self._cache.bytes
 
     def clear(self, blocks: list[int]) -> None:
         """Wipe blocks whose content is no good."""

@@ -1,8 +1,8 @@
 """The worker process: an engine at the end of a socket. `python -m reference_backend.engine.service FD`.
 
 LOADING (one `Start` comes, `Ready` or `Refused` goes) => IDLE (waits for a request) <=> BUSY (takes turns, and looks
-for news between them) => gone, when the server closes the socket or is gone itself. A failure of the engine ends the
-process: the server sees that, tells whoever was waiting, and starts another one.
+for news between them); IDLE <=> ASLEEP when it is told. It is gone when the server closes the socket or is gone itself.
+A failure of the engine ends the process: the server sees that, tells whoever was waiting, and starts another one.
 
 A model that is shared by several ranks has as many such processes. The server talks to the first one, which talks to
 the others (`crew.py`): those get a `Join` instead of a `Start`, and then a `Lockstep` for each turn.
@@ -34,9 +34,11 @@ from reference_backend.engine.frames import (
     Ping,
     Ready,
     Refused,
+    Sleep,
     Start,
     Turn,
     Unframed,
+    Wake,
     decode_for_worker,
     framed,
 )
@@ -71,7 +73,7 @@ class Line:
         """Wake up for that one, too."""
         self._poll.register(connection, select.POLLIN)
 
-    def read(self, *, wait: bool) -> list[Start | Ask | Abort | Ping | Join | Lockstep] | None:
+    def read(self, *, wait: bool) -> list[Start | Ask | Abort | Sleep | Wake | Ping | Join | Lockstep] | None:
         """The messages that have come; None when the other end is gone. Raises RankGone."""
         ready = [descriptor for descriptor, _ in self._poll.poll(None if wait else 0)]
         if set(ready) - {self._connection.fileno()}:
@@ -101,10 +103,17 @@ class Desk:
         self._asked: dict[int, Sequence] = {}
         self._tickets: dict[Sequence, int] = {}
 
-    def take(self, messages: list[Ask | Abort]) -> None:
+    def take(self, messages: list[Ask | Abort | Sleep | Wake], now: float) -> None:
         """Hand them in, or take them back."""
         for message in messages:
-            if isinstance(message, Ask):
+            if isinstance(message, Sleep):
+                while self._engine.is_busy:  # with what was just taken back
+                    self._engine.turn(now)
+                self._engine.sleep()
+            elif isinstance(message, Wake):
+                self._engine.wake()
+                warm(self._engine, now)
+            elif isinstance(message, Ask):
                 sequence = _sequence(message)
                 self._asked[message.ticket], self._tickets[sequence] = sequence, message.ticket
                 self._engine.submit(sequence)
@@ -131,11 +140,13 @@ def serve(engine: Engine, line: Line, clock: Callable[[], float], crew: Crew | N
                 return 0
             if Ping() in messages and not line.send(Ping()):
                 return 0
-            heard = [message for message in messages if isinstance(message, Ask | Abort)]
+            heard = [message for message in messages if isinstance(message, Ask | Abort | Sleep | Wake)]
             began = clock()
             if crew is not None:
                 crew.step(heard, began, took)
-            desk.take(heard)
+            desk.take(heard, began)
+            if (Sleep() in heard or Wake() in heard) and not line.send(Ready(engine.context, engine.load())):
+                return 0
             took = None
             if not engine.is_busy:
                 continue
@@ -160,7 +171,7 @@ def follow(engine: Engine, line: Line) -> int:
             assert isinstance(message, Lockstep)  # noqa: S101  nothing else is said here
             if message.took is not None:
                 engine.took(message.took)
-            desk.take(message.messages)
+            desk.take(message.messages, message.now)
             if engine.is_busy:
                 desk.told(engine.turn(message.now))
     return 0

@@ -162,6 +162,34 @@ async def test_drain_goes_in_this_order():
     ]
 
 
+async def test_a_language_model_that_sleeps_refuses_wakes_and_says_the_same():
+    body = {"model": "tiny", "prompt": "A canary is", "max_tokens": 20, "seed": 3}
+    async with running_api() as backend, aiohttp.ClientSession(backend.url) as session, asyncio.timeout(30):
+
+        async def ask():
+            async with session.post("/v1/completions", json=body) as answer:
+                return answer.status, answer.headers, await answer.json()
+
+        async def status(path):
+            async with session.get(path) as answer:
+                return answer.status
+
+        _, _, before = await ask()
+        size = backend.engine.runner.cache_bytes
+        backend.served.rest()
+        while backend.engine.runner.cache_bytes:
+            await asyncio.sleep(0.002)
+        assert (await status("/v2/models/tiny/ready"), await status("/health")) == (503, 200)
+        refused, headers, told = await ask()
+        assert (refused, told["error"]["code"]) == (503, "loading")
+        assert (headers["retry-after"], headers["x-backend-not-started"]) == ("1", "true")
+        while await status("/v2/models/tiny/ready") != 200:
+            await asyncio.sleep(0.002)
+        assert backend.engine.runner.cache_bytes == size
+        _, _, after = await ask()
+        assert (after["choices"], after["usage"]["completion_tokens"]) == (before["choices"], 20)
+
+
 async def test_one_that_is_full_says_429_with_its_load_and_stays_ready():
     body = {"model": "tiny", "prompt": "x", "max_tokens": 400, "ignore_eos": True}
     headers = {"endpoint-load-metrics-format": "text"}

@@ -40,6 +40,14 @@ class Played:
         finally:
             self.told.append("ends")
 
+    async def sleep(self):
+        self.told.append("sleeps")
+
+    async def wake(self):
+        if self.failures and (failure := self.failures.pop(0)):
+            raise failure
+        self.told.append("wakes")
+
     async def wait_lost(self):
         await self.lost.wait()
 
@@ -187,13 +195,36 @@ async def test_one_that_nobody_asks_for_sleeps_until_somebody_does():
         await asyncio.sleep(4.9)
         assert subject.state is State.READY
         await asyncio.sleep(0.2)
-        assert (subject.state, told) == (State.ASLEEP, ["begins", "announced", "ends"])
+        assert (subject.state, told) == (State.ASLEEP, ["begins", "announced", "sleeps"])
         await asyncio.sleep(1000.0)
         with pytest.raises(ApiError, match="is being loaded"), subject.use(Played):
             pass
         await settle()
-        assert (subject.state, told[3:]) == (State.READY, ["begins"])
+        assert (subject.state, told[3:]) == (State.READY, ["wakes"])
     assert told[4:] == ["drains", "ends", "withdrawn"]
+
+
+@virtual_time
+async def test_one_that_is_lost_in_its_sleep_or_cannot_wake_is_replaced():
+    told = []
+    async with living(told, [None, ModelError("gone"), None, ModelError("no room")], sleep_after=5.0) as (
+        subject,
+        model,
+    ):
+        for what in (model.lost.set, lambda: wanting(subject)):
+            await asyncio.sleep(6.0)
+            assert (subject.state, told) == (State.ASLEEP, ["begins", "announced", "sleeps"])
+            what()
+            await settle()
+            assert (subject.state, told[3:]) == (State.LOADING, ["ends", "withdrawn"])
+            told.clear()
+            await asyncio.sleep(1.0)
+            assert subject.state is State.READY
+
+
+def wanting(subject):
+    with pytest.raises(ApiError, match="is being loaded"), subject.use(Played):
+        pass
 
 
 @virtual_time
@@ -202,7 +233,7 @@ async def test_one_that_sleeps_can_be_ended():
     async with living(told, sleep_after=5.0) as (subject, _):
         await asyncio.sleep(6.0)
         assert subject.state is State.ASLEEP
-    assert (subject.state, told) == (State.CLOSED, ["begins", "announced", "ends", "withdrawn"])
+    assert (subject.state, told) == (State.CLOSED, ["begins", "announced", "sleeps", "ends", "withdrawn"])
 
 
 @virtual_time

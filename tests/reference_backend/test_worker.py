@@ -62,7 +62,13 @@ async def linked(bound=2):
 
 def submit(worker, deliver=None, max_tokens=5):
     return worker.submit(
-        [1, 2], Sampling(max_tokens=max_tokens), deliver or print, deadline=None, priority=1, tenant="", salt=b""
+        [1, 2],
+        Sampling(max_tokens=max_tokens, seed=7),
+        deliver or print,
+        deadline=None,
+        priority=1,
+        tenant="",
+        salt=b"",
     )
 
 
@@ -219,6 +225,42 @@ async def test_a_real_process_answers_and_its_death_is_noticed(tmp_path):
             async with worker.running(Start(str(tmp_path), [], 2, None, None)):
                 raise AssertionError("there is no model")
     assert _children() == []
+
+
+@pytest.mark.integration
+async def test_a_real_process_gives_its_cache_back_asleep_and_says_the_same_awake():
+    tokens = 400_000
+    start = Start(str(DIRECTORY), [], 2, 64, tokens)
+    cache_kib = tokens * 2 * 4 * 2 * 32 * 4 // 1024  # keys and values of 4 layers with 2 heads of 32 floats
+    worker = Worker(2, time.monotonic)
+
+    async def say():
+        arrived = asyncio.Queue()
+        submit(worker, arrived.put_nowait, max_tokens=20)
+        said = []
+        while not said or said[-1].finish is None:
+            said.append(await arrived.get())
+        return [delta.token for delta in said]
+
+    async with asyncio.timeout(60), worker.running(start):
+        [child] = _children()
+        before, awake = await say(), _kib(child)
+        for _ in range(2):
+            await worker.sleep()
+            assert awake - _kib(child) > 0.95 * cache_kib
+            await worker.wake()
+            assert _kib(child) - awake < 0.05 * cache_kib
+            assert await say() == before
+        os.kill(child, signal.SIGKILL)
+        await worker.wait_lost()
+        with pytest.raises(ModelError, match="gone"):
+            await worker.sleep()
+
+
+def _kib(pid):
+    """The memory that a process has asked for."""
+    with open(f"/proc/{pid}/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmSize:"))
 
 
 @pytest.mark.integration

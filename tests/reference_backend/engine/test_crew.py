@@ -69,11 +69,17 @@ async def test_two_ranks_say_what_one_says_and_die_together():
         )
 
     async with asyncio.timeout(110), worker.running(START):
-        for number in range(len(ASKED)):
-            submit(number)
-        for each in ended:
-            await each.wait()
-        assert heard == alone()
+        for _ in range(2):
+            for number in range(len(ASKED)):
+                submit(number)
+            for each in ended:
+                await each.wait()
+                each.clear()
+            assert heard == alone()
+            for each in heard:
+                each.clear()
+            await worker.sleep()
+            await worker.wake()
         worker.abort(submit(0))  # what is taken back is taken back on both
         [first] = children(os.getpid())
         [second] = children(first)

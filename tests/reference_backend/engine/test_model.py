@@ -1,5 +1,6 @@
 """The forward pass against logits of Hugging Face transformers, and against broken directories."""
 
+import copy
 import json
 import struct
 from pathlib import Path
@@ -9,12 +10,15 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+import reference_backend  # noqa: E402
 from reference_backend.engine.config import ModelError, read_config  # noqa: E402
 from reference_backend.engine.model import load_model, rope_frequencies, weight_shapes  # noqa: E402
+from reference_backend.engine.stowed import Stowed  # noqa: E402
 from tests.support.plain_model import plain_logits  # noqa: E402
 
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent.parent / "golden"
+SEEING = Path(reference_backend.__file__).parent / "models" / "tiny-vlm" / "2"
 CPU = torch.device("cpu")
 
 
@@ -44,6 +48,37 @@ def test_a_checkpoint_has_the_weights_that_are_asked_for(name):
     kept = {key: tuple(value.shape) for path in files for key, value in load_file(path).items()}
     assert dict(weight_shapes(read_config(GOLDEN / name))) == kept
     assert load_model(GOLDEN / name, CPU).parameters == sum(torch.Size(shape).numel() for shape in kept.values())
+
+
+def tensors_in(thing):
+    """All that something of ours is made of."""
+    if isinstance(thing, torch.Tensor):
+        yield thing
+    elif isinstance(thing, list | tuple):
+        for each in thing:
+            yield from tensors_in(each)
+    elif isinstance(thing, torch.nn.Module):
+        yield from thing.parameters()
+    elif type(thing).__module__.startswith("reference_backend"):
+        names = getattr(type(thing), "__slots__", ()) or vars(thing)
+        for name in names:
+            yield from tensors_in(getattr(thing, name))
+
+
+@pytest.mark.parametrize(
+    ("directory", "quantize"), [(GOLDEN / "llama", None), (GOLDEN / "qwen2", "int8"), (GOLDEN / "qwen3", None), (SEEING, None)]
+)  # fmt: skip
+def test_its_weights_are_all_that_it_has(directory, quantize):
+    """What is put away when it sleeps: nothing of size is left behind, and it computes the same with it back."""
+    model = copy.deepcopy(load_model(directory, CPU, quantize=quantize))  # out of the file, which cannot shrink
+    sizes = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors_in(model)}
+    named = {each.untyped_storage().data_ptr() for each in model.weights}
+    assert max((size for place, size in sizes.items() if place not in named), default=0) < 64
+    before = plain_logits(model, [5, 9, 2])
+    stowed = Stowed(model.weights)
+    assert sum(each.untyped_storage().nbytes() for each in tensors_in(model)) < 64 * len(sizes)
+    stowed.bring_back()
+    assert torch.equal(plain_logits(model, [5, 9, 2]), before)
 
 
 def changed(tmp_path, changes, source="llama"):

@@ -15,7 +15,18 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from reference_backend.engine import service  # noqa: E402
 from reference_backend.engine.config import ModelError  # noqa: E402
-from reference_backend.engine.frames import Abort, Ask, Ping, Start, Unframed, decode_for_server, framed  # noqa: E402
+from reference_backend.engine.frames import (  # noqa: E402
+    Abort,
+    Ask,
+    Ping,
+    Ready,
+    Sleep,
+    Start,
+    Unframed,
+    Wake,
+    decode_for_server,
+    framed,
+)
 from reference_backend.engine.model import Llama  # noqa: E402
 from reference_backend.engine.ranks import ALONE  # noqa: E402
 from reference_backend.engine.request import Sampling  # noqa: E402
@@ -120,6 +131,25 @@ def test_it_gives_a_sign_when_it_is_asked_busy_or_not():
         server.say(ask(1, max_tokens=400), Ping())
         assert server.turn() == Ping()
         assert server.turn().deltas
+
+
+def test_it_sleeps_and_wakes_and_says_the_same():
+    with serving() as (server, engine):
+        server.say(ask(1), ask(2, max_tokens=400))
+        first = [delta for ticket, delta in server.deltas_until(1) if ticket == 1]
+        size = engine.runner.cache_bytes
+        server.say(Abort(2), Sleep())
+        while not isinstance(told := server.turn(), Ready):
+            pass
+        assert (engine.runner.cache_bytes, told.load.running, told.load.cached_blocks) == (0, 0, 0)
+        server.say(Ping())
+        assert server.turn() == Ping()
+        generated = told.load.generated_tokens
+        server.say(Wake())
+        told = server.turn()
+        assert (engine.runner.cache_bytes, told.load.generated_tokens) == (size, generated + 1)  # a real token
+        server.say(ask(3))
+        assert [delta for _, delta in server.deltas_until(3)] == first
 
 
 def test_it_ends_when_the_server_is_gone_busy_or_not():
