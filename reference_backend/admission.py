@@ -59,13 +59,22 @@ class FairQueue(Generic[Item]):
             self._forget_some()
         self._lines.setdefault((request.tenant, request.priority), deque()).append(request)
 
-    def head(self, now: float, may_go: Callable[[Item], bool] = lambda _: True) -> Item | None:
+    def head(
+        self,
+        now: float,
+        may_go: Callable[[Item], bool] = lambda _: True,
+        handicap: Callable[[str], int] = lambda _: 0,
+    ) -> Item | None:
         """The one that goes next, of those that may and have nobody of their tenant and class before them.
 
-        Does not take it.
+        Of a class, tenants with a smaller handicap come before others. Does not take it.
         """
-        heads = (line[0] for line in self._lines.values() if may_go(line[0]))
-        return min(heads, key=lambda each: self._rank(each, now), default=None)
+
+        def rank(request: Item) -> tuple[float, int, float, int]:
+            tenant = request.tenant
+            return self.risen_class(request, now), handicap(tenant), self.served(tenant), request.arrival
+
+        return min((line[0] for line in self._lines.values() if may_go(line[0])), key=rank, default=None)
 
     def risen_class(self, request: Item, now: float) -> float:
         """The class of a request after the time that it has waited; smaller goes first."""
@@ -83,9 +92,6 @@ class FairQueue(Generic[Item]):
     def charge(self, tenant: str, *, read: int = 0, generated: int = 0) -> None:
         """Count what a tenant was served, in tokens."""
         self._served[tenant] = self.served(tenant) + read + OUTPUT_WEIGHT * generated
-
-    def _rank(self, request: Item, now: float) -> tuple[float, float, int]:
-        return self.risen_class(request, now), self.served(request.tenant), request.arrival
 
     def _has_waiting(self, tenant: str) -> bool:
         return any(name == tenant for name, _ in self._lines)

@@ -23,7 +23,7 @@ from reference_backend.engine.model import Llama
 from reference_backend.engine.pace import NEW, Pace
 from reference_backend.engine.request import Delta, Load, Published, Sequence
 from reference_backend.engine.runner import Launched, Result, Runner
-from reference_backend.engine.scheduler import Scheduler
+from reference_backend.engine.scheduler import Scheduler, Work
 
 SEEDS = 1 << 62
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class Engine:
             step_tokens=settings.step_tokens,
         )
         self._pace = Pace(settings.step_seconds)
-        self._reading = 0  # tokens of prompts in the last step
+        self._plan: list[Work] = []  # of the last step
         self._queue_seconds = 0.0  # before a request is admitted: an average in which a new one counts NEW
         self._unread: Launched | None = None
         self._arrived: list[Sequence] = []
@@ -163,8 +163,7 @@ class Engine:
         """Take one step: every sequence that generates gets one token, and a piece of a prompt is read."""
         self._take_in(now)
         published = self._drop(now)
-        plan = self.scheduler.schedule(now, self._pace.readable())
-        self._reading = sum(work.tokens for work in plan if not work.is_decode)
+        plan = self._plan = self.scheduler.schedule(now, self._pace.readable(), self._pace.beside())
         for work in plan:
             if work.is_new and not work.sequence.generated:
                 self._queue_seconds += NEW * (now - work.sequence.arrived_at - self._queue_seconds)
@@ -178,7 +177,8 @@ class Engine:
 
     def took(self, seconds: float) -> None:
         """The time of the last turn, from which the size of the next ones follows."""
-        self._pace.took(seconds, self._reading)
+        read = sum(work.tokens for work in self._plan if not work.is_decode)
+        self._pace.took(seconds, read, sum(work.is_decode for work in self._plan))
 
     def _take_in(self, now: float) -> None:
         for sequence in self._arrived:

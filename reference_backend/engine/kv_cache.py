@@ -56,9 +56,10 @@ class BlockPool:
         """Blocks that a request may find, held or free."""
         return len(self._name_of)
 
-    @property
-    def free(self) -> int:
-        return len(self._free)
+    def free_without(self, holders: Iterable[list[int]]) -> int:
+        """How many would be free if these gave theirs back."""
+        given_back = Counter(block for blocks in holders for block in blocks)
+        return len(self._free) + sum(self._holders[block] == count for block, count in given_back.items())
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)

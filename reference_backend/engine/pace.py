@@ -1,14 +1,33 @@
-"""How much of a prompt a step may read without holding up those who generate.
+"""How much of a prompt a step may read without holding up those who generate, and how many may generate beside one.
 
 A step costs so much for those who generate, and so much more for each token of a prompt. Both are learnt from the
 steps that were taken, as averages in which a new step counts a fifth. While somebody generates, a step reads as many
 tokens of prompts as keep it under the target; never fewer than LEAST, so that prompts end.
+
+What each more who generates costs is the difference between the smallest and the largest of the steps that read
+nothing, spread over the difference in their numbers.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 LEAST = 16  # tokens: below, a step is hardly cheaper
 NEW = 0.2  # what a new step counts in the average
+STRETCH = 0.25  # of a step: what those who are in a hurry hardly feel
+
+
+class Beside(NamedTuple):
+    """What there is room for in a step beside those who are not to be held up.
+
+    So many may generate (None: any number), and so many tokens of prompts may be read.
+    """
+
+    generating: int | None
+    reading: int
+
+
+NOTHING_KNOWN = Beside(None, 0)
 
 
 class Pace:
@@ -18,6 +37,7 @@ class Pace:
         self.target_seconds = target_seconds
         self._generating: float | None = None  # seconds of a step that reads nothing
         self._each_read: float | None = None  # seconds for each token read beside that
+        self._by_number: dict[int, float] = {}  # seconds of a step that reads nothing, by how many generate in it
 
     def __repr__(self) -> str:
         return f"<Pace {self._generating} s a step, {self._each_read} s for each token read>"
@@ -32,12 +52,13 @@ class Pace:
         """Tokens of prompts a second; 0.0 while none were read."""
         return 1.0 / self._each_read if self._each_read else 0.0
 
-    def took(self, seconds: float, read: int) -> None:
-        """A step is over that read so many tokens of prompts."""
-        if not read:
-            self._generating = _mixed(self._generating, seconds)
-        else:
+    def took(self, seconds: float, read: int, generating: int) -> None:
+        """A step is over that read so many tokens of prompts, and in which so many generated."""
+        if read:
             self._each_read = _mixed(self._each_read, max(0.0, seconds - (self._generating or 0.0)) / read)
+        elif generating:
+            self._generating = _mixed(self._generating, seconds)
+            self._by_number[generating] = _mixed(self._by_number.get(generating), seconds)
 
     def readable(self) -> int | None:
         """Tokens of prompts that fit the next step beside those who generate; None while nothing is known."""
@@ -45,6 +66,16 @@ class Pace:
             return None
         left = self.target_seconds - (self._generating or 0.0)
         return max(LEAST, int(left / self._each_read))
+
+    def beside(self) -> Beside:
+        """What makes a step of few longer by STRETCH at most, generating and reading each."""
+        if len(self._by_number) < 2:
+            return NOTHING_KNOWN
+        few, many = min(self._by_number), max(self._by_number)
+        room = STRETCH * self._by_number[few]
+        each = (self._by_number[many] - self._by_number[few]) / (many - few)
+        reading = int(room / self._each_read) if self._each_read else 0
+        return Beside(max(1, int(room / each)) if each > 0 else None, reading if reading >= LEAST else 0)
 
 
 def _mixed(average: float | None, new: float) -> float:

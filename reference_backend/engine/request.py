@@ -132,7 +132,8 @@ class Sequence:
     pending: int = 0
     computed: int = 0
     cached_tokens: int = 0  # of the prompt: found in the cache at the first admission
-    is_primed: bool = False  # its newest token lies in its row on the device
+    is_written: bool = False  # its row on the device is
+    is_primed: bool = False  # and its newest token lies there
     slot: int | None = None
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as anyone has asked

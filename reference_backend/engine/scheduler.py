@@ -5,20 +5,35 @@ budget of tokens: first those that generate (one token each), then those that st
 from the queue while slots, blocks and budget last. Chunked prefill, mixed batches, cached prefixes and recomputing
 what was preempted all follow from that: they are sequences that have more or less to catch up.
 
-When blocks run out, the newest sequence of the lowest class gives its own back and waits to be admitted again. Its
-full blocks stay cached as long as nobody needs them, so that most of the recomputing is a lookup. The oldest of the
-highest class is never preempted, and one sequence alone always fits: there is always progress.
+When blocks run out, the newest sequence of the lowest class, of the tenant who has most, gives its own back and waits
+to be admitted again. Its full blocks stay cached as long as nobody needs them, so that most of the recomputing is a
+lookup. The oldest of the highest class is never preempted, and one sequence alone always fits: there is always
+progress.
+
+Who asks for little does not feel those who ask for much. A tenant is *behind* another who has at least two more
+sequences running and was not served less (what a whole batch takes in QUANTUM steps is forgiven). Who is behind comes
+in at once, if need be in the place of the newest of those ahead; and while a sequence of its own draws its first
+QUANTUM tokens, those ahead pause where they are, but for what hardly makes a step longer. Later it shares steps as all
+do, and who has come level in sequences or in service is not behind: equal backlogs lose nothing, nobody is held up for
+good, and a tenant alone never notices.
+
+Source: the quantum is that of FastServe (arXiv 2305.05920), the counters are those of `admission.py`.
 
 Decides only: no clock, no torch. Invariants: `faults` lists what would be wrong.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from reference_backend.admission import FairQueue
+from reference_backend.admission import OUTPUT_WEIGHT, FairQueue
 from reference_backend.engine.kv_cache import BlockPool
+from reference_backend.engine.pace import NOTHING_KNOWN, Beside
 from reference_backend.engine.request import Sequence
+
+QUANTUM = 32  # tokens: as long as a short answer
 
 
 class Work(NamedTuple):
@@ -49,6 +64,8 @@ class Scheduler:
         self.preemptions = 0
         self.generated_tokens = 0
         self._free_slots = list(range(slots))
+        self._places: Counter[str] = Counter()  # running sequences of each tenant
+        self._allowance = slots * QUANTUM * OUTPUT_WEIGHT
 
     def __repr__(self) -> str:
         return f"<Scheduler {len(self.running)} running, {len(self.preempted)} preempted, {len(self.queue)} waiting>"
@@ -60,30 +77,45 @@ class Scheduler:
     def everyone(self) -> list[Sequence]:
         return [*self.running, *self.preempted, *self.queue]
 
-    def schedule(self, now: float, readable: int | None = None) -> list[Work]:
+    def schedule(self, now: float, readable: int | None = None, beside: Beside = NOTHING_KNOWN) -> list[Work]:
         """Plan one step, and take what it needs. Every planned token counts as computed from here on.
 
         While somebody generates, at most `readable` tokens of prompts are read beside (None: as the budget allows).
+        `beside` says what there is room for beside those who hurry.
         """
         plan: dict[Sequence, Work] = {}
+        preemptions = self.preemptions
+        while (first := self._next(now)) is not None and self._is_behind(first.tenant) and self._enter(first):
+            pass
+        hurried = self._hurried()
+        held = dict.fromkeys(each for each in self.running if self._is_held(each, hurried))
+        company = [each for each in held if each.is_primed and each.uncomputed][: beside.generating]
+        going = sorted([*(each for each in self.running if each not in held), *company], key=_is_reading)
         budget = self.step_tokens
-        generating = sum(sequence.is_primed for sequence in self.running)
+        generating = sum(sequence.is_primed for sequence in going)
         if generating and readable is not None:
             budget = min(budget, generating + readable)
-        preemptions = self.preemptions
-        for sequence in sorted(self.running, key=_is_reading):
+        budget = self._catch_up(going, plan, budget)
+        if hurried:
+            budget = min(budget, beside.reading)
+        budget = self._catch_up([each for each in held if not each.is_primed], plan, budget)
+        if preemptions == self.preemptions:  # else there is no room, and who was preempted may have a pending token
+            self._admit(plan, budget, now, even_unread=bool(hurried))
+        for work in plan.values():
+            self._launch(work)
+        return list(plan.values())
+
+    def _catch_up(self, sequences: list[Sequence], plan: dict[Sequence, Work], budget: int) -> int:
+        """Plan what these have to do, in their order, as far as the budget goes. Returns what is left of it."""
+        for sequence in sequences:
             count = min(sequence.uncomputed, budget)
             if sequence.slot is None or not count:  # preempted for one before it, or has nothing to do
                 continue
             budget += sum(plan.pop(victim).tokens for victim in self._make_room(sequence, count) if victim in plan)
             if sequence.slot is not None:
-                plan[sequence] = _work(sequence, count, is_new=False)
+                plan[sequence] = _work(sequence, count)
                 budget -= count
-        if preemptions == self.preemptions:  # else there is no room, and who was preempted may have a pending token
-            self._admit(plan, budget, now)
-        for work in plan.values():
-            self._launch(work)
-        return list(plan.values())
+        return budget
 
     def commit(self, sequence: Sequence, token: int) -> None:
         """The token that was pending is known. Harmless for a sequence that is gone."""
@@ -103,6 +135,30 @@ class Scheduler:
         else:
             self.queue.remove(sequence)
 
+    def _is_behind(self, tenant: str, others: Mapping[str, int] | None = None) -> bool:
+        """Whether a tenant is behind any of the others, who have so many sequences running."""
+        served, places = self.queue.served(tenant), self._places[tenant]
+        return any(
+            places + 2 <= theirs and served <= self.queue.served(other) + self._allowance
+            for other, theirs in (self._places if others is None else others).items()
+        )
+
+    def _hurried(self) -> dict[str, int]:
+        """Tenants who are behind and have a sequence in its quantum, with the best class of those."""
+        behind = {tenant for tenant in self._places if self._is_behind(tenant)}
+        hurried: dict[str, int] = {}
+        for each in self.running:
+            if each.tenant in behind and each.drawn < QUANTUM and each.uncomputed:
+                hurried[each.tenant] = min(each.priority, hurried.get(each.tenant, each.priority))
+        return hurried
+
+    def _is_held(self, sequence: Sequence, hurried: Mapping[str, int]) -> bool:
+        """Whether it pauses for one of those."""
+        places = {sequence.tenant: self._places[sequence.tenant]}
+        return any(
+            priority <= sequence.priority and self._is_behind(tenant, places) for tenant, priority in hurried.items()
+        )
+
     def _make_room(self, sequence: Sequence, count: int) -> list[Sequence]:
         """Take the blocks that `count` more tokens need. Returns who was preempted for it; it may be the sequence."""
         needed = self.pool.blocks_for(sequence.computed + count) - len(sequence.blocks)
@@ -110,13 +166,17 @@ class Scheduler:
             return []
         victims: list[Sequence] = []
         while (taken := self.pool.take(needed)) is None:
-            victim = max(self.running, key=_seniority)
+            victim = max(self.running, key=self._dispensability)
             self._preempt(victim)
             victims.append(victim)
             if victim is sequence:
                 return victims
         sequence.blocks += taken
         return victims
+
+    def _dispensability(self, sequence: Sequence) -> tuple[int, int, int]:
+        """Who has the most of it gives way first."""
+        return sequence.priority, self._places[sequence.tenant], sequence.arrival
 
     def _preempt(self, victim: Sequence) -> None:
         self._vacate(victim)
@@ -129,29 +189,71 @@ class Scheduler:
         self.pool.release(sequence.blocks)
         self._free_slots.append(sequence.slot)
         self.running.remove(sequence)
+        self._places[sequence.tenant] -= 1
+        self._places += Counter()  # those with none are forgotten
         sequence.slot, sequence.blocks, sequence.computed, sequence.indexed = None, [], 0, 0
-        sequence.is_primed = False
+        sequence.is_primed = sequence.is_written = False
 
-    def _admit(self, plan: dict[Sequence, Work], budget: int, now: float) -> None:
-        while budget and self._free_slots and (sequence := self._next(now)) is not None:
-            found = self.pool.match(sequence)
-            # One block more than it has text for: who comes in must not be thrown out by its first token.
-            needed = self.pool.blocks_for(len(sequence.tokens) + 1) - len(found)
-            fresh = self.pool.take(needed)
-            if fresh is None:
-                self.pool.release(found)
+    def _admit(self, plan: dict[Sequence, Work], budget: int, now: float, *, even_unread: bool) -> None:
+        """Let newcomers in while there is room, in their order: nobody overtakes one for whom there is none."""
+        while (budget or even_unread) and self._free_slots and (sequence := self._next(now)) is not None:
+            if self._is_behind(sequence.tenant) or not self._enter(sequence):
                 return
-            self._start(sequence, found, fresh)
-            count = min(sequence.uncomputed, budget)
-            plan[sequence] = _work(sequence, count, is_new=True)
-            budget -= count
+            if count := min(sequence.uncomputed, budget):
+                plan[sequence] = _work(sequence, count)
+                budget -= count
 
     def _next(self, now: float) -> Sequence | None:
-        """Who was preempted was there first, unless a better class waits."""
-        head = self.queue.head(now)
-        if self.preempted and (head is None or self.preempted[0].priority <= self.queue.risen_class(head, now)):
-            return self.preempted[0]
-        return head
+        """Of the best class: who has fewest running, then who was preempted, then the least served."""
+        head = self.queue.head(now, handicap=self._handicap)
+        waiting = self.preempted if head is None else [*self.preempted, head]
+        return min(
+            waiting, key=lambda each: (self.queue.risen_class(each, now), self._handicap(each.tenant)), default=None
+        )
+
+    def _handicap(self, tenant: str) -> int:
+        """How many run of a tenant; more than there can be, of one who was served too much."""
+        served = self.queue.served(tenant)
+        if any(served > self.queue.served(other) + self._allowance for other in self._places):
+            return self.slots
+        return self._places[tenant]
+
+    def _enter(self, sequence: Sequence) -> bool:
+        """Give it a slot and blocks, also those of tenants it is behind. Changes nothing when there are too few."""
+        found = self.pool.match(sequence)
+        # One block more than it has text for: who comes in must not be thrown out by its first token.
+        needed = self.pool.blocks_for(len(sequence.tokens) + 1) - len(found)
+        victims = self._ahead_of(sequence, needed)
+        if victims is None:
+            self.pool.release(found)
+            return False
+        for victim in victims:
+            self._preempt(victim)
+        fresh = self.pool.take(needed)
+        assert fresh is not None  # noqa: S101  for the type checker: it was counted
+        self._start(sequence, found, fresh)
+        return True
+
+    def _ahead_of(self, sequence: Sequence, needed: int) -> list[Sequence] | None:
+        """Who must give way for a slot and so many blocks; None when those it is behind have too little."""
+        places, victims = self._places.copy(), dict[Sequence, None]()
+        while not (self._free_slots or victims) or self.pool.free_without(v.blocks for v in victims) < needed:
+            victim = max(
+                (
+                    each
+                    for each in self.running
+                    if each not in victims
+                    and each.priority >= sequence.priority
+                    and self._is_behind(sequence.tenant, {each.tenant: places[each.tenant]})
+                ),
+                key=lambda each: (each.priority, places[each.tenant], each.arrival),
+                default=None,
+            )
+            if victim is None:
+                return None
+            victims[victim] = None
+            places[victim.tenant] -= 1
+        return list(victims)
 
     def _start(self, sequence: Sequence, found: list[int], fresh: list[int]) -> None:
         cached = len(found) * self.pool.block_size
@@ -167,12 +269,14 @@ class Scheduler:
         sequence.blocks = found + fresh
         sequence.computed, sequence.indexed = cached, len(found)
         self.running.append(sequence)
+        self._places[sequence.tenant] += 1
 
     def _launch(self, work: Work) -> None:
         sequence = work.sequence
         sequence.computed += work.tokens
         sequence.pending += work.samples
         sequence.is_primed = work.samples
+        sequence.is_written = True
         self.pool.index(sequence)
 
     def faults(self) -> list[str]:
@@ -182,6 +286,8 @@ class Scheduler:
         faults = self.pool.faults(sequence.blocks for sequence in self.running)
         if sorted(slots) != list(range(self.slots)):
             faults.append(f"slots are {sorted(slots)}")
+        if self._places != Counter(sequence.tenant for sequence in self.running):
+            faults.append(f"places are {self._places}")
         for sequence in self.running:
             if sequence.computed > len(sequence.blocks) * size or len(set(sequence.blocks)) != len(sequence.blocks):
                 faults.append(f"{sequence.computed} tokens in blocks {sequence.blocks}")
@@ -201,12 +307,12 @@ def _seniority(sequence: Sequence) -> tuple[int, int]:
     return sequence.priority, sequence.arrival
 
 
-def _work(sequence: Sequence, count: int, *, is_new: bool) -> Work:
+def _work(sequence: Sequence, count: int) -> Work:
     return Work(
         sequence,
         start=sequence.computed,
         tokens=count,
-        is_new=is_new,
+        is_new=not sequence.is_written,
         is_decode=sequence.is_primed,
         samples=count == sequence.uncomputed,
     )

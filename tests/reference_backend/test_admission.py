@@ -72,6 +72,16 @@ def test_generated_tokens_count_more():
     assert [each.tenant for each in drained(queue)] == ["b", "a"]
 
 
+def test_who_has_a_handicap_goes_after_others_of_the_class():
+    first, second, urgent = request("a"), request("b"), request("a", Priority.HIGH)
+    queue = queue_of(first, second, urgent)
+    order = []
+    while (head := queue.head(0.0, handicap={"a": 1, "b": 0}.__getitem__)) is not None:
+        queue.remove(head)
+        order.append(head)
+    assert order == [urgent, second, first]
+
+
 def test_nobody_saves_up_by_pausing():
     queue = queue_of(request("busy"))
     queue.charge("busy", read=1000)

@@ -27,7 +27,7 @@ def test_blocks_are_taken_all_or_none():
     assert pool.take(5) is None
     assert pool.take(3) == [1, 2, 3]
     assert pool.take(2) is None
-    assert (pool.held, pool.free) == (3, 1)
+    assert (pool.held, pool.free_without([])) == (3, 1)
     assert pool.take(0) == []
     assert repr(pool) == "<BlockPool 3 of 4 held, 0 named>"
 
@@ -70,13 +70,23 @@ def test_released_blocks_are_found_until_they_are_needed():
     pool = BlockPool(5, 4)
     owner = filled(pool, TEXT)
     pool.release(owner.blocks)
-    assert (pool.held, pool.free) == (0, 4)
+    assert (pool.held, pool.free_without([])) == (0, 4)
     found = pool.match(sequence([*TEXT, 1]))
     assert found == owner.blocks
     pool.release(found)
     # Block 4 was never used; then the end of the text goes before its beginning.
     assert pool.take(2) == [4, 3]
     assert pool.match(sequence([*TEXT, 1])) == [1, 2]
+
+
+def test_a_block_is_free_when_all_who_share_it_give_it_back():
+    pool = BlockPool(6, 4)
+    first = filled(pool, TEXT)
+    second = pool.match(sequence([*TEXT[:8], 1, 2, 3])) + pool.take(1)
+    assert pool.free_without([first.blocks]) == 1 + 1
+    assert pool.free_without([second]) == 1 + 1
+    assert pool.free_without([first.blocks, second]) == 5
+    assert pool.free_without([]) == 1
 
 
 def test_a_text_that_two_computed_at_once_is_named_once():

@@ -2,12 +2,12 @@
 
 import pytest
 
-from reference_backend.engine.pace import LEAST, Pace
+from reference_backend.engine.pace import LEAST, NOTHING_KNOWN, Beside, Pace
 
 
 def test_nothing_is_known_at_first():
     pace = Pace(0.1)
-    pace.took(0.02, 0)
+    pace.took(0.02, 0, 1)
     assert pace.readable() is None
 
 
@@ -23,20 +23,40 @@ def test_nothing_is_known_at_first():
 )
 def test_what_is_left_of_the_target_is_for_reading(generating, reading, readable):
     pace = Pace(0.1)
-    pace.took(generating, 0)
-    pace.took(*reading)
+    pace.took(generating, 0, 1)
+    pace.took(*reading, 1)
     assert pace.readable() == readable
 
 
 def test_a_prompt_before_anybody_generates_counts_alone():
     pace = Pace(0.1)
-    pace.took(0.2, 100)
+    pace.took(0.2, 100, 0)
     assert pace.readable() == 50
 
 
 def test_new_steps_count_and_old_ones_fade():
     pace = Pace(1.0)
-    pace.took(0.1, 100)
+    pace.took(0.1, 100, 0)
     for _ in range(60):
-        pace.took(0.2, 100)
+        pace.took(0.2, 100, 0)
     assert pace.readable() == pytest.approx(500, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("steps", "beside"),
+    [
+        ([], NOTHING_KNOWN),
+        ([(0.02, 0, 4)], NOTHING_KNOWN),
+        ([(0.02, 0, 1), (0.034, 0, 8)], Beside(2, 0)),  # 5 ms to spare, 2 ms for each; nothing was read yet
+        ([(0.02, 0, 2), (0.02, 0, 8)], Beside(None, 0)),  # a device on which more cost nothing
+        ([(0.02, 0, 1), (0.16, 0, 8)], Beside(1, 0)),  # one more always goes on
+        ([(0.02, 0, 1), (0.034, 0, 8), (0.0427, 100, 8)], Beside(2, 25)),  # 0.2 ms for each token read
+        ([(0.02, 0, 1), (0.034, 0, 8), (0.064, 100, 8)], Beside(2, 0)),  # fewer than LEAST are not worth it
+        ([(0.02, 0, 1), (0.034, 0, 8), (0.5, 0, 0)], Beside(2, 0)),  # a turn without work teaches nothing
+    ],
+)
+def test_beside_those_in_a_hurry_is_room_for_what_stretches_a_step_a_little(steps, beside):
+    pace = Pace(0.1)
+    for step in steps:
+        pace.took(*step)
+    assert pace.beside() == beside

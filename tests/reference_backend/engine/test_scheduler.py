@@ -3,14 +3,15 @@
 from random import Random
 
 import pytest
-from hypothesis import settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from reference_backend.admission import FairQueue
+from reference_backend.admission import OUTPUT_WEIGHT, FairQueue
 from reference_backend.engine.kv_cache import BlockPool
+from reference_backend.engine.pace import Beside
 from reference_backend.engine.request import Priority, Sampling, Sequence
-from reference_backend.engine.scheduler import Scheduler
+from reference_backend.engine.scheduler import QUANTUM, Scheduler
 
 ARRIVALS = iter(range(1 << 30))
 
@@ -218,6 +219,191 @@ def test_everything_ends_with_the_tokens_that_it_was_to_have(lag):
     assert subject.pool.held == 0
 
 
+LIGHT, FLOOD = "light", "flood"
+
+
+def flooded(*, slots=8, waiting=16, company=2, **sizes):
+    """Tenants that keep asking: in each step, whoever of FLOOD has ended is replaced. Gives the way to take a step."""
+    subject = scheduler(**({"slots": slots, "blocks": 400, "step_tokens": 64} | sizes))
+    rng = Random(5)
+
+    def ask(tenant, prompt=12, max_tokens=24, **more):
+        return add(subject, [rng.randrange(1000) for _ in range(prompt)], tenant=tenant, max_tokens=max_tokens, **more)
+
+    def take_step():
+        while sum(each.tenant == FLOOD for each in subject.everyone()) < slots + waiting:
+            ask(FLOOD)
+        plan = subject.schedule(0.0, None, Beside(company, 0))
+        for work in plan:
+            if work.samples:
+                end_or_go_on(subject, work.sequence)
+        assert subject.faults() == []
+        return plan
+
+    for _ in range(40):
+        take_step()
+    return subject, ask, take_step
+
+
+def end_or_go_on(subject, sequence, token=7):
+    subject.commit(sequence, token)
+    if len(sequence.generated) == sequence.sampling.max_tokens:
+        subject.drop(sequence)
+
+
+def steps_of(sequence, take_step):
+    """Steps until it is over."""
+    plans = []
+    while len(sequence.generated) < sequence.sampling.max_tokens:
+        plans.append(take_step())
+        assert len(plans) < 1000
+    return plans
+
+
+@pytest.mark.parametrize("company", [1, 3])
+def test_a_light_request_takes_no_more_steps_beside_a_flood_and_few_ride_along(company):
+    """Alone it takes 16: one that reads its prompt and draws the first token, and one for each of the others."""
+    subject, ask, take_step = flooded(company=company)
+    for _ in range(10):
+        plans = steps_of(ask(LIGHT, prompt=40, max_tokens=16), take_step)
+        assert len(plans) == 16
+        for plan in plans:
+            beside = [work for work in plan if work.sequence.tenant == FLOOD]
+            assert len(beside) <= company
+            assert all(work.is_decode for work in beside)  # nobody reads a prompt beside it
+        assert len(take_step()) == 8  # nobody is held for one who is not there
+    assert subject.preemptions <= 10  # the newest of the flood, once for each request
+
+
+def test_it_finds_blocks_too():
+    subject, ask, take_step = flooded(blocks=60)
+    assert subject.pool.free_without([]) < 12
+    assert len(steps_of(ask(LIGHT, prompt=40, max_tokens=16), take_step)) == 16
+
+
+def test_a_long_stream_shares_after_its_quantum():
+    _, ask, take_step = flooded()
+    plans = steps_of(ask(LIGHT, max_tokens=4 * QUANTUM), take_step)
+    riders = [sum(work.sequence.tenant == FLOOD for work in plan) for plan in plans]
+    assert max(riders[:QUANTUM]) == 2
+    assert set(riders[QUANTUM:]) == {7}
+
+
+def test_who_asks_for_more_than_it_leaves_to_others_is_light_no_longer():
+    """One request after the other, with prompts so long that they are more than all that the flood gets."""
+    subject, ask, take_step = flooded()
+    served = subject.queue.served
+    for _ in range(60):
+        steps_of(ask(LIGHT, prompt=400, max_tokens=4), take_step)
+        assert served(LIGHT) - served(FLOOD) <= allowance(subject) + 400 + 4 * OUTPUT_WEIGHT
+    assert served(FLOOD) > 10_000
+
+
+def allowance(subject):
+    return subject.slots * QUANTUM * OUTPUT_WEIGHT
+
+
+def test_equal_backlogs_share_slots_and_nobody_pauses():
+    subject, ask, take_step = flooded()
+    for _ in range(300):
+        while sum(each.tenant == LIGHT for each in subject.everyone()) < 24:
+            ask(LIGHT)
+        take_step()
+    preemptions = subject.preemptions
+    for _ in range(300):
+        while sum(each.tenant == LIGHT for each in subject.everyone()) < 24:
+            ask(LIGHT)
+        assert len(take_step()) == 8
+    assert subject.preemptions == preemptions <= 4
+
+
+def test_a_better_class_gives_way_to_nobody():
+    subject = scheduler(slots=2)
+    urgent = [add(subject, [n], tenant=FLOOD, priority=Priority.HIGH, max_tokens=30) for n in range(2)]
+    step(subject)
+    waits = add(subject, [9], tenant=LIGHT)
+    assert len(step(subject)) == 2
+    assert subject.running == urgent
+    subject.drop(urgent[0])
+    step(subject)
+    assert subject.running == [urgent[1], waits]
+
+
+def test_a_better_class_does_not_pause_for_a_lower_one():
+    subject = scheduler()
+    for priority, pausing in ((Priority.HIGH, 0), (Priority.NORMAL, 2)):
+        flood = [add(subject, [n], tenant=FLOOD, priority=priority, max_tokens=30) for n in range(3)]
+        subject.schedule(0.0)
+        light = add(subject, [9], tenant=LIGHT)
+        subject.schedule(0.0, None, Beside(1, 0))
+        assert len(subject.schedule(0.0, None, Beside(1, 0))) == 4 - pausing
+        for each in (*flood, light):
+            subject.drop(each)
+
+
+def test_a_tenant_who_is_behind_does_not_pass_a_better_class_that_waits():
+    subject = scheduler(slots=2)
+    running = [add(subject, [n], tenant=FLOOD, max_tokens=30) for n in range(2)]
+    step(subject)
+    add(subject, [9], tenant=LIGHT)
+    urgent = add(subject, [9], tenant=FLOOD, priority=Priority.HIGH)
+    step(subject)
+    assert subject.running == running
+    subject.drop(running[0])
+    step(subject)
+    assert subject.running == [running[1], urgent]
+
+
+def test_among_many_tenants_the_newest_of_who_has_most_gives_way():
+    subject = scheduler(slots=6)
+    for tenant, count in (("most", 3), ("more", 2), ("one", 1)):
+        for number in range(count):
+            add(subject, [number], tenant=tenant, max_tokens=30)
+    step(subject)
+    asked = [add(subject, [9], tenant=f"new {number}") for number in range(4)]
+    step(subject)
+    assert [each.tenant for each in subject.running] == ["most", "more", "one", "new 0", "new 1", "new 2"]
+    assert list(subject.queue) == asked[3:]  # nobody has two more than it by now
+    assert [(each.tenant, each.tokens[0]) for each in subject.preempted] == [("most", 1), ("most", 2), ("more", 1)]
+
+
+def test_who_had_to_give_way_comes_back_first():
+    subject, ask, take_step = flooded()
+    asked = ask(LIGHT, max_tokens=2)
+    take_step()
+    [victim] = subject.preempted
+    steps_of(asked, take_step)
+    take_step()
+    assert victim in subject.running
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    slots=st.integers(2, 6),
+    sizes=st.fixed_dictionaries({t: st.tuples(st.integers(1, 40), st.integers(1, 40)) for t in ("one", "other")}),
+    waiting=st.fixed_dictionaries({t: st.integers(1, 8) for t in ("one", "other")}),
+    company=st.one_of(st.none(), st.integers(1, 3)),
+    seed=st.integers(0, 99),
+)
+@example(2, {"one": (40, 1), "other": (1, 40)}, {"one": 3, "other": 3}, None, 5)  # equal places are not equal service
+def test_the_service_of_two_who_always_wait_differs_by_a_bounded_amount(slots, sizes, waiting, company, seed):
+    """VTC's theorem: twice the larger of the longest prompt and all that a batch may generate; here plus the allowance."""
+    subject = scheduler(slots=slots, blocks=20 * slots + 2, step_tokens=20)
+    rng, count = Random(seed), 0
+    for _ in range(300):
+        for tenant, (prompt, tokens) in sizes.items():
+            while sum(each.tenant == tenant for each in (*subject.preempted, *subject.queue)) < waiting[tenant]:
+                text = [rng.randrange(1000) for _ in range(rng.randint(1, prompt))]
+                add(subject, text, tenant=tenant, max_tokens=rng.randint(1, tokens))
+        for work in subject.schedule(0.0, None, Beside(company, 0)):
+            if work.samples:
+                end_or_go_on(subject, work.sequence)
+                count += 1
+        gap = abs(subject.queue.served("one") - subject.queue.served("other"))
+        assert gap <= 2 * max(40, OUTPUT_WEIGHT * slots * 40) + allowance(subject)
+    assert count > 100
+
+
 class Everything(RuleBasedStateMachine):
     """Requests come, are aborted, end early; steps are read at once or a step late. Little room, few distinct texts."""
 
@@ -232,7 +418,7 @@ class Everything(RuleBasedStateMachine):
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=24),
         max_tokens=st.integers(1, 16),
         priority=st.sampled_from(Priority),
-        tenant=st.sampled_from("ab"),
+        tenant=st.sampled_from("aaab"),
     )
     def ask(self, prompt, max_tokens, priority, tenant):
         self.alive.append(add(self.subject, prompt, max_tokens=max_tokens, priority=priority, tenant=tenant))
@@ -242,9 +428,13 @@ class Everything(RuleBasedStateMachine):
     def abort(self, data):
         self.end(data.draw(st.sampled_from(self.alive)))
 
-    @rule(token=st.integers(0, 2))
-    def step(self, token):
-        plan = self.subject.schedule(0.0)
+    @rule(
+        token=st.integers(0, 2),
+        readable=st.sampled_from([None, 1]),
+        beside=st.builds(Beside, st.sampled_from([None, 1, 2]), st.integers(0, 3)),
+    )
+    def step(self, token, readable, beside):
+        plan = self.subject.schedule(0.0, readable, beside)
         assert sum(work.tokens for work in plan) <= self.subject.step_tokens
         assert len({work.sequence for work in plan}) == len(plan)
         assert all(work.sequence.slot is not None for work in plan)
