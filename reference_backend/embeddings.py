@@ -80,12 +80,7 @@ class Embeddings:
                     f"this model gives {size} dimensions and is not trained to be cut short; leave `dimensions` out"
                 )
                 raise bad(message, "dimensions", "unsupported_parameter")
-            try:
-                outputs = await model.infer(body.tensors(), terms(request.headers, model.clock()))
-            except ApiError as error:
-                if error.code != "bad_tensor":
-                    raise
-                raise bad(error.message, "input") from error
+            outputs = await model.infer(body.tensors(), terms(request.headers, model.clock()), param="input")
         tokens = int(outputs["tokens"].sum())
         request[USAGE] = Usage(tokens, 0)
         return json_response(

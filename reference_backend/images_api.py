@@ -17,7 +17,7 @@ from aiohttp import web
 from reference_backend.images import png
 from reference_backend.incoming import find, json_response, read, terms
 from reference_backend.pool import Pool
-from reference_backend.protocol import LONGEST_SHOWN, ApiError, bad
+from reference_backend.protocol import LONGEST_SHOWN, bad
 from reference_backend.stateless import Painter
 
 LARGEST_BODY = 64 * 1024
@@ -78,12 +78,7 @@ class Images:
                 "prompt": np.array([body.prompt.encode()] * count, object),
                 "seed": np.arange(first, first + count, dtype=np.int64),
             }
-            try:
-                outputs = await model.infer(tensors, terms(request.headers, self._clock()))
-            except ApiError as error:
-                if error.code != "bad_tensor":
-                    raise
-                raise bad(error.message, "prompt") from error
+            outputs = await model.infer(tensors, terms(request.headers, self._clock()), param="prompt")
             pictures = [picture.tobytes() for picture in outputs["image"]]
             shown = await asyncio.to_thread(lambda: [png(pixels, own, side) for pixels in pictures])
         data = [{"b64_json": content} for content in shown]

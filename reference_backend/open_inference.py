@@ -15,7 +15,7 @@ from aiohttp import web
 from reference_backend import protocol
 from reference_backend.incoming import check_open, find, json_response, read_body, terms
 from reference_backend.pool import Pool
-from reference_backend.protocol import ApiError
+from reference_backend.protocol import bad
 from reference_backend.served import Served, State
 from reference_backend.stateless import Stateless, bad_tensor
 from reference_backend.tensor_codec import from_json, from_raw, to_json, to_raw
@@ -126,7 +126,7 @@ class OpenInference:
         try:
             only_ready = bool(body) and _decode_index(body).ready
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise ApiError(400, "bad_request", str(error)) from error
+            raise bad(str(error)) from error
         return json_response(index(self._pool, only_ready=only_ready))
 
     async def _load(self, request: web.Request) -> web.Response:
@@ -143,14 +143,14 @@ def split(body: bytes, header_length: str | None) -> tuple[InferRequest, memoryv
     end = len(body)
     if header_length is not None:
         if not (header_length.isascii() and header_length.isdigit() and len(header_length) < 12):
-            raise ApiError(400, "bad_request", f"{HEADER_LENGTH} is not a number of bytes")
+            raise bad(f"{HEADER_LENGTH} is not a number of bytes")
         if int(header_length) > end:
-            raise ApiError(400, "bad_request", f"{HEADER_LENGTH} is more than the {end} bytes of the body")
+            raise bad(f"{HEADER_LENGTH} is more than the {end} bytes of the body")
         end = int(header_length)
     try:
         return _decode_infer(memoryview(body)[:end]), memoryview(body)[end:]
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ApiError(400, "bad_request", str(error)[: protocol.LONGEST_SHOWN]) from error
+        raise bad(str(error)[: protocol.LONGEST_SHOWN]) from error
 
 
 def read_inputs(asked: InferRequest, binary: memoryview) -> Tensors:
@@ -174,7 +174,7 @@ def read_inputs(asked: InferRequest, binary: memoryview) -> Tensors:
         inputs[each.name] = from_raw(each.name, each.datatype, each.shape, binary[:size])
         binary = binary[size:]
     if binary:
-        raise ApiError(400, "bad_request", f"{len(binary)} bytes lie behind the last tensor")
+        raise bad(f"{len(binary)} bytes lie behind the last tensor")
     return inputs
 
 
@@ -182,9 +182,7 @@ def check_parameters(parameters: Json) -> None:
     """Raise ApiError for what was asked for and cannot be done."""
     for name in UNSUPPORTED:
         if parameters.get(name):
-            raise ApiError(
-                400, "unsupported_parameter", f"parameter {name} is not supported by this server", param=name
-            )
+            raise bad(f"parameter {name} is not supported by this server", name, "unsupported_parameter")
 
 
 def chosen(model: Stateless, names: list[str]) -> list[str]:
@@ -193,7 +191,7 @@ def chosen(model: Stateless, names: list[str]) -> list[str]:
     for name in names:
         if name not in there:
             message = f"output {name[: protocol.LONGEST_SHOWN]!r} is none of this model's: {', '.join(there)}"
-            raise ApiError(400, "bad_tensor", message, param="outputs")
+            raise bad(message, "outputs")
     return list(dict.fromkeys(names)) or there
 
 
@@ -290,4 +288,4 @@ async def load(pool: Pool, name: str) -> None:
     """Load a model, or load it anew. Raises ApiError: 400 where a version of it cannot be loaded."""
     failures = [served.reason for served in await pool.load(name) if served.state is State.FAILED]
     if failures:
-        raise ApiError(400, "load_failed", "; ".join(failures))
+        raise bad("; ".join(failures), code="load_failed")

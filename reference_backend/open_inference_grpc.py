@@ -31,7 +31,7 @@ from reference_backend.incoming import terms
 from reference_backend.load_report import FORMAT_HEADER, named_metrics, orca
 from reference_backend.open_inference import LARGEST_BODY, check_parameters, chosen
 from reference_backend.pool import Pool
-from reference_backend.protocol import ApiError
+from reference_backend.protocol import ApiError, bad
 from reference_backend.served import Served, State
 from reference_backend.stateless import Stateless, bad_tensor
 from reference_backend.tensor_codec import CONTENTS, from_list, from_raw, to_raw
@@ -229,7 +229,7 @@ def _decoded(kind: type[Any], message: bytes) -> Any:
     try:
         return kind.FromString(message)
     except DecodeError as error:
-        raise ApiError(400, "bad_request", f"the message is no {kind.DESCRIPTOR.name}") from error
+        raise bad(f"the message is no {kind.DESCRIPTOR.name}") from error
 
 
 def metadata_of(context: ServicerContext) -> Mapping[str, str]:
@@ -258,7 +258,7 @@ def read_inputs(asked: pb.ModelInferRequest) -> Tensors:
     check_parameters(_plain(asked.parameters))
     raw = asked.raw_input_contents
     if raw and len(raw) != len(asked.inputs):
-        raise ApiError(400, "bad_tensor", f"there are {len(asked.inputs)} inputs and raw contents of {len(raw)}")
+        raise bad(f"there are {len(asked.inputs)} inputs and raw contents of {len(raw)}")
     inputs: dict[str, Array] = {}
     for place, each in enumerate(asked.inputs):
         check_parameters(_plain(each.parameters))

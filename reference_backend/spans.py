@@ -1,4 +1,4 @@
-"""One span per generation, hung below the caller's: the backend's end of a trace that began at the gateway."""
+"""One span per generation or embedding, below the caller's: the backend's end of a trace that began at the gateway."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from observability.tracing import SpanExporter
 from reference_backend.incoming import SERVED
 from reference_backend.openai_api import USAGE
 
-OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion"}
+OPERATIONS = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "text_completion",
+    "/v1/embeddings": "embeddings",
+}
 LEFT = 499  # the client went away before there was a status
 
 

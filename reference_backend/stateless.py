@@ -18,7 +18,7 @@ from reference_backend.engine.config import ModelError
 from reference_backend.engine.frames import Unframed, framed
 from reference_backend.engine.request import Load
 from reference_backend.load_report import Reporter
-from reference_backend.protocol import ApiError
+from reference_backend.protocol import ApiError, bad
 from reference_backend.repository import Card, Entry, Kind
 from reference_backend.tensor_frames import (
     Answer,
@@ -241,8 +241,8 @@ class Stateless:
             self._news.clear()
             await self._news.wait()
 
-    async def infer(self, inputs: Tensors, terms: Terms = ANYHOW) -> Tensors:
-        """Run the model. Raises ApiError."""
+    async def infer(self, inputs: Tensors, terms: Terms = ANYHOW, param: str = "inputs") -> Tensors:
+        """Run the model. Raises ApiError, which says that `param` is at fault where the model takes no such input."""
         check(inputs, self.inputs)
         if self._model is None:
             raise protocol.loading()
@@ -254,7 +254,7 @@ class Stateless:
             async with asyncio.timeout(None if terms.deadline is None else terms.deadline - began):
                 outputs = await self._model.infer(inputs, terms)
         except BadTensor as error:
-            raise ApiError(400, "bad_tensor", str(error), param="inputs") from error
+            raise bad(str(error), param) from error
         except Full as error:
             raise self._full() from error
         except (Late, TimeoutError) as error:
@@ -311,4 +311,4 @@ def _check_one(array: Array, spec: TensorSpec) -> None:
 
 
 def bad_tensor(name: str, what: str) -> ApiError:
-    return ApiError(400, "bad_tensor", f"input {name[: protocol.LONGEST_SHOWN]!r} {what}", param="inputs")
+    return bad(f"input {name[: protocol.LONGEST_SHOWN]!r} {what}", "inputs")

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from reference_backend.protocol import ApiError
+from reference_backend.protocol import bad
 from reference_backend.stateless import bad_tensor
 from reference_backend.tensors import DTYPES, Array
 
@@ -137,8 +137,8 @@ def to_json(name: str, array: Array) -> list[Any]:
         try:
             return [each.decode() for each in array.ravel()]
         except UnicodeDecodeError as error:
-            raise ApiError(400, "not_json", f"output {name!r} is no UTF-8 text; {ask}") from error
+            raise bad(f"output {name!r} is no UTF-8 text; {ask}", code="not_json") from error
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise ApiError(400, "not_json", f"output {name!r} has elements that JSON cannot hold (NaN or infinite); {ask}")
+        raise bad(f"output {name!r} has elements that JSON cannot hold (NaN or infinite); {ask}", code="not_json")
     elements: list[Any] = array.ravel().tolist()
     return elements

@@ -73,6 +73,14 @@ async def test_a_refusal_has_a_span_without_tokens():
     assert "gen_ai.usage.output_tokens" not in fields["attributes"]
 
 
+async def test_embeddings_have_one_too():
+    [(name, fields)] = await spans_of("/v1/embeddings", {"model": "tiny", "input": "a"})
+    assert (name, fields["attributes"]["http.response.status_code"]) == (
+        "embeddings tiny",
+        400,
+    )  # it writes, and embeds nothing
+
+
 async def test_a_client_that_leaves_has_a_span_too():
     spans = Spans()
     trace = span_middleware(spans, lambda: 0.0)

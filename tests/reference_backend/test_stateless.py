@@ -50,7 +50,7 @@ async def test_it_runs_and_refuses_the_same_wherever_it_is(tmp_path, isolation):
         both = await asyncio.gather(*(model.infer(GOOD, Terms(time.monotonic() + 60)) for _ in range(20)))
         assert all(each["sum"].tolist() == [[11, 22, 33]] for each in both)
         assert await refusal(model, GOOD | {"right": np.zeros((2, 3), dtype=np.float32)}) == (
-            400, "bad_tensor", "left and right differ in rows",
+            400, "bad_request", "left and right differ in rows",
         )  # fmt: skip
         assert (model.load().running, model.load().waiting, model.changes) == (0, 0, 2 * 22)
         assert repr(model) == "<Stateless adder@1 ready, 0 of 258 in flight>"
@@ -70,7 +70,7 @@ async def test_what_does_not_fit_is_refused_before_the_model_sees_it(tmp_path, c
     inputs = {name: array for name, array in (GOOD | change).items() if array is not None}
     async with running(tmp_path) as model:
         status, code, told = await refusal(model, inputs)
-        assert (status, code, told[: len(message)]) == (400, "bad_tensor", message)
+        assert (status, code, told[: len(message)]) == (400, "bad_request", message)
 
 
 async def test_one_too_many_is_refused_and_counted(tmp_path):
