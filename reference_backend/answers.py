@@ -64,11 +64,11 @@ def joined(pieces: list[Piece]) -> Piece:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer, whole or as the events of a stream. Its two kinds say what a choice, and what is new of it, is."""
+    """One answer to a completion, whole or as the events of a stream."""
 
-    whole_name: ClassVar[str]
-    chunk_name: ClassVar[str]
-    id_prefix: ClassVar[str]
+    whole_name: ClassVar[str] = "text_completion"
+    chunk_name: ClassVar[str] = "text_completion"
+    id_prefix: ClassVar[str] = "cmpl"
 
     id: str
     created: int
@@ -109,16 +109,22 @@ class Answer:
         return content | {"index": index, "logprobs": told, "finish_reason": finish}
 
     def _message(self, piece: Piece) -> Json:
-        raise NotImplementedError
+        return {"text": piece.text}
 
     def _delta(self, piece: Piece) -> Json:
-        raise NotImplementedError
+        return {"text": piece.text}
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json:
-        raise NotImplementedError
+        return {
+            "tokens": [each.text for each in logprobs],
+            "token_logprobs": [each.logprob for each in logprobs],
+            "top_logprobs": [dict(each.top) for each in logprobs],
+        }
 
 
 class ChatAnswer(Answer):
+    """The same in the words of a chat."""
+
     __slots__ = ()
     whole_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
@@ -146,24 +152,6 @@ class ChatAnswer(Answer):
             for each in logprobs
         ]
         return {"content": content, "refusal": None}
-
-
-class CompletionAnswer(Answer):
-    __slots__ = ()
-    whole_name = chunk_name = "text_completion"
-    id_prefix = "cmpl"
-
-    def _message(self, piece: Piece) -> Json:
-        return {"text": piece.text}
-
-    _delta = _message
-
-    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json:
-        return {
-            "tokens": [each.text for each in logprobs],
-            "token_logprobs": [each.logprob for each in logprobs],
-            "top_logprobs": [dict(each.top) for each in logprobs],
-        }
 
 
 def _token(text: str, logprob: float) -> Json:

@@ -7,11 +7,14 @@ included, aborts the sequence.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import Self
 from uuid import uuid4
+
+import msgspec
 
 from reference_backend import protocol
 from reference_backend.answers import Piece, TokenLogprob, Usage, finish_reason
@@ -52,45 +55,34 @@ class Generation:
         self._is_begun = False
         self.usage = Usage(len(asked.prompt), 0)
 
-    def __enter__(self) -> Self:
-        """Raises ApiError 429 when the worker is full, 503 when there is none."""
+    @contextlib.contextmanager
+    def admitted(self) -> Iterator[None]:
+        """At the worker until left. Raises ApiError 429 when the worker is full, 503 when there is none."""
         asked = self._asked
         try:
             for choice, sampling in enumerate(asked.samplings):
-                ticket = self._worker.submit(
-                    asked.prompt,
-                    sampling,
-                    partial(self._arrive, choice),
-                    deadline=asked.terms.deadline,
-                    priority=asked.terms.priority,
-                    tenant=asked.terms.tenant,
-                    salt=asked.salt,
-                    pictures=asked.pictures,
+                arrive, terms = partial(self._arrive, choice), msgspec.structs.asdict(asked.terms)
+                self._tickets.append(
+                    self._worker.submit(
+                        asked.prompt, sampling, arrive, **terms, salt=asked.salt, pictures=asked.pictures
+                    )
                 )
-                self._tickets.append(ticket)
+            yield
         except WorkerBusy as error:
-            self._abort()
             self._reporter.rejects += 1
             raise protocol.queue_full() from error
         except WorkerAway as error:
             raise protocol.loading() from error
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._abort()
-        if self._tokens:
-            each = -(-self._tokens // len(self._tickets))
-            self._reporter.answered(self._first_at - self._began, self._worker.clock() - self._began, each)
+        finally:
+            for ticket in self._tickets:
+                self._worker.abort(ticket)
+            if self._tokens:
+                each = -(-self._tokens // len(self._tickets))
+                self._reporter.answered(self._first_at - self._began, self._worker.clock() - self._began, each)
 
     @property
     def choices(self) -> int:
         return len(self._asked.samplings)
-
-    def _abort(self) -> None:
-        for ticket in self._tickets:
-            self._worker.abort(ticket)
 
     def _arrive(self, choice: int, delta: Delta) -> None:
         self._arrived.put_nowait((choice, delta))

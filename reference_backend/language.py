@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,10 +59,8 @@ class Language:
     def is_alive(self) -> bool:
         return self.worker.is_alive
 
-    @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        async with self.worker.running(self._start):
-            yield
+    def running(self) -> AbstractAsyncContextManager[None]:
+        return self.worker.running(self._start)
 
     async def sleep(self) -> None:
         await self.worker.sleep()

@@ -107,7 +107,8 @@ class OpenAi:
         asked = Asked(prompt, samplings, how, body.stops(), salt, form, list(pictures))
         name = f"{body.answer.id_prefix}-{uuid4().hex}"
         answer = body.answer(name, int(self._wall()), str(request[SERVED].entry), body.wants_usage())
-        with Generation(model, asked) as generation:
+        generation = Generation(model, asked)
+        with generation.admitted():
             request[USAGE] = generation.usage
             if body.stream:
                 return await _stream(request, answer, generation, model.reporter)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 
-from reference_backend.answers import Answer, ChatAnswer, CompletionAnswer, Json
+from reference_backend.answers import Answer, ChatAnswer, Json
 from reference_backend.engine.request import PICTURE_TOKENS, Sampling
 from reference_backend.structured import Clause, ResponseFormat, clause_of
 from reference_backend.tokenizer import PICTURE_TOKEN, Message
@@ -164,7 +164,7 @@ class GenerationRequest(Unsupported, kw_only=True):
     """The fields that both endpoints share. Those that OpenAI does not have are named as vLLM names them."""
 
     unsupported: ClassVar[tuple[str, ...]] = Unsupported.__struct_fields__
-    answer: ClassVar[type[Answer]]
+    answer: ClassVar[type[Answer]] = Answer
     prompt_field: ClassVar[str]
 
     model: str
@@ -306,7 +306,6 @@ class ChatRequest(GenerationRequest, kw_only=True):
 
 class CompletionRequest(GenerationRequest, kw_only=True):
     unsupported = (*Unsupported.__struct_fields__, "response_format", "tool_choice", "tools")
-    answer = CompletionAnswer
     prompt_field = "prompt"
 
     response_format: Any = None

@@ -70,8 +70,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Plain text, with the begin token where the model wants one."""
-        ids: list[int] = self._tokenizer.encode(text).ids
-        return ids
+        return list(self._tokenizer.encode(text).ids)
 
     def encode_chat(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """A conversation up to where the assistant speaks, who may call these tools. Raises TemplateRefused."""
@@ -82,17 +81,14 @@ class Tokenizer:
             text = self._template.render(messages=turns, tools=tools, add_generation_prompt=True, **self._special)
         except (jinja2.TemplateError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise TemplateRefused(f"the model's chat template does not take these messages: {error}") from error
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
-        return text
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def name(self, token: int) -> str:
         """One token by itself, special ones too."""
-        text: str = self._tokenizer.decode([token], skip_special_tokens=False)
-        return text
+        return str(self._tokenizer.decode([token], skip_special_tokens=False))
 
     def _end_tokens(self, directory: Path) -> frozenset[int]:
         """What ends an answer: generation_config.json knows best, then config.json, then the tokenizer."""

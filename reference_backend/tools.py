@@ -161,10 +161,9 @@ class CallReader:
     def feed(self, text: str) -> tuple[str, list[CallPiece]]:
         """Take what was written; give the text and the pieces of calls that are certain by now."""
         self._held += text
-        before, pieces = "", []
+        before, pieces = self._certain_text(), []
         while True:
             if self._object is None:
-                before += self._certain_text()
                 head = self._form.head.search(self._held)
                 if head is None or (self._text_came and self._form.tag is None):
                     break
@@ -182,11 +181,7 @@ class CallReader:
 
     def finish(self) -> str:
         """The text that was held back. A call that did not get as far as its name is no text."""
-        return "" if self.calls or self._has_opening() else self._held
-
-    def _has_opening(self) -> bool:
-        opening = self._form.tag or self._form.opening
-        return opening in self._held
+        return "" if self.calls or (self._form.tag or self._form.opening) in self._held else self._held
 
     def _certain_text(self) -> str:
         """Text in front of the first call; behind it there is none."""

@@ -3,8 +3,8 @@
 import pytest
 
 from reference_backend.answers import (
+    Answer,
     ChatAnswer,
-    CompletionAnswer,
     Piece,
     TokenLogprob,
     Usage,
@@ -40,7 +40,7 @@ def test_a_chat_answer_is_this_json():
 
 
 def test_a_stream_of_completions_is_these_bytes():
-    answer = CompletionAnswer("cmpl-1", 1, "tiny", with_usage=True)
+    answer = Answer("cmpl-1", 1, "tiny", with_usage=True)
     frame = b'"id":"cmpl-1","object":"text_completion","created":1,"model":"tiny","choices":'
     assert events(*answer.chunks(Piece(0, "Hi", "length")), answer.usage_chunk(Usage(1, 1))) == (
         b"data: {" + frame + b'[{"text":"Hi","index":0,"logprobs":null,"finish_reason":null}],"usage":null}\n\n'
@@ -74,7 +74,7 @@ def test_logprobs_of_a_chat():
 
 
 def test_logprobs_of_a_completion():
-    whole = CompletionAnswer("cmpl-1", 1, "tiny").whole([Piece(0, "Hi", "length", LOGPROBS)], Usage(1, 2))
+    whole = Answer("cmpl-1", 1, "tiny").whole([Piece(0, "Hi", "length", LOGPROBS)], Usage(1, 2))
     [choice] = whole["choices"]
     assert choice["logprobs"] == {
         "tokens": ["Hi", "\N{REPLACEMENT CHARACTER}"],
