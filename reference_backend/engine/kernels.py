@@ -135,6 +135,24 @@ def silu_times(gate_up: Tensor) -> Tensor:
 
 
 @triton.jit
+def _narrow(x, out, scales, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    wide = tl.load(x + row * WIDTH + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(wide), 0) / 448.0, 1e-30)  # e4m3's largest number; a row of zeros stays one
+    tl.store(out + row * WIDTH + column, (wide / scale).to(out.dtype.element_ty), mask=column < WIDTH)
+    tl.store(scales + row, scale)
+
+
+def narrow(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of x [rows, width] in float8_e4m3fn, and the scales [rows] in float32 that give them back."""
+    rows, width = x.shape
+    out, scales = torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty(rows, dtype=torch.float32)
+    _narrow[rows,](x, out, scales, width, triton.next_power_of_2(width))
+    return out, scales
+
+
+@triton.jit
 def _product(
     x, weight, scale, bias, out, rows, COLUMNS: tl.constexpr, INNER: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,

@@ -3,8 +3,9 @@
 `Plain` runs anywhere and is what the kernels are compared with. `Fused` runs on a GPU that Triton can write for. Which
 of the two a model gets is decided once, by `operations_for`.
 
-Matrices that are kept in eight bits have a scale for each output: y = (x W) * scale. Where no kernel widens them on the
-way, they are widened for each product, which costs more time than it saves: on a CPU they save memory alone.
+Matrices that are kept in eight bits have a scale for each output: y = (x W) * scale. With few rows of x a kernel widens
+them on the way. With many, those in fp8 meet x in fp8, if the device multiplies that. Otherwise they are widened for
+each product, which costs more time than it saves: on a CPU they save memory alone.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from reference_backend.engine.config import ModelConfig
+from reference_backend.engine.quant import narrow_product
 from reference_backend.engine.ranks import Ranks
 
 MOST_ROWS = 128  # of x, for the kernel to take a product of eight bits: beyond, arithmetic is what costs
@@ -126,6 +128,7 @@ class Fused:
         self.few_rows: dict[tuple[int, ...], int] = {}
         self._kernels = kernels
         self._epsilon = config.norm_eps * config.hidden_size
+        self._has_fp8 = not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 9)
 
     def norm(self, x: Tensor) -> Tensor:
         return self._kernels.norm(x, self._epsilon)
@@ -134,6 +137,9 @@ class Fused:
         if self._is_skinny(x, linear):
             return self._kernels.product(x, linear.matrix.t(), linear.scale, linear.bias)
         matrix = linear.matrix
+        if linear.scale is not None and self._is_multiplied_narrow(matrix):
+            y = narrow_product(*self._kernels.narrow(x), matrix, linear.scale, x.dtype)
+            return y if linear.bias is None else y.add_(linear.bias)
         if linear.scale is not None:
             matrix = (matrix.to(x.dtype) * linear.scale).to(x.dtype)
         return x @ matrix if linear.bias is None else torch.addmm(linear.bias, x, matrix)
@@ -155,6 +161,10 @@ class Fused:
     def _is_skinny(self, x: Tensor, linear: Linear) -> bool:
         most = MOST_ROWS if linear.scale is not None else self.few_rows.get(tuple(linear.matrix.shape), 0)
         return x.shape[0] <= most
+
+    def _is_multiplied_narrow(self, matrix: Tensor) -> bool:
+        """What the device has products of eight bits for, and cuBLAS takes."""
+        return self._has_fp8 and matrix.dtype == torch.float8_e4m3fn and not any(side % 16 for side in matrix.shape)
 
     def choose(self, linears: list[Linear], seconds: Callable[[Callable[[], Tensor]], float]) -> None:
         """Time both products of each shape with as many rows as there may be, and remember who won.

@@ -92,6 +92,27 @@ def test_plain_products_are_what_the_matrix_means(kind, has_bias):
     torch.testing.assert_close(normed, plain.norm(total))
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "rows", "inner", "is_narrow"),
+    [("fp8", 130, 48, True), ("fp8", 128, 48, False), ("fp8", 130, 40, False), ("int8", 130, 48, False)],
+)
+def test_prompts_meet_fp8_in_fp8(kind, rows, inner, is_narrow, has_bias):
+    """Many rows, and sides that cuBLAS takes; all else meets the weights as they were meant."""
+    from tests.support.kernels import random  # noqa: PLC0415  skips without Triton
+
+    x, bias = random(1, rows, inner), random(3, 32) if has_bias else None
+    matrix, scale = narrowed(random(2, 32, inner), kind)
+    subject = Fused(CONFIG, ALONE)
+    found = subject.linear(x, Linear(matrix.t(), bias, scale))
+    meant = (matrix.float() * scale[:, None]).t()
+    added = 0 if bias is None else bias
+    if is_narrow:
+        kept, scales = subject._kernels.narrow(x)
+        x = kept.float() * scales[:, None]
+    torch.testing.assert_close(found, x @ meant + added, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("kernel", "library", "few_rows"),
     [(1.0, 2.0, 64), (2.0, 1.0, None), (1.0, 1.0, None)],
