@@ -3,7 +3,8 @@
     LOADING => READY      it is loaded or woken, has run once, and is registered
     LOADING => FAILED     it cannot be loaded; `failure` says why. The first time that is its end, as a bug is any time
     READY => LOADING      its process is gone: what was in flight has been told so, the registration is withdrawn, and
-                          another process is started, at once and then after delays that double
+                          another process is started, at once and then after delays that double until one has
+                          lived for a while: what crashes each of them must not keep a machine busy
     READY => ASLEEP       nobody asked for so long, or others need room, which it makes; its registration stays
     ASLEEP => LOADING     somebody asked
     READY => DRAINING     told to end: the registration says so, new requests are still taken while that gets around
@@ -38,6 +39,7 @@ from reference_backend.repository import Entry, Kind
 ACCEPT_WHILE_DRAINING = 0.5  # seconds: about twice what a watcher needs to hear of it
 FINISH_WITHIN = 60.0  # seconds for what is in flight
 FIRST_RESTART, LAST_RESTART = 0.1, 10.0  # seconds before a lost process is replaced; doubled each time in between
+LIVED_WELL = 60.0  # seconds: what comes after is another trouble
 log = logging.getLogger(__name__)
 
 
@@ -197,13 +199,13 @@ class Served:
 
     async def _live(self, model: Model) -> None:
         """One life after another, until told to end. Raises ModelError, InvalidRegistration in the first."""
-        delay = 0.0
+        delay, clock = 0.0, asyncio.get_running_loop().time
         while not self._ending.is_set():
+            began = clock()
             async with contextlib.AsyncExitStack() as published:  # withdrawn when its life is over
                 try:
                     async with model.running():
                         announcement = await self._serve(model, published)
-                        delay = 0.0
                         if self._ending.is_set() and self.state is State.READY:
                             await self._drain(model, announcement)
                 except ModelError as error:
@@ -212,7 +214,7 @@ class Served:
                     self.state, self.failure = State.LOADING, error
                     log.error("%s cannot be started: %s", self.entry, error)  # noqa: TRY400  the message says it all
             if self.state is State.LOADING:
-                delay = min(2 * delay, LAST_RESTART) or FIRST_RESTART
+                delay = min(2 * delay if clock() - began < LIVED_WELL else 0.0, LAST_RESTART) or FIRST_RESTART
                 log.error("the process of %s is gone; another one is started in %.1f s", self.entry, delay)
                 await first_of(self._ending.wait(), asyncio.sleep(delay))
 

@@ -40,7 +40,8 @@ from reference_backend.engine.request import Delta, Load, Picture, Sampling
 
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 10.0  # without a sign: it does not count as alive
-STEPS_TO_WAIT = 20  # where its steps take so long that these are more than that, it is given up only after them
+STEPS_TO_WAIT, LONGEST_TO_WAIT = 20, 4  # steps, and steps full of prompts: where they take longer, it is given up then
+UNKNOWN_SECONDS = 60.0  # before it has taken a step: then it is given up
 END_WITHIN = 5.0  # seconds for the process to see that its socket is closed
 
 
@@ -114,7 +115,7 @@ class _Link(asyncio.Protocol):
 
     def _beat(self) -> None:
         """Ask for a sign, if there is hope. Beats are counted, not time: a server that was held up hears none."""
-        if self.silent_seconds > max(SILENT_SECONDS, STEPS_TO_WAIT * self.load.step_seconds):
+        if self.silent_seconds > patience(self.load):
             self.cut()
             return
         self.send(Ping())
@@ -140,6 +141,12 @@ class _Link(asyncio.Protocol):
             deliver(Delta(None, "lost"))
         self._on_change()
         self.lost.set()
+
+
+def patience(load: Load) -> float:
+    """Seconds without a sign, after which a worker that takes such steps is given up."""
+    steps, longest = STEPS_TO_WAIT * load.step_seconds, LONGEST_TO_WAIT * load.longest_step_seconds
+    return max(SILENT_SECONDS, steps, longest) if steps or longest else UNKNOWN_SECONDS
 
 
 class Worker:

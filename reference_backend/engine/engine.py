@@ -130,6 +130,7 @@ class Engine:
             waiting_tokens=sum(len(sequence.prompt) for sequence in waiting),
             backlog_tokens=sum(s.uncomputed for s in scheduler.running if not s.is_primed),
             step_seconds=step_seconds,
+            longest_step_seconds=self._pace.longest_step_seconds(self.settings.step_tokens),
             prefill_rate=self._pace.reading_rate,
             decode_rate=generating / step_seconds if step_seconds else 0.0,
             queue_seconds=self._queue_seconds,

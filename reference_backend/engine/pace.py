@@ -52,6 +52,10 @@ class Pace:
         """Tokens of prompts a second; 0.0 while none were read."""
         return 1.0 / self._each_read if self._each_read else 0.0
 
+    def longest_step_seconds(self, tokens: int) -> float:
+        """A step that reads so many tokens; 0.0 while none was read."""
+        return self.step_seconds + tokens * self._each_read if self._each_read else 0.0
+
     def took(self, seconds: float, read: int, generating: int) -> None:
         """A step is over that read so many tokens of prompts, and in which so many generated."""
         if read:

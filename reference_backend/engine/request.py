@@ -188,6 +188,7 @@ class Load(msgspec.Struct, array_like=True, frozen=True):
     waiting_tokens: int = 0  # of the prompts of those that wait
     backlog_tokens: int = 0  # of the prompts of those that run, not read yet
     step_seconds: float = 0.0  # this and what follows are averages of late; rates are tokens/s
+    longest_step_seconds: float = 0.0  # of one that reads as much as a step may
     prefill_rate: float = 0.0
     decode_rate: float = 0.0
     queue_seconds: float = 0.0

@@ -167,6 +167,23 @@ async def test_a_process_that_is_gone_is_replaced_and_announced_anew():
 
 
 @virtual_time
+async def test_one_that_always_crashes_is_started_less_and_less_often_until_it_has_lived_well():
+    told, loop = [], asyncio.get_running_loop()
+    waits = []
+    async with living(told) as (subject, model):
+        for lived in [0.0] * 9 + [59.0, 61.0, 0.0]:
+            await asyncio.sleep(lived)
+            model.lost.set()
+            await settle()
+            left = loop.time()
+            async with asyncio.timeout(100):
+                while subject.state is not State.READY:
+                    await asyncio.sleep(0.01)
+            waits.append(round(loop.time() - left, 1))
+    assert waits == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0, 10.0, 10.0, 0.1, 0.2]
+
+
+@virtual_time
 async def test_the_first_failure_is_the_end():
     async with living([], [ModelError("too large")]) as (subject, _):
         assert (subject.state, subject.reason) == (State.FAILED, "too large")

@@ -26,7 +26,7 @@ from reference_backend.engine.frames import (  # noqa: E402
     framed,
 )
 from reference_backend.engine.request import Delta, Load, Sampling  # noqa: E402
-from reference_backend.worker import Worker, WorkerAway, WorkerBusy  # noqa: E402
+from reference_backend.worker import Worker, WorkerAway, WorkerBusy, patience  # noqa: E402
 from tests.support.tiny_model import DIRECTORY  # noqa: E402
 
 START = Start(str(DIRECTORY), [], 2, 64, None)
@@ -141,6 +141,15 @@ async def test_before_and_after_its_life_nobody_is_taken():
 def hurried(monkeypatch):
     monkeypatch.setattr(subject, "BEAT_SECONDS", 0.01)
     monkeypatch.setattr(subject, "SILENT_SECONDS", 0.05)
+    monkeypatch.setattr(subject, "UNKNOWN_SECONDS", 0.05)
+
+
+@pytest.mark.parametrize(
+    ("step", "longest", "seconds"),
+    [(0.0, 0.0, 60.0), (0.01, 0.02, 10.0), (0.6, 0.0, 12.0), (0.1, 5.0, 20.0), (2.0, 5.0, 40.0), (0.0, 1.0, 10.0)],
+)
+def test_how_long_a_sign_is_waited_for_follows_from_its_steps(step, longest, seconds):
+    assert patience(Load(1, 0, 0.0, step_seconds=step, longest_step_seconds=longest)) == seconds
 
 
 @pytest.mark.parametrize("is_asked", [True, False])

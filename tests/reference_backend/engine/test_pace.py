@@ -28,6 +28,14 @@ def test_what_is_left_of_the_target_is_for_reading(generating, reading, readable
     assert pace.readable() == readable
 
 
+def test_a_step_full_of_prompts_is_foreseen():
+    pace = Pace(0.1)
+    pace.took(0.02, 0, 1)
+    assert pace.longest_step_seconds(1000) == 0.0
+    pace.took(0.22, 100, 1)
+    assert pace.longest_step_seconds(1000) == pytest.approx(2.02)
+
+
 def test_a_prompt_before_anybody_generates_counts_alone():
     pace = Pace(0.1)
     pace.took(0.2, 100, 0)
