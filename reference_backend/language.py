@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from reference_backend.engine.config import VISION_FILE, ModelError, Narrow, read_config
 from reference_backend.engine.frames import Start
@@ -19,13 +20,13 @@ from reference_backend.worker import Worker
 class Sizes:
     """How large the engine is made, and of what; None: what is sensible."""
 
-    max_running: int = 16
-    max_waiting: int = 16
-    context: int | None = None
-    cache_tokens: int | None = None
-    quantize: Narrow | None = None
-    ranks: int = 1
-    dummy: bool = False
+    max_running: int
+    max_waiting: int
+    context: int | None
+    cache_tokens: int | None
+    quantize: Narrow | None
+    ranks: int
+    load_format: Literal["safetensors", "dummy"]
 
 
 class Language:
@@ -51,7 +52,7 @@ class Language:
             sizes.cache_tokens,
             sizes.quantize,
             sizes.ranks,
-            sizes.dummy,
+            sizes.load_format == "dummy",
         )
         return cls(Worker(sizes.max_running + sizes.max_waiting, clock), tokenizer, start, wall)
 

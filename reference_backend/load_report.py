@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from statistics import median
 from typing import Protocol
 
@@ -26,7 +26,6 @@ from reference_backend.engine.request import Load
 from reference_backend.protocol import ApiError
 
 PATH = "/load/stream"
-FORMAT_HEADER = "endpoint-load-metrics-format"
 APART_SECONDS = 0.02
 SIGN_SECONDS = 0.1
 HEARTBEAT_SECONDS = 1.0
@@ -154,23 +153,24 @@ class Reporter:
 
     def beside_usage(self, request: web.Request) -> dict[str, LoadReport]:
         """What is added to the last chunk of a stream, for a request that asks for it."""
-        asks = request.headers.get(FORMAT_HEADER, "").strip().lower() == "json"
-        return {"load": self.report()} if asks else {}
+        return {"load": self.report()} if form_asked(request.headers) == "json" else {}
+
+
+def form_asked(headers: Mapping[str, str]) -> str:
+    """In which form a load is told in the answer: `json`, `text`, or "" where nobody asks."""
+    form = headers.get("endpoint-load-metrics-format", "").strip().lower()
+    return form if form in ("json", "text") else ""
 
 
 def in_band(request: web.Request, sources: Sequence[Source]) -> dict[str, str]:
-    """The header of an answer that is about these, for a request that asks for it."""
-    form = request.headers.get(FORMAT_HEADER, "").strip().lower()
-    if form not in ("json", "text"):
+    """The header of an answer that is about these, for a request that asks for it: the sums, and the fullest cache."""
+    form = form_asked(request.headers)
+    if not form:
         return {}
-    report = orca(together([source.load() for source in sources]), sum(source.changes for source in sources), form)
-    return {"endpoint-load-metrics": report}
-
-
-def together(loads: Sequence[Load]) -> Load:
-    """The load of several as that of one: their requests, and the fullest cache."""
-    running, waiting = sum(load.running for load in loads), sum(load.waiting for load in loads)
-    return Load(running, waiting, max((load.kv_usage for load in loads), default=0.0))
+    loads = [source.load() for source in sources]
+    fullest = max((load.kv_usage for load in loads), default=0.0)
+    load = Load(sum(each.running for each in loads), sum(each.waiting for each in loads), fullest)
+    return {"endpoint-load-metrics": orca(named_metrics(load, sum(source.changes for source in sources)), form)}
 
 
 def named_metrics(load: Load, seq: int) -> dict[str, float]:
@@ -183,9 +183,8 @@ def named_metrics(load: Load, seq: int) -> dict[str, float]:
     }
 
 
-def orca(load: Load, seq: int, form: str) -> str:
-    """The value of `endpoint-load-metrics`, `json` or `text`."""
-    metrics = named_metrics(load, seq)
+def orca(metrics: dict[str, float], form: str) -> str:
+    """The value of `endpoint-load-metrics`, in `json` or `text`."""
     if form == "json":
         return "JSON " + msgspec.json.encode({"named_metrics": metrics}).decode()
     return "TEXT " + ", ".join(f"named_metrics.{name}={value}" for name, value in metrics.items())
@@ -206,25 +205,23 @@ METRICS = (
 
 def metrics_page(told: Sequence[tuple[str, Load, LoadReport]]) -> str:
     """Load and report of each model in the text format of Prometheus. Counters begin again with each worker."""
-    labels = [f'model_name="{_escaped(model)}"' for model, _, _ in told]
-    lines = []
+    models = [f'model_name="{_escaped(model)}"' for model, _, _ in told]
+    loads, reports = [load for _, load, _ in told], [report for _, _, report in told]
+
+    def family(name: str, kind: str, meaning: str, labels: list[str], values: list[float]) -> str:
+        samples = (f"{name}{{{label}}} {value}\n" for label, value in zip(labels, values, strict=True))
+        return "".join((f"# HELP {name} {meaning}\n# TYPE {name} {kind}\n", *samples))
+
+    page = ""
     for name, kind, meaning, place in METRICS:
-        lines.append(f"# HELP vllm:{name} {meaning}\n# TYPE vllm:{name} {kind}\n")
-        lines += [
-            f"vllm:{name}{{{label}}} {getattr(load, place)}\n" for label, (_, load, _) in zip(labels, told, strict=True)
-        ]
-    lines.append("# HELP vllm:cache_config_info The key-value cache\n# TYPE vllm:cache_config_info gauge\n")
-    lines += [
-        f'vllm:cache_config_info{{{label},block_size="{load.block_size}",num_gpu_blocks="{load.kv_blocks}"}} 1\n'
-        for label, (_, load, _) in zip(labels, told, strict=True)
-    ]
+        page += family(f"vllm:{name}", kind, meaning, models, [getattr(load, place) for load in loads])
+    sizes = [f'block_size="{load.block_size}",num_gpu_blocks="{load.kv_blocks}"' for load in loads]
+    labels = [f"{model},{size}" for model, size in zip(models, sizes, strict=True)]
+    page += family("vllm:cache_config_info", "gauge", "The key-value cache", labels, [1] * len(labels))
     for place in LoadReport.__struct_fields__:
-        lines.append(f"# TYPE weir_backend_load_{place} gauge\n")
-        lines += [
-            f"weir_backend_load_{place}{{{label}}} {float(getattr(report, place))}\n"
-            for label, (_, _, report) in zip(labels, told, strict=True)
-        ]
-    return "".join(lines)
+        values = [float(getattr(report, place)) for report in reports]
+        page += family(f"weir_backend_load_{place}", "gauge", "As in the load report", models, values)
+    return page
 
 
 def _escaped(label: str) -> str:

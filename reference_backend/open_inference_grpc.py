@@ -28,7 +28,7 @@ from open_inference.orca_load_report_pb2 import OrcaLoadReport
 from reference_backend import open_inference
 from reference_backend.in_flight import InFlight
 from reference_backend.incoming import terms
-from reference_backend.load_report import FORMAT_HEADER, named_metrics, orca
+from reference_backend.load_report import form_asked, named_metrics, orca
 from reference_backend.open_inference import LARGEST_BODY, check_parameters, chosen
 from reference_backend.pool import Pool
 from reference_backend.protocol import ApiError, bad
@@ -243,13 +243,13 @@ def _report_load(served: Served, metadata: Mapping[str, str], context: ServicerC
     """
     if served.model is None:
         return
-    load, seq = served.model.reporter.source.load(), served.model.reporter.source.changes
+    source = served.model.reporter.source
+    metrics = named_metrics(source.load(), source.changes)
     told: list[tuple[str, str | bytes]] = [
-        ("endpoint-load-metrics-bin", OrcaLoadReport(named_metrics=named_metrics(load, seq)).SerializeToString())
+        ("endpoint-load-metrics-bin", OrcaLoadReport(named_metrics=metrics).SerializeToString())
     ]
-    form = metadata.get(FORMAT_HEADER, "").strip().lower()
-    if form in ("json", "text"):
-        told.append(("endpoint-load-metrics", orca(load, seq, form)))
+    if form := form_asked(metadata):
+        told.append(("endpoint-load-metrics", orca(metrics, form)))
     context.set_trailing_metadata(tuple(told))
 
 

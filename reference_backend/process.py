@@ -93,7 +93,9 @@ def parse(arguments: Sequence[str]) -> Options:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", metavar="NAME_OR_PATH", help="`tiny`, or the directory of one model")
+    source.add_argument(
+        "--model", type=_directory, metavar="NAME_OR_PATH", help="`tiny`, or the directory of one model"
+    )
     source.add_argument("--repository", type=Path, metavar="DIR", help="serve the models in DIR/NAME/VERSION/")
     parser.add_argument("--version", default="", metavar="V", help="version of --model to register (default: none)")
     parser.add_argument(
@@ -135,7 +137,12 @@ def parse(arguments: Sequence[str]) -> Options:
     )
     parser.add_argument("--quantize", choices=NARROW, help="keep weights in eight bits (default: as they are)")
     parser.add_argument(
-        "--tensor-parallel", type=_positive, default=1, metavar="N", help="processes, or GPUs, that share a model"
+        "--tensor-parallel",
+        dest="ranks",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="processes, or GPUs, that share a model",
     )
     parser.add_argument(
         "--load-format", choices=("safetensors", "dummy"), default="safetensors", help="dummy: random weights"
@@ -148,30 +155,9 @@ def parse(arguments: Sequence[str]) -> Options:
         parser.error("--serve names models of a --repository")
     if given.repository is not None and given.version:
         parser.error("the versions of a repository are its directories; choose with --serve NAME@VERSION")
-    return Options(
-        model=None if given.model is None else _directory(given.model),
-        version=given.version,
-        repository=given.repository,
-        serve=dict(given.serve),
-        sleep_after=given.sleep_after,
-        most_awake=given.most_awake,
-        service=given.service,
-        host=given.host,
-        port=given.port,
-        grpc_port=given.grpc_port,
-        etcd=given.etcd,
-        announce_url=given.announce_url,
-        sizes=Sizes(
-            given.max_running,
-            given.max_waiting,
-            given.context,
-            given.cache_tokens,
-            given.quantize,
-            given.tensor_parallel,
-            given.load_format == "dummy",
-        ),
-        otlp=given.otlp,
-    )
+    asked = vars(given)
+    sizes = Sizes(**{name: asked.pop(name) for name in Sizes.__dataclass_fields__})
+    return Options(sizes=sizes, **asked | {"serve": dict(given.serve)})
 
 
 def _directory(model: str) -> Path:

@@ -7,7 +7,15 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from reference_backend.engine.request import Load
-from reference_backend.load_report import APART_SECONDS, HEARTBEAT_SECONDS, SIGN_SECONDS, Reporter, metrics_page, orca
+from reference_backend.load_report import (
+    APART_SECONDS,
+    HEARTBEAT_SECONDS,
+    SIGN_SECONDS,
+    Reporter,
+    metrics_page,
+    named_metrics,
+    orca,
+)
 from reference_backend.worker import Worker
 from tests.support.virtual_clock import virtual_time
 
@@ -119,11 +127,11 @@ def test_metrics_can_be_scraped():
 
 
 def test_the_header_in_both_forms():
-    load = Load(running=3, waiting=1, kv_usage=0.123456)
-    assert orca(load, 7, "json") == (
+    metrics = named_metrics(Load(running=3, waiting=1, kv_usage=0.123456), 7)
+    assert orca(metrics, "json") == (
         'JSON {"named_metrics":{"num_requests_running":3,"num_requests_waiting":1,"kv_cache_usage_perc":0.1235,"seq":7}}'
     )
-    assert orca(load, 7, "text") == (
+    assert orca(metrics, "text") == (
         "TEXT named_metrics.num_requests_running=3, named_metrics.num_requests_waiting=1, "
         "named_metrics.kv_cache_usage_perc=0.1235, named_metrics.seq=7"
     )

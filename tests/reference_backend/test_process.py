@@ -40,10 +40,10 @@ def test_a_path_is_a_model_named_after_its_directory(tmp_path, monkeypatch):
 
 def test_weights_can_be_narrowed_shared_and_made_up():
     plain = command.parse(["--model", "tiny"]).sizes
-    assert (plain.quantize, plain.ranks, plain.dummy) == (None, 1, False)
+    assert (plain.quantize, plain.ranks, plain.load_format) == (None, 1, "safetensors")
     options = ["--quantize", "fp8", "--tensor-parallel", "2", "--load-format", "dummy"]
     asked = command.parse(["--model", "tiny", *options]).sizes
-    assert (asked.quantize, asked.ranks, asked.dummy) == ("fp8", 2, True)
+    assert (asked.quantize, asked.ranks, asked.load_format) == ("fp8", 2, "dummy")
 
 
 @pytest.mark.parametrize(
