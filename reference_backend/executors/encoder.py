@@ -16,6 +16,7 @@ import importlib.util
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -41,7 +42,17 @@ INPUTS = (
     TensorSpec("ids", "INT64", (-1,), optional=True),
     TensorSpec("lengths", "INT64", (-1,), optional=True),
 )
-Encode = Callable[[Tensor, list[int]], Tensor]  # tokens [tokens] of texts of so many tokens; states [tokens, hidden]
+Encode = Callable[[Tensor, list[int]], Tensor]  # tokens [tokens] of texts of so many tokens; states [tokens, size]
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """What makes states of tokens; the most tokens that a text may have, and how many there are to choose from."""
+
+    encode: Encode
+    size: int
+    longest: int
+    vocabulary: int
 
 
 class EncoderSettings(Settings, frozen=True, forbid_unknown_fields=True):
@@ -85,36 +96,18 @@ def model_directory(directory: Path, settings: EncoderSettings) -> Path:
 class Encoder:
     """A TensorModel of the kind `embedding`."""
 
-    def __init__(
-        self,
-        directory: Path,
-        card: Card,
-        settings: EncoderSettings,
-        clock: Callable[[], float] = time.monotonic,  # noqa: TID251  the interface's
-    ) -> None:
+    def __init__(self, directory: Path, card: Card, settings: EncoderSettings) -> None:
         torch.set_num_threads(settings.threads)
-        config = read_json(directory / "config.json")
-        if "BertModel" in (config.get("architectures") or []):
-            bert = load_bert(directory)
-            self._encode: Encode = bert
-            longest, size, self._vocabulary = (
-                bert.config.max_position_embeddings,
-                bert.config.hidden_size,
-                bert.config.vocab_size,
-            )
-            trained_to = directory / "sentence_bert_config.json"
-            if trained_to.exists():
-                longest = min(longest, int(read_json(trained_to).get("max_seq_length") or longest))
-        else:
-            llama, self._encode = causal(directory)
-            longest, size, self._vocabulary = llama.config.context, llama.config.hidden_size, llama.config.vocab_size
-        self.longest = longest
+        self._network = read_network(directory)
         self._tokenizer = load_tokenizer(directory)
         self.inputs = INPUTS
-        self.outputs = (TensorSpec("embedding", "FP32", (-1, size)), TensorSpec("tokens", "INT64", (-1,)))
+        self.outputs = (
+            TensorSpec("embedding", "FP32", (-1, self._network.size)),
+            TensorSpec("tokens", "INT64", (-1,)),
+        )
         self._thread = ThreadPoolExecutor(1, "model")
         limits = Limits(settings.batch_tokens, card.max_waiting, settings.delay_us / 1e6)
-        self._batcher = Batcher(self._run, limits, clock)
+        self._batcher = Batcher(self._run, limits, time.monotonic)  # noqa: TID251  the interface's clock
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Encoder]:
@@ -131,8 +124,8 @@ class Encoder:
         """As the interface has it: a vector and the count of tokens for each text."""
         rows = await self._tokens(inputs["text"]) if set(inputs) == {"text"} else self._given(inputs)
         for index, row in enumerate(rows):
-            if not 1 <= len(row) <= self.longest:
-                raise BadTensor(f"text {index} has {len(row)} tokens; 1 to {self.longest} can be embedded")
+            if not 1 <= len(row) <= self._network.longest:
+                raise BadTensor(f"text {index} has {len(row)} tokens; 1 to {self._network.longest} can be embedded")
         vectors = await self._batcher.ask([(row, len(row)) for row in rows], terms=terms) if rows else []
         found = np.stack(vectors) if vectors else np.zeros((0, self.outputs[0].shape[1]), np.float32)
         if not np.isfinite(found).all():
@@ -146,8 +139,8 @@ class Encoder:
         ids, lengths = inputs["ids"], inputs["lengths"]
         if (lengths < 0).any() or lengths.sum() != len(ids):
             raise BadTensor(f"lengths must be those of parts of ids, {len(ids)} together")
-        if len(ids) and not 0 <= ids.min() <= ids.max() < self._vocabulary:
-            raise BadTensor(f"ids has tokens that are none: they are numbers from 0 to {self._vocabulary - 1}")
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self._network.vocabulary:
+            raise BadTensor(f"ids has tokens that are none: they are numbers from 0 to {self._network.vocabulary - 1}")
         return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] if len(lengths) else []
 
     async def _tokens(self, texts: Array) -> list[list[int]]:
@@ -157,8 +150,10 @@ class Encoder:
         except UnicodeDecodeError as error:
             raise BadTensor("text has bytes that are no UTF-8") from error
         for index, text in enumerate(decoded):
-            if len(text) > CHARACTERS_PER_TOKEN * self.longest:
-                raise BadTensor(f"text {index} has {len(text)} characters; 1 to {self.longest} tokens can be embedded")
+            if len(text) > CHARACTERS_PER_TOKEN * self._network.longest:
+                raise BadTensor(
+                    f"text {index} has {len(text)} characters; 1 to {self._network.longest} tokens can be embedded"
+                )
         return [encoding.ids for encoding in await asyncio.to_thread(self._tokenizer.encode_batch, decoded)]
 
     async def _run(self, rows: list[list[int]]) -> list[Array]:
@@ -168,11 +163,22 @@ class Encoder:
 
     def _embed(self, tokens: Tensor, lengths: list[int]) -> Array:
         with torch.inference_mode():
-            return mean_of_each(self._encode(tokens, lengths), lengths).numpy()
+            return mean_of_each(self._network.encode(tokens, lengths), lengths).numpy()
 
 
-def causal(directory: Path) -> tuple[Llama, Encode]:
-    """A decoder, and how to have the last states of its texts. Raises ModelError."""
+def read_network(directory: Path) -> Network:
+    """The network in a directory. Raises ModelError."""
+    if "BertModel" not in (read_json(directory / "config.json").get("architectures") or []):
+        return read_decoder(directory)
+    bert = load_bert(directory)
+    longest, trained_to = bert.config.max_position_embeddings, directory / "sentence_bert_config.json"
+    if trained_to.exists():
+        longest = min(longest, int(read_json(trained_to).get("max_seq_length") or longest))
+    return Network(bert, bert.config.hidden_size, longest, bert.config.vocab_size)
+
+
+def read_decoder(directory: Path) -> Network:
+    """A decoder of the Llama family, for its last states. Raises ModelError."""
     model = Llama(read_config(directory))
     weights = read_weights(directory / "model.safetensors")
     try:
@@ -187,7 +193,7 @@ def causal(directory: Path) -> tuple[Llama, Encode]:
     def encode(tokens: Tensor, lengths: list[int]) -> Tensor:
         return torch.cat([model(text[None])[0] for text in tokens.split(lengths)])
 
-    return model, encode
+    return Network(encode, model.config.hidden_size, model.config.context, model.config.vocab_size)
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:

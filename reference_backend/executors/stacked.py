@@ -99,7 +99,6 @@ class Stacked:
         outputs: Sequence[TensorSpec],
         card: Card,
         settings: Settings,
-        clock: Callable[[], float] = time.monotonic,  # noqa: TID251  the interface's clock
     ) -> None:
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
         self._compute, self._finite = compute, settings.finite
@@ -109,7 +108,7 @@ class Stacked:
             raise ModelError(f"max_batch = {self._rows} needs a first dimension of -1, which {names} has not")
         self._thread = ThreadPoolExecutor(1, "model")
         limits = Limits(self._rows or 1, card.max_waiting, settings.delay_us / 1e6)
-        self._batcher = Batcher(self._run, limits, clock)
+        self._batcher = Batcher(self._run, limits, time.monotonic)  # noqa: TID251  the interface's clock
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Stacked]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,8 @@ async def test_what_is_refused(inputs, message):
 
 async def test_states_that_are_no_numbers_are_the_model_s_fault(monkeypatch):
     async with opened_own("tiny-embedding") as model:
-        monkeypatch.setattr(model, "_encode", lambda tokens, _: torch.full((len(tokens), 4), float("nan")))
+        broken = replace(model._network, encode=lambda tokens, _: torch.full((len(tokens), 4), float("nan")))
+        monkeypatch.setattr(model, "_network", broken)
         with pytest.raises(ArithmeticError, match="states are no numbers"):
             await model.infer(texts("a"))
 
@@ -165,4 +167,4 @@ def test_a_decoder_s_broken_files_are_told(tmp_path):
     ):
         (tmp_path / "config.json").write_text(config.replace(*change))
         with pytest.raises(ModelError, match=message):
-            subject.causal(tmp_path)
+            subject.read_decoder(tmp_path)
