@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 import msgspec
@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from reference_backend.engine.config import ModelError, read_json
 
+File = TypeVar("File")
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder shows for half a UTF-8 sequence
 # No character has more than four bytes, so what is still broken after so many tokens will stay broken. Two more,
 # because a token may also straddle two characters.
@@ -50,9 +51,13 @@ class Tokenizer:
     """The tokenizer of a model directory. Raises ModelError when the directory does not hold a usable one."""
 
     def __init__(self, directory: Path) -> None:
-        settings = read_json(directory / "tokenizer_config.json")
+        settings = _read(directory / "tokenizer_config.json", _Settings)
         self._tokenizer = _load(directory / "tokenizer.json")
-        self._special = {key: _content(settings[key]) for key in ("bos_token", "eos_token") if settings.get(key)}
+        self._special = {
+            name: token if isinstance(token, str) else token.content
+            for name in ("bos_token", "eos_token")
+            if (token := getattr(settings, name))
+        }
         self.template_source = _template_source(directory, settings)
         self._template = None if self.template_source is None else _template(directory, self.template_source)
         self.end_tokens = self._end_tokens(directory)
@@ -92,9 +97,8 @@ class Tokenizer:
 
     def _end_tokens(self, directory: Path) -> frozenset[int]:
         """What ends an answer: generation_config.json knows best, then config.json, then the tokenizer."""
-        for name in ("generation_config.json", "config.json"):
-            path = directory / name
-            ends = read_json(path).get("eos_token_id") if path.exists() else None
+        for path in (directory / "generation_config.json", directory / "config.json"):
+            ends = _read(path, _Ends).eos_token_id if path.exists() else None
             if ends is not None:
                 return frozenset(ends if isinstance(ends, list) else [ends])
         named = self._tokenizer.token_to_id(self._special.get("eos_token", ""))
@@ -110,18 +114,45 @@ def _load(path: Path) -> FastTokenizer:
         raise ModelError(f"{path}: cannot be used as a tokenizer: {error}") from error
 
 
-def _content(token: Any) -> str:
-    """Special tokens stand as text or as an object with the text in it."""
-    return str(token["content"] if isinstance(token, dict) else token)
+class _Added(msgspec.Struct):
+    content: str
 
 
-def _template_source(directory: Path, settings: dict[str, Any]) -> str | None:
+class _NamedTemplate(msgspec.Struct):
+    name: str
+    template: str
+
+
+class _Settings(msgspec.Struct):
+    """What is needed of tokenizer_config.json. Special tokens stand as text or as an object with the text in it."""
+
+    bos_token: str | _Added | None = None
+    eos_token: str | _Added | None = None
+    chat_template: str | list[_NamedTemplate] | None = None
+
+
+class _Ends(msgspec.Struct):
+    eos_token_id: int | list[int] | None = None
+
+
+def _read(path: Path, form: type[File]) -> File:
+    try:
+        return msgspec.convert(read_json(path), form)
+    except msgspec.ValidationError as error:
+        raise ModelError(f"{path}: {error}") from error
+
+
+def _template_source(directory: Path, settings: _Settings) -> str | None:
     """The chat template: its own file in newer directories, inside tokenizer_config.json in others."""
-    path = directory / "chat_template.jinja"
-    source = path.read_text(encoding="utf-8") if path.exists() else settings.get("chat_template")
-    if isinstance(source, list):
-        source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
-    return None if source is None else str(source)
+    path, source = directory / "chat_template.jinja", settings.chat_template
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        if isinstance(source, list):
+            return next((each.template for each in source if each.name == "default"), None)
+        return source
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from error
 
 
 def _template(directory: Path, source: str) -> jinja2.Template:

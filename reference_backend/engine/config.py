@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,6 +13,9 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "
 
 Narrow = Literal["int8", "fp8"]  # what weights can be narrowed to, once they are read
 NARROW: tuple[Narrow, ...] = get_args(Narrow)
+
+
+TOO_LARGE = 2**63  # for any size that torch is told
 
 
 class ModelError(Exception):
@@ -26,6 +30,11 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_context: int
+
+    def __post_init__(self) -> None:
+        sizes = (self.factor, self.high_freq_factor, self.original_context)
+        if not all(0 < size < TOO_LARGE for size in sizes) or not 0 <= self.low_freq_factor < self.high_freq_factor:
+            raise ValueError("rope scaling needs positive numbers, and low_freq_factor below high_freq_factor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +63,12 @@ class ModelConfig:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "context"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
+            if getattr(self, name) >= TOO_LARGE:
+                raise ValueError(f"{name} is too large")
+        if not 0 <= self.norm_eps < 1:
+            raise ValueError(f"rms_norm_eps is {self.norm_eps}; a small positive number is needed")
+        if not 0 < self.rope_theta < math.inf:
+            raise ValueError(f"rope_theta is {self.rope_theta}; a positive number is needed")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} query heads cannot share {self.kv_heads} key-value heads")
         if self.head_dim < 2 or self.head_dim % 2:

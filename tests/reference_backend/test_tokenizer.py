@@ -163,7 +163,14 @@ def test_a_template_that_refuses_says_why(tmp_path, template, message):
         ("tokenizer.json", None, "tokenizer.json: no such file"),
         ("tokenizer_config.json", b"[]", "tokenizer_config.json: a JSON object is expected"),
         ("tokenizer_config.json", b'{"chat_template": "{% for %}"}', "the chat template is broken"),
+        ("tokenizer_config.json", b'{"chat_template": [{"name": "default"}]}', "`template` - at `\\$.chat_template"),
+        ("tokenizer_config.json", b'{"chat_template": [1]}', "tokenizer_config.json: Expected `object`"),
+        ("tokenizer_config.json", b'{"chat_template": {"default": "x"}}', "tokenizer_config.json: Expected `str"),
+        ("tokenizer_config.json", b'{"eos_token": {"a": 1}}', "`content` - at `\\$.eos_token"),
+        ("chat_template.jinja", b"\xff", "chat_template.jinja: cannot be read"),
         ("generation_config.json", b"{", "generation_config.json: cannot be read"),
+        ("generation_config.json", b'{"eos_token_id": [[]]}', "generation_config.json: Expected `int`"),
+        ("generation_config.json", b'{"eos_token_id": "2"}', "generation_config.json: Expected `int"),
     ],
 )
 def test_a_broken_tokenizer_is_told_in_one_line(tmp_path, name, content, message):

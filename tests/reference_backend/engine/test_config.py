@@ -8,6 +8,7 @@ import pytest
 from reference_backend.engine.config import ModelError, read_config, read_json
 
 GOLDEN = Path(__file__).parent.parent / "golden"
+SCALING = json.loads((GOLDEN / "llama" / "config.json").read_text())["rope_parameters"]
 
 
 def changed(tmp_path, changes, source="llama"):
@@ -52,6 +53,15 @@ def test_architectures_differ_in_switches(name, switches):
         ({"num_attention_heads": 0}, "heads must be at least 1"),
         ({"num_key_value_heads": 3}, "4 query heads cannot share 3 key-value heads"),
         ({"head_dim": 7}, "head_dim is 7"),
+        ({"max_position_embeddings": 10**30}, "context is too large"),
+        ({"max_position_embeddings": 1e308}, "context is too large"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps is -1.0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"rope_parameters": {"rope_theta": -1}}, "rope_theta is -1.0"),
+        ({"rope_parameters": {"rope_theta": 1e999}}, "rope_theta is inf"),
+        ({"rope_parameters": SCALING | {"factor": 0}}, "rope scaling"),
+        ({"rope_parameters": SCALING | {"low_freq_factor": 4}}, "rope scaling"),
+        ({"rope_parameters": SCALING | {"original_max_position_embeddings": 10**400}}, "rope scaling"),
     ],
 )
 def test_a_model_that_cannot_be_served_is_named(tmp_path, changes, message):
