@@ -5,7 +5,8 @@ steps that were taken, as averages in which a new step counts a fifth. While som
 tokens of prompts as keep it under the target; never fewer than LEAST, so that prompts end.
 
 What each more who generates costs is the difference between the smallest and the largest of the steps that read
-nothing, spread over the difference in their numbers.
+nothing, spread over the difference in their numbers. There the shortest of late counts, not the average: what makes
+steps longer that are alike is other work on the machine.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import NamedTuple
 
 LEAST = 16  # tokens: below, a step is hardly cheaper
 NEW = 0.2  # what a new step counts in the average
-STRETCH = 0.25  # of a step: what those who are in a hurry hardly feel
+FADE = 0.01  # by which a shortest step is forgotten with each one like it
+STRETCH = 0.15  # of a step: what those who are in a hurry hardly feel
 
 
 class Beside(NamedTuple):
@@ -27,7 +29,7 @@ class Beside(NamedTuple):
     reading: int
 
 
-NOTHING_KNOWN = Beside(None, 0)
+NOTHING_KNOWN = Beside(1, 0)
 
 
 class Pace:
@@ -37,7 +39,7 @@ class Pace:
         self.target_seconds = target_seconds
         self._generating: float | None = None  # seconds of a step that reads nothing
         self._each_read: float | None = None  # seconds for each token read beside that
-        self._by_number: dict[int, float] = {}  # seconds of a step that reads nothing, by how many generate in it
+        self._shortest: dict[int, float] = {}  # seconds of a step that reads nothing, by how many generate in it
 
     def __repr__(self) -> str:
         return f"<Pace {self._generating} s a step, {self._each_read} s for each token read>"
@@ -62,7 +64,7 @@ class Pace:
             self._each_read = _mixed(self._each_read, max(0.0, seconds - (self._generating or 0.0)) / read)
         elif generating:
             self._generating = _mixed(self._generating, seconds)
-            self._by_number[generating] = _mixed(self._by_number.get(generating), seconds)
+            self._shortest[generating] = min(seconds, (1 + FADE) * self._shortest.get(generating, seconds))
 
     def readable(self) -> int | None:
         """Tokens of prompts that fit the next step beside those who generate; None while nothing is known."""
@@ -73,11 +75,11 @@ class Pace:
 
     def beside(self) -> Beside:
         """What makes a step of few longer by STRETCH at most, generating and reading each."""
-        if len(self._by_number) < 2:
+        if len(self._shortest) < 2:
             return NOTHING_KNOWN
-        few, many = min(self._by_number), max(self._by_number)
-        room = STRETCH * self._by_number[few]
-        each = (self._by_number[many] - self._by_number[few]) / (many - few)
+        few, many = min(self._shortest), max(self._shortest)
+        room = STRETCH * self._shortest[few]
+        each = (self._shortest[many] - self._shortest[few]) / (many - few)
         reading = int(room / self._each_read) if self._each_read else 0
         return Beside(max(1, int(room / each)) if each > 0 else None, reading if reading >= LEAST else 0)
 

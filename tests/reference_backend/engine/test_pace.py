@@ -55,12 +55,12 @@ def test_new_steps_count_and_old_ones_fade():
     [
         ([], NOTHING_KNOWN),
         ([(0.02, 0, 4)], NOTHING_KNOWN),
-        ([(0.02, 0, 1), (0.034, 0, 8)], Beside(2, 0)),  # 5 ms to spare, 2 ms for each; nothing was read yet
+        ([(0.02, 0, 1), (0.027, 0, 8)], Beside(3, 0)),  # 3 ms to spare, 1 ms for each; nothing was read yet
         ([(0.02, 0, 2), (0.02, 0, 8)], Beside(None, 0)),  # a device on which more cost nothing
         ([(0.02, 0, 1), (0.16, 0, 8)], Beside(1, 0)),  # one more always goes on
-        ([(0.02, 0, 1), (0.034, 0, 8), (0.0427, 100, 8)], Beside(2, 25)),  # 0.2 ms for each token read
-        ([(0.02, 0, 1), (0.034, 0, 8), (0.064, 100, 8)], Beside(2, 0)),  # fewer than LEAST are not worth it
-        ([(0.02, 0, 1), (0.034, 0, 8), (0.5, 0, 0)], Beside(2, 0)),  # a turn without work teaches nothing
+        ([(0.02, 0, 1), (0.027, 0, 8), (0.0313, 100, 8)], Beside(3, 30)),  # 0.1 ms for each token read
+        ([(0.02, 0, 1), (0.027, 0, 8), (0.0414, 100, 8)], Beside(3, 0)),  # fewer than LEAST are not worth it
+        ([(0.02, 0, 1), (0.027, 0, 8), (0.5, 0, 0)], Beside(3, 0)),  # a turn without work teaches nothing
     ],
 )
 def test_beside_those_in_a_hurry_is_room_for_what_stretches_a_step_a_little(steps, beside):
