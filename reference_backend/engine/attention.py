@@ -124,7 +124,7 @@ class Group:
         sequences, queries = positions.shape
         keys = torch.arange(table.shape[1] * block_size, device=table.device)
         hidden = keys > positions[:, :, None]
-        mask = torch.zeros(hidden.shape, dtype=dtype, device=table.device).masked_fill_(hidden, -torch.inf)
+        mask = torch.where(hidden, -torch.inf, torch.zeros((), dtype=dtype, device=table.device))
         if queries > 1:
             mask = mask[:, :, None].expand(-1, -1, shared, -1).flatten(1, 2)
         return cls(first, sequences, queries, table.flatten(), mask[:, None])
@@ -219,11 +219,12 @@ def attention_for(operations: Operations) -> Callable[[PagedCache, Tensor, Step,
 def _look(cache: PagedCache, group: Group, layer: int, q: Tensor) -> Tensor:
     rows = q[group.first : group.first + group.sequences * group.queries]
     _, heads, head_dim = rows.shape
-    pages = cache.gather(layer, group.table, group.sequences)
-    keys, values = pages.chunk(2, dim=1)
-    kv_heads = keys.shape[1]
+    keys, values = cache.gather(layer, group.table, group.sequences).chunk(2, dim=1)
+    shape = (group.sequences, group.queries, keys.shape[1], -1, head_dim)
     # [sequences, kv_heads, queries * shared, head_dim]
-    grouped = rows.view(group.sequences, group.queries, kv_heads, -1, head_dim).transpose(1, 2).flatten(2, 3)
+    one_each = group.queries == 1  # then nothing has to change places
+    grouped = rows.view(shape[0], *shape[2:]) if one_each else rows.view(shape).transpose(1, 2).flatten(2, 3)
     seen = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=group.mask)
-    shape = (group.sequences, kv_heads, group.queries, heads // kv_heads, head_dim)
-    return seen.reshape(shape).transpose(1, 2).reshape(-1, heads * head_dim)
+    if not one_each:
+        seen = seen.reshape(shape[0], shape[2], shape[1], -1, head_dim).transpose(1, 2)
+    return seen.reshape(-1, heads * head_dim)

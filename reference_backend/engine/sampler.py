@@ -173,7 +173,7 @@ class Sampler:
         for kind, is_filtered in ((rows.drawing, False), (rows.filtered, True)):
             if kind is not None:
                 tokens[kind] = self._nearest(best[kind] - scores[kind], rows.slots[kind], is_filtered=is_filtered)
-        return torch.where(best.isfinite(), tokens, -1)[:, 0]
+        return tokens.masked_fill_(best - best != 0, -1)[:, 0]  # infinities and NaN, in half the calls of `isfinite`
 
     def _nearest(self, distances: Tensor, slots: Tensor, *, is_filtered: bool) -> Tensor:
         temperature, farthest, top_p = self._floats[slots].split(1, dim=1)
