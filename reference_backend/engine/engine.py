@@ -20,7 +20,7 @@ from reference_backend.engine.grammar import Grammars
 from reference_backend.engine.graphs import Prepare
 from reference_backend.engine.kv_cache import BlockPool
 from reference_backend.engine.model import Llama
-from reference_backend.engine.pace import NEW, Pace
+from reference_backend.engine.pace import NEW, Pace, predicted_reading_end
 from reference_backend.engine.request import Delta, Load, Published, Sequence
 from reference_backend.engine.runner import Launched, Result, Runner
 from reference_backend.engine.scheduler import Scheduler, Work
@@ -162,12 +162,12 @@ class Engine:
 
     def turn(self, now: float) -> Published:
         """Take one step: every sequence that generates gets one token, and a piece of a prompt is read."""
-        self._take_in(now)
-        published = self._drop(now)
+        published = self._take_in(now) + self._drop(now)
         plan = self._plan = self.scheduler.schedule(now, self._pace.readable(), self._pace.beside())
-        for work in plan:
-            if work.is_new and not work.sequence.generated:
-                self._queue_seconds += NEW * (now - work.sequence.arrived_at - self._queue_seconds)
+        admitted = [work.sequence for work in plan if work.is_new and not work.sequence.generated]
+        for sequence in admitted:
+            self._queue_seconds += NEW * (now - sequence.arrived_at - self._queue_seconds)
+        self._pace.gave_slots(now, len(admitted), len(self.scheduler.queue))
         launched = self.runner.launch(plan) if plan else None
         if self._overlap:
             launched, self._unread = self._unread, launched
@@ -181,11 +181,23 @@ class Engine:
         read = sum(work.tokens for work in self._plan if not work.is_decode)
         self._pace.took(seconds, read, sum(work.is_decode for work in self._plan))
 
-    def _take_in(self, now: float) -> None:
+    def _take_in(self, now: float) -> Published:
+        """Those that have come wait from now on, but for those that would certainly be late: they are told so."""
+        hopeless: Published = []
         for sequence in self._arrived:
             sequence.arrived_at = now
-            self.scheduler.queue.push(sequence)
+            if sequence.deadline is not None and sequence.deadline < self._earliest(sequence, now):
+                sequence.is_over = True
+                hopeless.append((sequence, Delta(None, "deadline")))
+            else:
+                self.scheduler.queue.push(sequence)
         self._arrived.clear()
+        return hopeless
+
+    def _earliest(self, sequence: Sequence, now: float) -> float:
+        """When its first token can be expected at best."""
+        ahead = self.scheduler.ahead(sequence)
+        return predicted_reading_end(now, ahead, self._pace.reading_rate, self._pace.slot_seconds)
 
     def _drop(self, now: float) -> Published:
         """Take out what was aborted or is late, running or waiting. Only the late ones are told."""

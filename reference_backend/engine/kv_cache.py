@@ -19,6 +19,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable
 from hashlib import blake2b
+from itertools import takewhile
 
 from reference_backend.engine.request import Sequence
 
@@ -64,14 +65,13 @@ class BlockPool:
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
 
+    def unknown_tokens(self, sequence: Sequence) -> int:
+        """How much of a sequence would have to be computed if it came in now."""
+        return len(sequence.tokens) - self.block_size * len(self._known(sequence))
+
     def match(self, sequence: Sequence) -> list[int]:
         """Hold the cached blocks that the sequence begins with. Its last token is always left to be computed."""
-        found: list[int] = []
-        for name in self._names(sequence, (len(sequence.tokens) - 1) // self.block_size):
-            block = self._block_of.get(name)
-            if block is None:
-                break
-            found.append(block)
+        found = self._known(sequence)
         for block in found:
             self._free.pop(block, None)
             self._holders[block] += 1
@@ -115,6 +115,10 @@ class BlockPool:
         for block in blocks:
             self._unname(block)
         return [block for block in blocks if self._holders[block] == 1]
+
+    def _known(self, sequence: Sequence) -> list[int]:
+        names = self._names(sequence, (len(sequence.tokens) - 1) // self.block_size)
+        return [self._block_of[name] for name in takewhile(self._block_of.__contains__, names)]
 
     def _names(self, sequence: Sequence, count: int) -> list[bytes]:
         size = self.block_size

@@ -39,6 +39,8 @@ class Pace:
         self.target_seconds = target_seconds
         self._generating: float | None = None  # seconds of a step that reads nothing
         self._each_read: float | None = None  # seconds for each token read beside that
+        self.slot_seconds = 0.0  # between two requests that get a slot while others wait; 0.0 while nobody had to wait
+        self._given_at: float | None = None  # when one did, if somebody has been waiting since then
         self._shortest: dict[int, float] = {}  # seconds of a step that reads nothing, by how many generate in it
 
     def __repr__(self) -> str:
@@ -53,6 +55,16 @@ class Pace:
     def reading_rate(self) -> float:
         """Tokens of prompts a second; 0.0 while none were read."""
         return 1.0 / self._each_read if self._each_read else 0.0
+
+    def gave_slots(self, now: float, count: int, waiting: int) -> None:
+        """So many requests got a slot, and so many more wait for one."""
+        if count and self._given_at is not None:
+            seconds = (now - self._given_at) / count
+            self.slot_seconds = _mixed(self.slot_seconds or None, seconds)
+        if not waiting:
+            self._given_at = None
+        elif count:
+            self._given_at = now
 
     def longest_step_seconds(self, tokens: int) -> float:
         """A step that reads so many tokens; 0.0 while none was read."""
@@ -82,6 +94,25 @@ class Pace:
         each = (self._shortest[many] - self._shortest[few]) / (many - few)
         reading = int(room / self._each_read) if self._each_read else 0
         return Beside(max(1, int(room / each)) if each > 0 else None, reading if reading >= LEAST else 0)
+
+
+class Ahead(NamedTuple):
+    """What goes before a request that comes now, whoever else waits."""
+
+    requests: int  # that must get a slot, it included; 0 when there is one for it
+    tokens: int  # of prompts to be read, without its own
+    own_tokens: int
+
+
+def predicted_reading_end(now: float, ahead: Ahead, reading_rate: float, slot_seconds: float) -> float:
+    """When the prompt of a request will have been read, at the earliest that can be expected.
+
+    Prompts are read with so many tokens a second, and there is a slot for another request each so many seconds; what
+    is not known yet is 0.0, and takes no time.
+    """
+    if not reading_rate:
+        return now + ahead.requests * slot_seconds
+    return now + max(ahead.requests * slot_seconds, ahead.tokens / reading_rate) + ahead.own_tokens / reading_rate
 
 
 def _mixed(average: float | None, new: float) -> float:

@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 from reference_backend.admission import OUTPUT_WEIGHT, FairQueue
 from reference_backend.engine.kv_cache import BlockPool
-from reference_backend.engine.pace import NOTHING_KNOWN, Beside
+from reference_backend.engine.pace import NOTHING_KNOWN, Ahead, Beside
 from reference_backend.engine.request import Sequence
 
 QUANTUM = 32  # tokens: as long as a short answer
@@ -116,6 +116,21 @@ class Scheduler:
                 plan[sequence] = _work(sequence, count)
                 budget -= count
         return budget
+
+    def ahead(self, sequence: Sequence) -> Ahead:
+        """What certainly goes before a sequence that comes now: its tenant's own, of no worse class."""
+        waiting = [
+            each
+            for each in (*self.preempted, *self.queue)
+            if each.tenant == sequence.tenant and each.priority <= sequence.priority
+        ]
+        has_slot = not waiting and (self._free_slots or self._is_behind(sequence.tenant))
+        return Ahead(
+            requests=0 if has_slot else len(waiting) + 1,
+            tokens=sum(map(self.pool.unknown_tokens, waiting))
+            + sum(each.uncomputed for each in self.running if each.tenant == sequence.tenant and not each.is_primed),
+            own_tokens=self.pool.unknown_tokens(sequence),
+        )
 
     def commit(self, sequence: Sequence, token: int) -> None:
         """The token that was pending is known. Harmless for a sequence that is gone."""

@@ -340,6 +340,54 @@ def test_load_tells_how_fast_it_goes_and_what_is_left_to_do(engine):
     assert (subject.load().backlog_tokens, subject.load().queue_seconds) == (0, 0.0)
 
 
+def at_speed(subject):
+    """Have it read 16 tokens in 1.6 s."""
+    subject.submit(sequence(range(16), max_tokens=1))
+    subject.turn(0.0)
+    subject.took(1.6)
+
+
+def test_one_whose_prompt_cannot_be_read_in_time_is_told_at_once(engine):
+    subject = engine(context=128, step_tokens=16)
+    hopeless, possible = (sequence(range(20, 40), max_tokens=2, deadline=10.0 + left) for left in (1.9, 2.1))
+    subject.submit(sequence(range(16), max_tokens=1, deadline=0.1))
+    subject.turn(0.0)  # at first nothing is known, and nobody is refused
+    subject.took(1.6)
+    subject.submit(hopeless)
+    subject.submit(possible)
+    told = subject.turn(10.0)
+    assert told == [(hopeless, Delta(None, "deadline"))]
+    assert (hopeless.computed, possible.computed) == (0, 16)
+    assert len(run(subject)) == 2
+
+
+def test_what_is_cached_or_of_another_tenant_does_not_count_against_a_deadline(engine):
+    subject = engine(slots=2, context=128, step_tokens=16)
+    at_speed(subject)
+    flood = [sequence(range(40, 60), max_tokens=1, tenant="flood") for _ in range(6)]
+    known = sequence(range(17), max_tokens=1, deadline=10.5, tenant="light")
+    for each in (*flood, known, late := sequence(range(40, 60), max_tokens=1, deadline=12.0, tenant="flood")):
+        subject.submit(each)
+    told = subject.turn(10.0)
+    assert [each for each, delta in told if delta.finish == "deadline"] == [late]
+    subject.turn(10.1)
+    assert known.generated
+
+
+def test_who_must_wait_for_slots_longer_than_its_deadline_is_told_at_once(engine):
+    subject = engine(slots=1, context=128)
+    for number in range(4):
+        subject.submit(sequence([number], max_tokens=1))
+    for second in range(3):
+        subject.turn(float(second))
+    hopeless, possible = (sequence([9], max_tokens=1, deadline=3.0 + left) for left in (0.9, 2.1))
+    subject.submit(hopeless)
+    subject.submit(possible)
+    assert (hopeless, Delta(None, "deadline")) in subject.turn(3.0)
+    assert not possible.is_over
+    run(subject)
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 def test_an_aborted_sequence_stops_within_a_turn_and_is_not_heard_of_again(engine, overlap):
     subject = engine(slots=1, overlap=overlap)

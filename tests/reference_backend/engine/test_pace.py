@@ -2,7 +2,7 @@
 
 import pytest
 
-from reference_backend.engine.pace import LEAST, NOTHING_KNOWN, Beside, Pace
+from reference_backend.engine.pace import LEAST, NOTHING_KNOWN, Ahead, Beside, Pace, predicted_reading_end
 
 
 def test_nothing_is_known_at_first():
@@ -68,3 +68,36 @@ def test_beside_those_in_a_hurry_is_room_for_what_stretches_a_step_a_little(step
     for step in steps:
         pace.took(*step)
     assert pace.beside() == beside
+
+
+@pytest.mark.parametrize(
+    ("ahead", "rate", "slot_seconds", "seconds"),
+    [
+        (Ahead(0, 0, 500), 0.0, 0.0, 0.0),  # nothing is known: nothing is foreseen
+        (Ahead(3, 900, 500), 0.0, 0.0, 0.0),
+        (Ahead(0, 0, 500), 1000.0, 0.0, 0.5),
+        (Ahead(0, 0, 500), 1000.0, 9.0, 0.5),  # it need not wait for a slot
+        (Ahead(0, 700, 500), 1000.0, 0.0, 1.2),
+        (Ahead(3, 0, 500), 1000.0, 2.0, 6.5),
+        (Ahead(3, 700, 500), 1000.0, 2.0, 6.5),  # they are read while slots are waited for
+        (Ahead(1, 7000, 500), 1000.0, 2.0, 7.5),
+        (Ahead(2, 0, 500), 0.0, 3.0, 6.0),
+    ],
+)
+def test_when_a_prompt_will_have_been_read(ahead, rate, slot_seconds, seconds):
+    assert predicted_reading_end(100.0, ahead, rate, slot_seconds) == pytest.approx(100.0 + seconds)
+
+
+def test_how_often_there_is_a_slot_is_learnt_while_somebody_waits_for_one():
+    pace = Pace(0.1)
+    pace.gave_slots(1.0, 4, 0)
+    pace.gave_slots(5.0, 1, 3)  # nobody had waited
+    assert pace.slot_seconds == 0.0
+    pace.gave_slots(6.0, 0, 3)
+    pace.gave_slots(9.0, 2, 1)
+    assert pace.slot_seconds == 2.0
+    pace.gave_slots(10.0, 1, 0)
+    assert pace.slot_seconds == pytest.approx(1.8)
+    pace.gave_slots(60.0, 1, 5)
+    pace.gave_slots(62.0, 1, 5)
+    assert pace.slot_seconds == pytest.approx(1.84)
