@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from reference_backend.engine.grammar import fault, json_grammar
+from reference_backend.engine.grammar import TOO_DEEP, fault, json_grammar
 
 TRIAL_SECONDS = 0.25  # of the processor: as long as the engine may have to wait for the same grammar
 TRIAL_BYTES = 1 << 30  # of address space
@@ -66,7 +66,7 @@ class Clause(msgspec.Struct, frozen=True):
         try:
             return json_grammar(self.schema, is_strict=self.is_strict)
         except RecursionError as error:
-            raise Unfit(self.place, "it is nested too deep") from error
+            raise Unfit(self.place, TOO_DEEP) from error
 
 
 def clause_of(wanted: ResponseFormat | None) -> Clause | None:
@@ -143,6 +143,8 @@ def faults(task: _Task, rng: Random) -> Iterator[tuple[str, str]]:
     for clause in task.clauses:
         if (reason := fault(f"start: {clause.grammar}", rng)) is not None:
             yield clause.place, reason
+            if reason == TOO_DEEP:
+                return  # the place that is too deep would be a long one
             definitions = {key: clause.schema[key] for key in DEFINITIONS if key in clause.schema}
             yield from _closer(clause, definitions, reason, rng)
             return

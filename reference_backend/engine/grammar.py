@@ -37,7 +37,9 @@ LIMITS = LLParserLimits(
 FIRST_SECONDS, SECONDS_PER_TOKEN = 0.5, 0.002  # of the processor: what all steps of an answer may take together
 COMPILED = 32  # grammars that are kept: clients send the same few again and again
 TRIAL_STEPS = 256  # bytes of an answer that is made up to see whether it can be followed
+TOO_DEEP = "it is nested too deep"
 _LISTING = re.compile(r"\n +\d+ \| ")
+_UNREADABLE = re.compile(r'failed to parse "%json": (.+) at line \d+ column \d+')
 
 
 class Matched:
@@ -134,4 +136,6 @@ def _reason(error: str) -> str:
     """What llguidance says, in one line, without the listing of our grammar."""
     said = _LISTING.split(error.removesuffix("<non-verbose/>"))[0].partition(" while processing json-schema:")[0]
     reason = " ".join(said.rpartition("failed to compile JSON schema: ")[2].split())
+    if unreadable := _UNREADABLE.fullmatch(reason):
+        return TOO_DEEP if unreadable[1] == "recursion limit exceeded" else unreadable[1]
     return "nothing can satisfy it" if reason.startswith("NoExtension") else reason

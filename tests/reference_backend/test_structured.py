@@ -12,9 +12,16 @@ from reference_backend.tools import QWEN, Function, call_grammar, schema_of
 
 BAD = {"type": "strnig"}
 WRONG = "Invalid type: strnig"
-TOO_DEEP = {}
-for _ in range(2000):
-    TOO_DEEP = {"items": TOO_DEEP}
+
+
+def nested(depth):
+    schema = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
+TOO_DEEP = nested(2000)
 
 
 def clause(schema, *, place="schema", is_strict=False):
@@ -66,6 +73,17 @@ def test_what_is_wrong_is_found_where_it_is(schema, place):
     found = list(faults(task(clause(schema)), Random(0)))
     assert [reason for _, reason in found] == [WRONG] * len(found)
     assert (found[-1][0] if found else None) == place
+
+
+@pytest.mark.parametrize(
+    ("schema", "told"),
+    [
+        (nested(200), ("schema", "it is nested too deep")),
+        ({"properties": {"a": {"minimum": 10**400}}}, ("schema.properties.a", "number out of range")),
+    ],
+)
+def test_what_our_own_notation_cannot_hold_is_told_in_words_of_the_client(schema, told):
+    assert list(faults(task(clause(schema)), Random(0)))[-1] == told
 
 
 def test_the_first_clause_that_is_wrong_is_told():
