@@ -4,9 +4,10 @@
     python -m benchmarks.gpu --dry                      # on a CPU, tiny, kernels interpreted: it runs through
 
 First what the device can do at all (reading, copying, multiplying), then our kernels, then whole engines with random
-weights: batches of 1, 8, 64 and 256; reading prompts; the 256 requests of nano-vllm's bench; a shared beginning; gaps
-between tokens while long prompts arrive. Each figure stands beside its share of what the first part found. No tokenizer
-and no HTTP: `weir bench backend` measures the server.
+weights: batches of 1, 8, 32, 64 and 256; reading prompts, known ones too; the 256 requests of nano-vllm's bench; long
+answers; a shared beginning; gaps between tokens while long prompts arrive. Each figure stands beside its share of what
+the first part found. Last the server, on weights that it reads from a file: how long until it is ready, the first token
+over HTTP, and 64 streams beside the same in the engine. It has `tiny`'s tokenizer and so a vocabulary of its size.
 
 Weights are normal numbers, never zeros: zeros draw less power and give figures that no model reaches.
 """
@@ -14,24 +15,31 @@ Weights are normal numbers, never zeros: zeros draw less power and give figures 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
+import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from random import Random
 
 import torch
+from safetensors.torch import save_file
 
+import reference_backend
 from benchmarks import report
+from benchmarks.figures import Round
+from benchmarks.model_server import load, posted, round_of, serving
+from reference_backend.engine.config import read_config
 from reference_backend.engine.engine import Engine, Settings
 from reference_backend.engine.graphs import recording
-from reference_backend.engine.model import Llama, load_model
+from reference_backend.engine.model import Llama, RandomWeights, load_model
 from reference_backend.engine.operations import Fused
 from reference_backend.engine.request import Sampling, Sequence
 from reference_backend.engine.service import bytes_per_token, device_seconds
@@ -47,7 +55,7 @@ QWEN3_06B = {
     "max_position_embeddings": 40_960, "rope_theta": 1_000_000.0, "tie_word_embeddings": True,
 }  # fmt: skip
 TINY = {
-    "architectures": ["Qwen3ForCausalLM"], "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48,
+    "architectures": ["Qwen3ForCausalLM"], "vocab_size": 1024, "hidden_size": 32, "intermediate_size": 48,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
     "max_position_embeddings": 256,
 }  # fmt: skip
@@ -69,15 +77,18 @@ class Scale:
     products: tuple[tuple[int, int], ...]  # out, in
     divisor: int  # of nano-vllm's requests and their lengths
     repeats: int
+    long_answer: int  # tokens
+    seconds: float  # of each load on the server
 
 
 REAL = Scale(
-    torch.device("cuda"), torch.bfloat16, {"qwen3-0.6b": QWEN3_06B, "llama-8b": LLAMA_8B}, (1, 8, 64, 256), 256, 1000,
-    8 << 30, 8192, ((1, 4096), (8, 4096), (64, 4096), (256, 1024)),
-    ((6144, 4096), (4096, 4096), (28_672, 4096), (4096, 14_336), (4096, 1024), (1024, 3072)), 1, 5,
+    torch.device("cuda"), torch.bfloat16, {"qwen3-0.6b": QWEN3_06B, "llama-8b": LLAMA_8B}, (1, 8, 32, 64, 256),
+    256, 1000, 8 << 30, 8192, ((1, 4096), (8, 4096), (64, 4096), (256, 1024)),
+    ((6144, 4096), (4096, 4096), (28_672, 4096), (4096, 14_336), (4096, 1024), (1024, 3072)), 1, 5, 8192, 10.0,
 )  # fmt: skip
 DRY = Scale(
     torch.device("cpu"), torch.float32, {"tiny": TINY}, (1, 3), 4, 20, 1 << 16, 32, ((2, 40),), ((32, 64),), 32, 1,
+    16, 0.5,
 )  # fmt: skip
 
 
@@ -159,9 +170,14 @@ def model_of(scale: Scale, shape: str, quantize: str | None) -> Llama:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(scale.shapes[shape]))
         model = load_model(Path(folder), scale.device, scale.dtype, quantize=quantize, dummy=True)
+    quicken(model)
+    return model
+
+
+def quicken(model: Llama) -> None:
+    """Choose the faster products, as the worker does."""
     if isinstance(model.operations, Fused):
         model.operations.choose(model.linears, device_seconds)
-    return model
 
 
 def engine_of(model: Llama, *, slots: int, context: int, cache_tokens: int | None = None) -> Engine:
@@ -227,7 +243,14 @@ def decoding(scale: Scale, model: Llama, best_gb_s: float) -> list[dict[str, flo
         alone = 0.0
         if step is not None and model.device.type == "cuda":
             alone = seconds(scale, partial(step.take, step._slots))  # of nobody: the cache is not read
-        line = {"batch": batch, "tokens_s": rate, "lowest": min(rates), "highest": max(rates), "roof": roof}
+        line = {
+            "batch": batch,
+            "tokens_s": rate,
+            "gain": rate / (found[0]["tokens_s"] if found else rate),
+            "lowest": min(rates),
+            "highest": max(rates),
+            "roof": roof,
+        }
         found.append(line | {"share": rate / roof, "idle_at_most": max(0.0, 1 - alone * rate / batch)})
     return found
 
@@ -237,13 +260,12 @@ def reading(scale: Scale, model: Llama, tflop_s: float) -> list[dict[str, float]
     found = []
     for prompt in (scale.prompt, 2 * scale.prompt, 8 * scale.prompt):
         engine = engine_of(model, slots=1, context=prompt + 1)
-        rng = Random(prompt)
-        took = [run(engine, [request(rng, model, prompt, 1)])[0] for _ in range(1 + scale.repeats)][1:]
-        first = statistics.median(took)
+        asked = [request(Random(prompt + number), model, prompt, 1) for number in range(1 + scale.repeats)]
+        first = statistics.median([run(engine, [each])[0] for each in asked][1:])
+        again = run(engine, [Sequence(asked[-1].prompt, asked[-1].sampling)])[0]
         flop = 2 * sum(each.matrix.numel() for each in model.linears) * prompt
-        found.append(
-            {"prompt": prompt, "seconds": first, "tokens_s": prompt / first, "share": flop / first / tflop_s / 1e12}
-        )
+        line = {"prompt": prompt, "seconds": first, "tokens_s": prompt / first, "known_seconds": again}
+        found.append(line | {"share": flop / first / tflop_s / 1e12})
     return found
 
 
@@ -270,6 +292,73 @@ def nano(scale: Scale, model: Llama) -> dict[str, float]:
     return {
         "requests": len(asked), "read": sum(len(each.prompt) for each in asked), "generated": len(came),
         "seconds": took, "tokens_s": len(came) / took,
+    }  # fmt: skip
+
+
+def long_answers(scale: Scale, model: Llama) -> dict[str, float]:
+    """Hugging Face's bench of continuous batching: 32 sequences of 8,192 tokens each, as seconds in all."""
+    count = min(32, max(scale.batches))
+    engine = engine_of(model, slots=count, context=scale.long_answer + 16)
+    took, came = run(engine, [request(Random(number), model, 16, scale.long_answer) for number in range(count)])
+    return {"sequences": count, "tokens": scale.long_answer, "seconds": took, "tokens_s": len(came) / took}
+
+
+def written(scale: Scale, shape: str, folder: Path) -> Path:
+    """A model directory: weights of a shape in one file each layer or so, with the tokenizer of `tiny`."""
+    raw = scale.shapes[shape] | {"vocab_size": 1024}
+    tiny = Path(reference_backend.__file__).parent / "models" / "tiny"
+    directory = folder / shape
+    directory.mkdir()
+    for path in tiny.iterdir():
+        if path.name.startswith(("tokenizer", "chat_template")):
+            shutil.copy(path, directory)
+    (directory / "config.json").write_text(json.dumps(raw))
+    config = read_config(directory)
+    weights, places = RandomWeights(config, scale.device, scale.dtype), {}
+    for name, group in groupby(weights, lambda each: each.removeprefix("model.layers.").partition(".")[0]):
+        file = f"model-{name}.safetensors"
+        part = {each: weights[each].cpu() for each in group}
+        save_file(part, directory / file)
+        places |= dict.fromkeys(part, file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return directory
+
+
+def completions(model: str, prompt: int, tokens: int) -> Iterator[bytes]:
+    """Requests with prompts of so many digits, which are tokens, that nobody has asked before."""
+    rng = Random(prompt)
+    while True:
+        text = "".join(rng.choices("0123456789", k=prompt))
+        asked = {"model": model, "prompt": text, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        yield posted("/v1/completions", json.dumps(asked | {"stream": True}).encode())
+
+
+def server(scale: Scale, shape: str) -> dict[str, float]:
+    """The server beside its engine: start, first token, and tokens per second of many streams at once."""
+    streams, tokens = min(64, max(scale.batches)), max(8, scale.tokens // 2)
+    with tempfile.TemporaryDirectory() as name, asyncio.Runner() as runner:
+        directory = written(scale, shape, Path(name))
+        model = load_model(directory, scale.device, scale.dtype)
+        quicken(model)
+        engine = engine_of(model, slots=streams, context=60 + tokens)
+        requests = [[request(Random(n), model, 60, tokens) for n in range(part, 4 * streams, 2)] for part in range(2)]
+        took, came = [run(engine, each) for each in requests][1]
+        del engine, model
+        torch.cuda.empty_cache()
+        began = time.perf_counter()
+        with serving(str(directory), Path(name), streams, ready_seconds=600) as (process, port):
+            ready = time.perf_counter() - began
+
+            def loaded(count: int, prompt: int, tokens: int) -> Round:
+                asks = completions(directory.name, prompt, tokens)
+                return round_of(*runner.run(load(process, port, count, scale.seconds, asks)), tokens)
+
+            first = loaded(1, scale.prompt, 2)["first_p50_ms"]
+            rate = loaded(streams, 60, tokens)["tokens_per_second"]
+    alone = len(came) / took
+    return {
+        "ready_seconds": ready, "first_ms": first, "streams": streams, "tokens_s": rate, "engine_tokens_s": alone,
+        "share": rate / alone,
     }  # fmt: skip
 
 
@@ -325,12 +414,15 @@ def measure(scale: Scale, told: Callable[[str, object], None]) -> None:
             model = model_of(scale, shape, quantize)
             name = f"{shape} {quantize or 'plain'}"
             told(f"{name}: decoding", decoding(scale, model, best["read_gb_s"]))
-            if quantize is None:
+            if quantize != "int8":
                 told(f"{name}: reading", reading(scale, model, best["gemm_tflop_s"]))
+            if quantize is None:
                 told(f"{name}: nano-vllm's bench", nano(scale, model))
                 told(f"{name}: shared beginning", prefix(scale, model))
+                told(f"{name}: long answers", long_answers(scale, model))
                 told(f"{name}: gaps", gaps(scale, model))
             del model
+        told(f"{shape}: server", server(scale, shape))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -16,6 +16,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -132,8 +133,21 @@ def measure(
     model: str, folder: Path, streams: tuple[int, ...], rounds: int, seconds: float
 ) -> Iterator[tuple[int, Round]]:
     """Each round as soon as it is over: how many streams, and its figures. Raises Failed."""
+    with serving(model, folder, max(streams)) as (server, port):
+        asks = requests(Path(model).resolve().name if Path(model).is_dir() else model)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            for _ in range(rounds):
+                for count in streams:
+                    yield count, round_of(*runner.run(load(server, port, count, seconds, asks)))
+
+
+@contextmanager
+def serving(
+    model: str, folder: Path, running: int, *, ready_seconds: float = READY_SECONDS
+) -> Iterator[tuple[Process, int]]:
+    """The backend, ready, and its port. Raises Failed."""
     [port] = free_ports(1)
-    options = ["--model", model, "--port", str(port), "--max-running", str(max(streams)), "--max-waiting", "8"]
+    options = ["--model", model, "--port", str(port), "--max-running", str(running), "--max-waiting", "8"]
     root = Path(__file__).parent.parent
     server = Process(
         "the backend",
@@ -143,12 +157,8 @@ def measure(
         env={"PYTHONPATH": str(root)},
     )
     try:
-        wait_healthy(f"http://{HOST}:{port}/health", READY_SECONDS)
-        asks = requests(Path(model).resolve().name if Path(model).is_dir() else model)
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            for _ in range(rounds):
-                for count in streams:
-                    yield count, round_of(*runner.run(load(server, port, count, seconds, asks)))
+        wait_healthy(f"http://{HOST}:{port}/health", ready_seconds)
+        yield server, port
     finally:
         server.end()
 

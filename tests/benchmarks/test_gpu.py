@@ -29,7 +29,9 @@ def test_a_dry_run_goes_through(tmp_path):
         assert [each["batch"] for each in figures[f"tiny {kind}: decoding"]] == [1, 3]
     assert figures["tiny plain: nano-vllm's bench"]["requests"] == 8
     assert figures["tiny plain: shared beginning"]["hits"] > 0.4
-    assert {"reading", "gaps"} < {name.rpartition(": ")[2] for name in figures}
+    assert {"reading", "gaps", "long answers", "server"} < {name.rpartition(": ")[2] for name in figures}
+    assert figures["tiny: server"]["streams"] == 3
+    assert figures["tiny: server"]["tokens_s"] > 0
     assert all(math.isfinite(number) and number >= 0 for number in numbers(figures))
 
 
