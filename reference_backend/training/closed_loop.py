@@ -22,7 +22,7 @@ from reference_backend.protocol import PICTURE
 from reference_backend.repository import Card
 from reference_backend.tokenizer import Message, Tokenizer
 from reference_backend.training.examine import Question, answers
-from reference_backend.training.pictures import KINDS, Painter, Scene, caption
+from reference_backend.training.pictures import KINDS, TOLD_APART, Painter, Scene, caption
 
 SEED = 11
 EXAMINED = 300
@@ -40,7 +40,7 @@ async def paint(directory: Path, scenes: list[Scene]) -> list[bytes]:
 
 def loop(painter: Path, seer: Path, count: int) -> list[tuple[str, str]]:
     """What was asked for and what is seen, for so many pictures of one shape."""
-    drawn = Painter(Random(SEED), training=False)  # noqa: S311  pictures, not secrets
+    drawn = Painter(Random(SEED), training=False, kinds=TOLD_APART)  # noqa: S311  pictures, not secrets
     scenes = [drawn.scene(1) for _ in range(count)]
     pictures = asyncio.run(paint(painter, scenes))
     asked = [

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,6 +228,7 @@ ONSETS = (
 )  # fmt: skip
 NUCLEI = ("a", "e", "i", "o", "u", "ai", "ea")
 CODAS = ("", "", "n", "r", "l", "s", "m", "k")
+TORN = sorted({word for answer in GLOSSARY.values() for word in re.findall("[a-z]{4,}", answer)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,15 +261,15 @@ class Generator:
             "small talk": self.small_talk,
         }
 
-    def conversation(self, turns: int) -> list[Exchange]:
-        """`turns` exchanges; a name that was told stays told, and is asked for more often than by chance."""
+    def conversation(self, turns: int, *, told: float = 0.14, asked: float = 0.25) -> list[Exchange]:
+        """`turns` exchanges. A share of `told` of them tells a name, which stays told and is `asked` for later."""
         name: str | None = None
         exchanges: list[Exchange] = []
         while len(exchanges) < turns:
-            if self.random.random() < 0.14:
+            if self.random.random() < told:
                 name = self._name()
                 exchanges.append(self._tell_name(name))
-            elif self.random.random() < (0.25 if name else 0.03):
+            elif self.random.random() < (asked if name else 0.03):
                 exchanges.append(self.ask_name(name))
             else:
                 exchanges.append(self._any()())
@@ -323,7 +325,14 @@ class Generator:
         return Exchange("repeat", self._template(REPEAT_TEMPLATES, 1).format(words), words)
 
     def _name(self) -> str:
+        is_wild = self.training and self.sees and self.random.random() < 0.5
+
         def name() -> str:
+            if is_wild:  # torn pieces of other words: what cannot be guessed has to be copied
+                words = self.random.choices(TORN, k=self.random.randrange(2, 4))
+                starts = [self.random.randrange(len(word) - 2) for word in words]
+                torn = [word[at : at + self.random.randrange(2, 5)] for word, at in zip(words, starts, strict=True)]
+                return "".join(torn).capitalize()
             syllables = self.random.randrange(2, 4)
             parts = (self.random.choice(ONSETS) + self.random.choice(NUCLEI) for _ in range(syllables))
             return ("".join(parts) + self.random.choice(CODAS)).capitalize()

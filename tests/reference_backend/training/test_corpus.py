@@ -1,5 +1,7 @@
 """The generator of text: the same for everyone, right in itself, and with its two sides apart."""
 
+import re
+
 import pytest
 
 from reference_backend.training import corpus
@@ -24,6 +26,27 @@ def test_no_question_of_the_examination_is_met_in_training(task):
     assert learnt
     assert asked
     assert not learnt & asked
+
+
+def test_a_model_that_sees_learns_names_that_are_no_words_and_is_examined_on_the_usual_ones():
+    def names(*, sees, training):
+        generator = Generator(5, training=training, sees=sees)
+        return [generator.memory()[0].answer.removeprefix("Nice to meet you, ").rstrip(".") for _ in range(300)]
+
+    def unspeakable(names):
+        return sum(bool(re.search("[bcdfghjklmnpqrstvwxyz]{3}", name.lower())) for name in names)
+
+    assert names(sees=True, training=False) == names(sees=False, training=False)
+    assert unspeakable(names(sees=False, training=True)) == unspeakable(names(sees=True, training=False)) == 0
+    assert unspeakable(names(sees=True, training=True)) > 30
+
+
+def test_names_come_up_as_often_as_they_are_wanted():
+    def share(**how):
+        exchanges = Generator(5, training=True).conversation(1000, **how)
+        return sum(exchange.task == "memory" for exchange in exchanges) / len(exchanges)
+
+    assert share(told=0.0, asked=1.0) < 0.06 < 0.25 < share() < 0.45 < share(told=0.3, asked=0.5)
 
 
 def test_numbers_names_and_words_are_held_out_by_content():

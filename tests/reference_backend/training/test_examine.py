@@ -46,34 +46,44 @@ def test_the_card_claims_nine_in_ten_for_each_task():
 
 SEEING = DIRECTORY.parent / "tiny-vlm"
 SEEING_CARD = (SEEING / "MODEL_CARD.md").read_text()
-SAMPLE = 20  # questions of each task
+CLAIM = re.compile(r"^\| ([a-z ]+?) \| ([\d.]+)% \| ([\d.]+)% \| (\d+) of (\d+) \|$", re.MULTILINE)
+AIMED_AT = {  # per cent, of version 2
+    "glossary": 95, "sum": 98, "memory": 95, "unknown": 90, "small talk": 100, "caption": 97, "question": 97,
+    "no picture": 90, "all": 95,
+}  # fmt: skip
+SAMPLE = 20  # of the questions of each task that the card is about
 
 
 @pytest.mark.slow
 def test_of_the_models_that_see_the_newer_one_is_as_good_as_its_card_says_and_the_older_one_is_not():
-    shares = {}
+    scores = {}
     for version in ("1", "2"):
         directory = SEEING / version
-        scores = examine(load_model(directory, torch.device("cpu")), Tokenizer(directory), SAMPLE)
-        shares[version] = {score.task: score.right / score.asked for score in scores}
-    assert set(shares["2"]) == {*TASKS, *PICTURE_TASKS}
-    claimed = {task: float(second) / 100 for task, _, second in CLAIM.findall(SEEING_CARD)}
-    low = {
-        task: share for task, share in shares["2"].items() if share < claimed[task] - 0.15
-    }  # a sample may be unlucky
-    assert not low, (low, claimed)
-    assert sum(shares["1"].values()) < sum(shares["2"].values())
+        scores[version] = examine(load_model(directory, torch.device("cpu")), Tokenizer(directory), SAMPLE)
+    assert {score.task for score in scores["2"]} == {*TASKS, *PICTURE_TASKS}
+    low = [score for score in scores["2"] if score.asked - score.right > 2]
+    assert not low, low
+    older, newer = (sum(score.right for score in scores[version]) for version in ("1", "2"))
+    assert older < newer
 
 
-CLAIM = re.compile(r"^\| ([a-z ]+?) \| ([\d.]+)% \| ([\d.]+)% \|", re.MULTILINE)
+def test_the_card_of_the_models_that_see_claims_what_was_aimed_at():
+    claims = {task: (older, newer) for task, older, newer, _, _ in CLAIM.findall(SEEING_CARD)}
+    missed = {task: claims[task] for task, share in AIMED_AT.items() if float(claims[task][1]) < share}
+    assert set(claims) == set(AIMED_AT)
+    assert not missed, missed
+    assert float(claims["all"][0]) < float(claims["all"][1])
 
 
-def test_the_card_of_the_models_that_see_names_their_weights_and_every_task():
+def test_the_card_of_the_models_that_see_adds_up_and_names_their_weights():
+    rows = {task: (newer, int(right), int(asked)) for task, _, newer, right, asked in CLAIM.findall(SEEING_CARD)}
+    assert all(share == f"{100 * right / asked:.1f}" for share, right, asked in rows.values())
+    for column in (1, 2):
+        assert rows["all"][column] == sum(row[column] for task, row in rows.items() if task != "all")
     for version in ("1", "2"):
         for name in ("model", "vision"):
             path = SEEING / version / f"{name}.safetensors"
             assert f"`{version}/{path.name}` `{hashlib.sha256(path.read_bytes()).hexdigest()}`" in SEEING_CARD
-    assert {task for task, _, _ in CLAIM.findall(SEEING_CARD)} == {*TASKS, *PICTURE_TASKS, "all"}
 
 
 def test_questions_about_pictures_have_one_but_for_those_without():
@@ -93,6 +103,7 @@ def test_the_model_is_as_small_as_it_should_be():
 def test_the_examination_is_always_the_same_and_never_asks_twice():
     asked = questions(30)
     assert asked == questions(30)
+    assert asked != questions(30, seed=1)
     for task in TASKS:
         mine = [(q.messages[-1].content, q.expected) for q in asked if q.task == task]
         assert len(mine) == len(set(mine)) <= 30

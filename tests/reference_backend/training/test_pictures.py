@@ -8,7 +8,16 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
 
 from reference_backend.training.corpus import is_held_out  # noqa: E402
-from reference_backend.training.pictures import COLOURS, KINDS, PLACES, SIZES, Painter, Shape, caption  # noqa: E402
+from reference_backend.training.pictures import (  # noqa: E402
+    COLOURS,
+    KINDS,
+    PLACES,
+    SIZES,
+    TOLD_APART,
+    Painter,
+    Shape,
+    caption,
+)
 
 RED_CIRCLE = Shape("big", "red", "circle", "at the top left")
 BLUE_CROSS = Shape("small", "blue", "cross", "in the centre")
@@ -89,6 +98,12 @@ def test_small_is_smaller_than_big():
         )
 
     assert pixels("small") < pixels("big") / 2
+
+
+def test_kinds_can_be_left_out():
+    mine = Painter(random.Random(3), training=True, kinds=TOLD_APART)
+    assert {shape.kind for _ in range(50) for shape in mine.scene(2)} == set(TOLD_APART) < set(KINDS)
+    assert not any("circle" in mine.blind().question for _ in range(50))
 
 
 def test_without_a_picture_the_answer_is_that_there_is_none():

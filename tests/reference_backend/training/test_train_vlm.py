@@ -59,13 +59,13 @@ def test_an_eye_learns_what_is_where(small):
 
 def test_what_lies_in_the_pieces():
     shapes = (
-        Shape("small", "red", "circle", "at the top left"),
+        Shape("small", "red", "square", "at the top left"),
         Shape("big", "blue", "cross", "in the centre"),
     )
-    circle, cross, nothing, unclear = [0, 0, 0, 0], [1, 2, 3, 2], [-100, -100, -100, 5], [-100] * 4
+    square, cross, nothing, unclear = [0, 0, 0, 0], [1, 2, 2, 2], [-100, -100, -100, 5], [-100] * 4
     assert train_vlm._truth(shapes) == [
-        circle, circle, nothing, nothing,
-        circle, unclear, cross, nothing,
+        square, square, nothing, nothing,
+        square, unclear, cross, nothing,
         nothing, cross, cross, nothing,
         nothing, nothing, nothing, nothing,
     ]  # fmt: skip
