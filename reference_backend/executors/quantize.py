@@ -3,19 +3,20 @@
 The 8-bit forms are torchao's. torch.ao.quantization.quantize_dynamic, which many pages still name, is not used: torch
 calls it deprecated and points to torchao, and its kernels are for CPUs alone.
 
-Pruning is structured: whole inner channels of a pair of layers go, so that what is left is a smaller model of the same
-kind, faster everywhere, and needs a short distillation from the whole one. 2:4 sparsity keeps the shape, and two of
-each four weights; only GPUs from Ampere on have instructions for it, elsewhere it costs accuracy and gains nothing.
+Pruning is structured: whole channels between two layers go, or heads of attention, so that what is left is a smaller
+model of the same kind, faster everywhere, and needs a short distillation from the whole one. 2:4 sparsity keeps the
+shape, and two of each four weights; only GPUs from Ampere on have instructions for it, elsewhere it costs accuracy and
+gains nothing.
 
 Sources: LLM.int8() (arXiv 2208.07339) for scales per row; FP8 formats (2209.05433); 2:4 (2104.08378); channels by
-weight and activation as in Wanda (2306.11695), summed over a channel.
+weight and activation as in Wanda (2306.11695), summed over a channel or a head.
 """
 
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,19 @@ from torchao.quantization import (
 )
 
 Run = Callable[[nn.Module], object]  # has a model compute on samples
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two layers, by name, and what is between them: groups of `width` channels (a head, or one channel alone).
+
+    The first one gives each group `parts` times: three where it makes queries, keys and values.
+    """
+
+    first: str
+    second: str
+    width: int = 1
+    parts: int = 1
 
 
 def bfloat16(model: nn.Module) -> nn.Module:
@@ -66,20 +80,22 @@ def two_of_four(model: nn.Module) -> nn.Module:
     return model
 
 
-def pruned(model: nn.Module, pairs: Sequence[tuple[str, str]], share: float, run: Run) -> nn.Module:
-    """Of each pair of layers, named in `pairs`, only this share of the channels between them.
+def pruned(model: nn.Module, pairs: Sequence[Pair], share: float, run: Run) -> nn.Module:
+    """Of each pair of layers only this share of the groups between them.
 
     Those are kept whose weights in the second layer, times what comes into it when `run` runs, are largest.
     """
     norms = {name: seen.flatten(0, -2).norm(dim=0) for name, seen in inputs(model, run)}
     model = copy.deepcopy(model)
-    for first_name, second_name in pairs:
-        first, second = (operator.attrgetter(name)(model) for name in (first_name, second_name))
-        score = norms[second_name] * second.weight.norm(dim=0)
-        kept = score.topk(round(share * len(score))).indices.sort().values
-        first.weight, first.bias = _fixed(first.weight[kept]), _fixed(first.bias[kept])
+    for pair in pairs:
+        first, second = model.get_submodule(pair.first), model.get_submodule(pair.second)
+        groups = torch.arange(second.in_features).view(-1, pair.width)
+        score = (norms[pair.second] * second.weight.norm(dim=0))[groups].sum(-1)
+        kept = groups[score.topk(round(share * len(score))).indices.sort().values].flatten()
+        given = torch.cat([kept + part * second.in_features for part in range(pair.parts)])
+        first.weight, first.bias = _fixed(first.weight[given]), _fixed(first.bias[given])
         second.weight = _fixed(second.weight[:, kept])
-        first.out_features = second.in_features = len(kept)
+        first.out_features, second.in_features = len(given), len(kept)
     return model
 
 

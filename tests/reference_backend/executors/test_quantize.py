@@ -9,9 +9,10 @@ pytest.importorskip("torchao", reason="torchao is not installed (pip install 'we
 
 from reference_backend.executors import quantize  # noqa: E402
 from reference_backend.executors.bert import Bert, BertConfig  # noqa: E402
+from reference_backend.executors.quantize import Pair  # noqa: E402
 
 torch.set_num_threads(1)
-PAIRS = [("0", "2")]
+PAIRS = [Pair("0", "2")]
 
 
 @pytest.fixture
@@ -97,13 +98,21 @@ def test_an_encoder_of_packed_texts_can_be_made_narrower():
     torch.manual_seed(1)
     bert = Bert(BertConfig(64, 32, 64, 2, 4, 32, 2, 1e-12)).eval().requires_grad_(requires_grad=False)
     tokens, lengths = torch.randint(0, 64, (20,)), [12, 8]
-    pairs = [(f"layers.{index}.up", f"layers.{index}.down") for index in range(2)]
+    channels = [Pair(f"layers.{index}.up", f"layers.{index}.down") for index in range(2)]
+    heads = [Pair(f"layers.{index}.qkv", f"layers.{index}.out", width=8, parts=3) for index in range(2)]
 
     def run(model):
         model(tokens, lengths)
 
     for form in (
         quantize.bfloat16(bert), quantize.int8_dynamic(bert), quantize.int8_static(bert, run), quantize.fp8(bert),
-        quantize.two_of_four(bert), quantize.pruned(bert, pairs, 0.75, run),
+        quantize.two_of_four(bert), quantize.pruned(bert, channels + heads, 0.75, run),
     ):  # fmt: skip
         assert torch.isfinite(form(tokens, lengths).float()).all()
+
+    for layer, idle in zip(bert.layers, (1, 3), strict=True):
+        layer.out.weight[:, 8 * idle : 8 * idle + 8] *= 1e-9  # this head says next to nothing
+    fewer = quantize.pruned(bert, heads, 0.75, run)
+    assert [(layer.qkv.out_features, layer.out.in_features) for layer in fewer.layers] == [(72, 24)] * 2
+    torch.testing.assert_close(fewer(tokens, lengths), bert(tokens, lengths))
+    assert torch.equal(fewer.layers[0].qkv.weight[24:32], bert.layers[0].qkv.weight[32:40])  # keys of the first head
