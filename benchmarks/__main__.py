@@ -22,7 +22,7 @@ from rich.console import Console
 from benchmarks import beside as besides
 from benchmarks import model_peers, model_server, replay, report
 from benchmarks.bench import WORKLOADS, Outcome, run
-from benchmarks.figures import Round
+from benchmarks.figures import Round, told
 from benchmarks.gateways import ALL, BY_NAME
 from benchmarks.gateways.gateway import Gateway
 from benchmarks.processes import Failed
@@ -92,8 +92,8 @@ def bench(
     outcomes = []
     for outcome in measure(gateways, only, rounds, seconds, console):
         outcomes.append(outcome)  # written after each: an interrupted run keeps what it has
-        told = report.document(outcomes, gateways, absent, started=round(started), rounds=rounds, seconds=seconds)
-        place.write_text(json.dumps(told, indent=1))
+        result = report.document(outcomes, gateways, absent, started=round(started), rounds=rounds, seconds=seconds)
+        place.write_text(json.dumps(result, indent=1))
     for outcome in outcomes:
         console.print(report.table(outcome))
     console.print(f"written to {place}")
@@ -133,10 +133,7 @@ def backend(
     with tempfile.TemporaryDirectory(prefix="weir-bench-") as folder:
         for count, figures in model_server.measure(model, Path(folder), streams, rounds, seconds):
             found[count].append(figures)
-            told = ", ".join(
-                f"{each.title} {figures[each.name]:.{each.digits}f} {each.unit}" for each in model_server.FIGURES
-            )
-            print(f"{count} streams: {told.strip()}", flush=True)
+            print(f"{count} streams: {told(model_server.FIGURES, figures)}", flush=True)
     if file is not None:
         file.write_text(json.dumps(model_server.document(model, found), indent=1))
     print(model_server.page(found))

@@ -25,7 +25,7 @@ import msgspec
 import uvloop
 
 from benchmarks import report, wrk
-from benchmarks.figures import Figure, Round, micros_each, percentile, spreads
+from benchmarks.figures import Figure, Round, micros_each, percentile, spreads, told
 from benchmarks.model_server import Asker, load, posted, round_of
 from benchmarks.processes import HOST, Failed, Process, free_ports
 
@@ -168,7 +168,7 @@ def run(workload: Workload, folder: Path, rounds: int, seconds: float, say: Say)
                     with _dropping_out(asked.server, found, say):
                         measured = workload.measure(asked, point, seconds)
                         found.rounds.setdefault((asked.server.name, point), []).append(measured)
-                        say(f"{workload.id} {asked.server.name} at {point}: {told(workload, measured)}")
+                        say(f"{workload.id} {asked.server.name} at {point}: {told(workload.figures, measured)}")
     return found
 
 
@@ -206,10 +206,9 @@ def whole(asked: Asked, clients: int, seconds: float) -> Round:
     if did.failed > did.requests / 100 or not did.requests:
         raise Failed(f"{did.failed} of {did.requests} requests failed")
     cpu = asked.process.usage().cpu_seconds - before
-    told = {"per_second": did.per_second, "p50_ms": did.p50_ms, "p99_ms": did.p99_ms}
-    if cpu:  # else it works in sessions that are not ours, where nobody counts
-        told["cpu_us"] = micros_each(cpu, did.requests)
-    return told
+    measured = {"per_second": did.per_second, "p50_ms": did.p50_ms, "p99_ms": did.p99_ms}
+    # No CPU: it works in sessions that are not ours, where nobody counts.
+    return measured | ({"cpu_us": micros_each(cpu, did.requests)} if cpu else {})
 
 
 def streamed(asked: Asked, streams: int, seconds: float) -> Round:
@@ -261,15 +260,6 @@ _JSON = {"content-type": "application/json"}
 _numbers = itertools.count()
 
 
-def told(workload: Workload, measured: Round) -> str:
-    """One round in one line."""
-    return ", ".join(
-        f"{each.title} {measured[each.name]:.{each.digits}f} {each.unit}"
-        for each in workload.figures
-        if each.name in measured
-    )
-
-
 def document(found: Sequence[Found]) -> dict[str, Any]:
     """The JSON form."""
     return {
@@ -293,7 +283,7 @@ def page(found: Sequence[Found]) -> str:
     parts = []
     for one in found:
         columns = one.workload.figures
-        titles = ["at once", "", *(f"{each.title} {each.unit}".strip() for each in columns), "ours / theirs"]
+        titles = ["at once", "", *(each.heading for each in columns), "ours / theirs"]
         rows = [titles, ["---:", "---", *["---:"] * (len(columns) + 1)]]
         for (name, point), measured in sorted(one.rounds.items(), key=lambda item: item[0][1]):
             medians = spreads(measured)
@@ -304,6 +294,6 @@ def page(found: Sequence[Found]) -> str:
             cells = [report.cell(medians[each.name], each.digits) if each.name in medians else "" for each in columns]
             rows.append([str(point), name, *cells, ratio])
         parts.append(f"**{one.workload.id}**: {one.workload.title}\n")
-        parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+        parts.append("\n".join(map(report.page_row, rows)))
         parts += [f"\nAbsent: {name} ({reason})." for name, reason in one.absent.items()]
     return "\n".join(parts)

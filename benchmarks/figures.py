@@ -20,6 +20,18 @@ class Figure:
     digits: int = 1
     added: bool = False
 
+    @property
+    def heading(self) -> str:
+        return f"{self.title} {self.unit}".strip()
+
+
+def told(figures: Sequence[Figure], measured: Round) -> str:
+    """One round in one line."""
+    parts = (
+        f"{each.title} {measured[each.name]:.{each.digits}f} {each.unit}" for each in figures if each.name in measured
+    )
+    return ", ".join(part.strip() for part in parts)
+
 
 @dataclass(frozen=True, slots=True)
 class Spread:

@@ -173,9 +173,9 @@ def document(model: str, rounds: Mapping[int, Sequence[Round]]) -> dict[str, Any
 
 def page(rounds: Mapping[int, Sequence[Round]]) -> str:
     """A table in Markdown, a row for each number of streams."""
-    titles = ["streams", *(f"{figure.title} {figure.unit}".strip() for figure in FIGURES)]
+    titles = ["streams", *(figure.heading for figure in FIGURES)]
     rows = [titles, ["---:"] * len(titles)]
     for count, measured in rounds.items():
         found = spreads(measured)
         rows.append([str(count), *(report.cell(found[figure.name], figure.digits) for figure in FIGURES)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join(map(report.page_row, rows))

@@ -91,13 +91,14 @@ def _page_table(workload: Workload, found: Any) -> Iterator[str]:
     }
     header, *rows = grid(workload, spreads)
     yield f"### {workload.id}: {workload.title}\n"
-    yield _page_row(header)
-    yield _page_row(["---", *(["---:"] * (len(header) - 1))])
-    yield from map(_page_row, rows)
+    yield page_row(header)
+    yield page_row(["---", *(["---:"] * (len(header) - 1))])
+    yield from map(page_row, rows)
     yield ""
 
 
-def _page_row(cells: Iterable[str]) -> str:
+def page_row(cells: Iterable[str]) -> str:
+    """In Markdown."""
     return f"| {' | '.join(cells)} |"
 
 
@@ -106,7 +107,7 @@ def grid(workload: Workload, spreads: Mapping[str, Mapping[str, Spread]]) -> lis
     figures = (*workload.figures, RSS, OTHERS)
     header = ["gateway"]
     for figure in figures:
-        header.append(f"{figure.title} {figure.unit}".strip())
+        header.append(figure.heading)
         header += ["added"] * figure.added
     return [header, *([name, *_cells(figures, found, spreads.get(BASE, {}))] for name, found in spreads.items())]
 
