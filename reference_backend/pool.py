@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 
 from reference_backend import protocol
+from reference_backend.changing import Changing
 from reference_backend.protocol import LONGEST_SHOWN, ApiError
 from reference_backend.repository import Entry, split_id
 from reference_backend.served import Served, Service, State
@@ -20,16 +21,15 @@ from reference_backend.served import Served, Service, State
 _PREFERENCE = (State.FAILED, State.CLOSED, State.DRAINING, State.LOADING, State.ASLEEP, State.READY)
 
 
-class Pool:
+class Pool(Changing):
     """`running` is its life; at its end all drain. `find_wanted` gives what to serve of a model, `known` all."""
 
     def __init__(
         self, service: Service, find_wanted: Callable[[str], Sequence[Entry]], known: Callable[[], Sequence[Entry]]
     ) -> None:
+        super().__init__()
         self.is_ending = False
         self.known = known
-        self.changes = 0  # of what is served, or of a state
-        self._news = asyncio.Event()
         self._service = service
         self._find_wanted = find_wanted
         self._served: dict[Entry, Served] = {}
@@ -75,17 +75,10 @@ class Pool:
         return max(found, key=lambda served: (_PREFERENCE.index(served.state), int(served.entry.version or 0)))
 
     def _change(self) -> None:
-        self.changes += 1
-        self._news.set()
+        self.change()
         if self._service.most_awake is not None and not self.is_ending:
             for served in surplus(self._served.values(), self._service.most_awake):
                 served.rest()
-
-    async def wait_change(self, seen: int) -> None:
-        """Wait until `changes` is another number than `seen`."""
-        while self.changes == seen:
-            self._news.clear()
-            await self._news.wait()
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

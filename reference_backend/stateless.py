@@ -11,12 +11,13 @@ import contextlib
 import logging
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import ClassVar, cast
+from typing import ClassVar
 
 from reference_backend import protocol
+from reference_backend.changing import Changing
 from reference_backend.engine.config import ModelError
-from reference_backend.engine.frames import Unframed, framed
 from reference_backend.engine.request import Load
+from reference_backend.link import Link, linked, spawned
 from reference_backend.load_report import Reporter
 from reference_backend.protocol import ApiError, bad
 from reference_backend.repository import Card, Entry, Kind
@@ -44,7 +45,6 @@ from reference_backend.tensors import (
     Terms,
     executor,
 )
-from reference_backend.worker import spawned
 
 WEDGED_AFTER = 60.0  # seconds without an answer while there is something to do
 log = logging.getLogger(__name__)
@@ -54,59 +54,47 @@ class Failed(Exception):  # noqa: N818  an answer, not a fault of ours
     """The model raised something; the log of its process has it."""
 
 
-class Remote(asyncio.Protocol):
+class Remote(Link[Opened]):
     """A model at the other end of a socket."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self.opened: asyncio.Future[Opened] = self._loop.create_future()
-        self.lost = asyncio.Event()
+        super().__init__()
         self.inputs: tuple[TensorSpec, ...] = ()
         self.outputs: tuple[TensorSpec, ...] = ()
-        self._unframed = Unframed()
-        self._transport: asyncio.Transport | None = None
         self._answers: dict[int, asyncio.Future[Tensors]] = {}
         self._tickets = 0
         self._watch: asyncio.TimerHandle | None = None
 
     async def infer(self, inputs: Tensors, terms: Terms = ANYHOW) -> Tensors:
         """As TensorModel says; raises Lost and Failed, too."""
-        if self._transport is None:
+        if self.lost.is_set():
             raise Lost
         self._tickets += 1
         ticket = self._tickets
-        answer = self._answers[ticket] = self._loop.create_future()
-        self._send(Infer(ticket, pack(inputs), terms))
+        answer = self._answers[ticket] = self.loop.create_future()
+        self.send(Infer(ticket, pack(inputs), terms))
+        if self._watch is None:
+            self._watch = self.loop.call_later(WEDGED_AFTER, self.cut)
         try:
             return await answer
         finally:
-            if self._answers.pop(ticket, None) is not None and self._transport is not None:
-                self._send(Cancel(ticket))
+            if self._answers.pop(ticket, None) is not None:
+                self.send(Cancel(ticket))
 
-    def _send(self, message: Open | Infer | Cancel) -> None:
-        if self._transport is not None:
-            self._transport.write(framed(message))
-        if self._watch is None and self._answers:
-            self._watch = self._loop.call_later(WEDGED_AFTER, self.cut)
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)
-
-    def data_received(self, data: bytes) -> None:
-        for body in self._unframed.feed(data):
-            message = decode_for_server(body)
-            if isinstance(message, Answer):
-                self._take(message)
-            elif isinstance(message, Opened):
-                self.inputs, self.outputs = message.inputs, message.outputs
-                self.opened.set_result(message)
-            else:
-                self.opened.set_exception(ModelError(message.reason))
+    def take(self, body: bytes) -> None:
+        message = decode_for_server(body)
+        if isinstance(message, Answer):
+            self._deliver(message)
+        elif isinstance(message, Opened):
+            self.inputs, self.outputs = message.inputs, message.outputs
+            self.opened.set_result(message)
+        else:
+            self.opened.set_exception(ModelError(message.reason))
         if self._watch is not None:
             self._watch.cancel()
-        self._watch = self._loop.call_later(WEDGED_AFTER, self.cut) if self._answers else None
+        self._watch = self.loop.call_later(WEDGED_AFTER, self.cut) if self._answers else None
 
-    def _take(self, message: Answer) -> None:
+    def _deliver(self, message: Answer) -> None:
         answer = self._answers.pop(message.ticket, None)
         if answer is None or answer.done():
             return  # given up while this was on its way
@@ -117,30 +105,16 @@ class Remote(asyncio.Protocol):
         else:
             answer.set_exception({"full": Full, "late": Late, "failed": Failed}[message.error]())
 
-    def open(self, entry: Entry, card: Card) -> None:
-        self._send(Open(str(entry.directory), card))
-
-    def cut(self) -> None:
-        """End it from this side."""
-        if self._transport is not None:
-            self._transport.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        del exc
-        self._transport = None
+    def end(self) -> None:
         if self._watch is not None:
             self._watch.cancel()
-        if not self.opened.done():
-            self.opened.set_exception(ModelError("the process ended while it loaded the model"))
-            self.opened.exception()  # it may be that nobody asks
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(Lost())
         self._answers.clear()
-        self.lost.set()
 
 
-class Stateless:
+class Stateless(Changing):
     """What the server asks for tensors. It stays the same while processes come and go."""
 
     # What a kind has beside its own: inputs and outputs by name, with datatype and number of dimensions.
@@ -149,17 +123,16 @@ class Stateless:
     is_alive = True  # its process has no heartbeat: a run may take as long as WEDGED_AFTER
 
     def __init__(self, entry: Entry, card: Card, clock: Callable[[], float], wall: Callable[[], float]) -> None:
+        super().__init__()
         self.kind: Kind = card.kind
         self.card = card
         self.bound = 2 * card.max_batch + card.max_waiting
-        self.changes = 0
         self.inputs: Sequence[TensorSpec] = ()  # known from the first life on
         self.outputs: Sequence[TensorSpec] = ()
         self.reporter = Reporter(self, wall)
         self._entry = entry
         self.clock = clock
         self._in_flight = 0
-        self._news = asyncio.Event()
         self._model: TensorModel | None = None
         self._lost = asyncio.Event()
         self._life = contextlib.AsyncExitStack()
@@ -208,15 +181,11 @@ class Stateless:
     @contextlib.asynccontextmanager
     async def linked(self, connection: socket.socket) -> AsyncIterator[TensorModel]:
         """The model at the other end of a socket. Raises ModelError."""
-        _, remote = await asyncio.get_running_loop().create_connection(Remote, sock=connection)
-        self._lost = remote.lost
-        try:
-            remote.open(self._entry, self.card)
+        async with linked(Remote, connection) as remote:
+            self._lost = remote.lost
+            remote.send(Open(str(self._entry.directory), self.card))
             await remote.opened
             yield remote
-        finally:
-            remote.cut()
-            await remote.lost.wait()
 
     def _check_kind(self, model: TensorModel) -> None:
         for specs, fixed in ((model.inputs, self.fixed_inputs), (model.outputs, self.fixed_outputs)):
@@ -234,12 +203,6 @@ class Stateless:
     def load(self) -> Load:
         running = min(self._in_flight, self.card.max_batch)
         return Load(running, self._in_flight - running, 0.0, slots=self.card.max_batch)
-
-    async def wait_change(self, seen: int) -> None:
-        """Wait until `changes` is another number than `seen`."""
-        while self.changes == seen:
-            self._news.clear()
-            await self._news.wait()
 
     async def infer(self, inputs: Tensors, terms: Terms = ANYHOW, param: str = "inputs") -> Tensors:
         """Run the model. Raises ApiError, which says that `param` is at fault where the model takes no such input."""

@@ -32,9 +32,9 @@ class Played(Worker):
     def load(self):
         return self.says
 
-    def change(self, load):
+    def say(self, load):
         self.says = load
-        self._change()
+        self.change()
 
 
 def reporter(load=BUSY, draining=False):
@@ -78,7 +78,7 @@ async def test_a_change_is_told_soon_and_many_changes_not_too_often():
     async def change():
         await asyncio.sleep(0.5)
         for running in range(100):
-            worker.change(Load(running + 1, 0, 0.1))
+            worker.say(Load(running + 1, 0, 0.1))
             await asyncio.sleep(0.001)
 
     changing = asyncio.create_task(change())

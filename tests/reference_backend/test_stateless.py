@@ -130,19 +130,3 @@ async def test_one_that_cannot_be_opened_says_why(tmp_path):
     ):
         async with running(tmp_path, kind=Embedding, named="embedding"):
             raise AssertionError("it is no embedding")
-
-
-async def test_a_process_that_the_system_does_not_give_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.executable", str(tmp_path / "gone"))
-    with pytest.raises(ModelError, match="no process can be started for the model: .*No such file"):
-        async with running(tmp_path, isolation="process"):
-            raise AssertionError("there is none")
-
-
-async def test_a_change_can_be_waited_for(tmp_path):
-    async with running(tmp_path) as model:
-        waiting = asyncio.ensure_future(model.wait_change(0))
-        await asyncio.sleep(0)
-        assert not waiting.done()
-        await model.infer(GOOD)
-        await asyncio.wait_for(waiting, 5)

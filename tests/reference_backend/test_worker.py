@@ -272,16 +272,6 @@ def _kib(pid):
         return next(int(line.split()[1]) for line in file if line.startswith("VmSize:"))
 
 
-@pytest.mark.integration
-async def test_a_process_that_hangs_is_ended(monkeypatch):
-    monkeypatch.setattr(subject, "END_WITHIN", 0.1)
-    worker = Worker(2, time.monotonic)
-    async with asyncio.timeout(60), worker.running(START):
-        [child] = _children()
-        os.kill(child, signal.SIGSTOP)
-    assert _children() == []
-
-
 def _children():
     with open(f"/proc/self/task/{os.getpid()}/children") as file:
         return [int(pid) for pid in file.read().split()]
