@@ -171,7 +171,7 @@ def train(directory: Path, steps: int = STEPS, rows: int = ROWS) -> list[float]:
     for step, (ids, targets) in zip(range(steps), Rows(tokenizer, SEED, rows), strict=False):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * _schedule(step, steps)
+                group["lr"] = group["peak"] * schedule(step, steps, WARM_UP_STEPS)
         learnt = targets != -100
         loss = functional.cross_entropy(model.logits(model(ids)[learnt]), targets[learnt])
         loss.backward()
@@ -195,8 +195,9 @@ def _optimizers(model: Llama) -> list[torch.optim.Optimizer]:
     ]
 
 
-def _schedule(step: int, steps: int) -> float:
-    warm_up = min(WARM_UP_STEPS, steps // 4)
+def schedule(step: int, steps: int, warm_up_steps: int) -> float:
+    """The share of the peak rate: up in so many steps, but a quarter at most, and down on a cosine."""
+    warm_up = min(warm_up_steps, steps // 4)
     if step < warm_up:
         return (step + 1) / warm_up
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import time
 from pathlib import Path
@@ -33,7 +32,15 @@ from reference_backend.training.corpus import GLOSSARY, Exchange, Generator
 from reference_backend.training.muon import Muon
 from reference_backend.training.network import Llama
 from reference_backend.training.pictures import COLOURS, PLACES, SIZES, TOLD_APART, Painter, Scene
-from reference_backend.training.train_tiny import CONFIG, END, END_OF_TEXT, START, write_settings
+from reference_backend.training.train_tiny import (
+    CONFIG,
+    END,
+    END_OF_TEXT,
+    START,
+    save_weights,
+    schedule,
+    write_settings,
+)
 
 SEED = 20_271
 TALKS, VIEWS = (8, 256), (32, 76)  # rows of a step, tokens in a row
@@ -159,7 +166,7 @@ def open_eyes(vision: Vision, steps: int, *, still: int = 0) -> float:
         each = zip(seen.split(traits, dim=-1), truth.unbind(-1), strict=True)
         loss = sum((functional.cross_entropy(said, true) for said, true in each), torch.zeros(()))
         eye, matrix = adam.param_groups
-        matrix["lr"] = EYE_RATE * schedule(step, steps)
+        matrix["lr"] = EYE_RATE * schedule(step, steps, WARM_UP_STEPS)
         eye["lr"] = matrix["lr"] * (step >= still) * (EYE_AGAIN if still else 1.0)
         adam.zero_grad()
         loss.backward()
@@ -239,7 +246,7 @@ class Run:
         number = len(self.losses)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = self.rate * group["peak"] * schedule(number, self.steps)
+                group["lr"] = self.rate * group["peak"] * schedule(number, self.steps, WARM_UP_STEPS)
         rows = Rows(self.tokenizer, random.Random(f"{self.seed} {number}").randrange(2**62))  # noqa: S311
         losses = [self._loss(batch) for batch in (rows.talks(), rows.views())]
         sum(losses).backward()
@@ -269,19 +276,9 @@ class Run:
 
     def finish(self) -> None:
         """Weights in bfloat16: of the text in model.safetensors as everyone reads it, of the eye beside it."""
-        weights = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in self.model.state_dict().items()}
-        del weights["lm_head.weight"]  # it is the embedding, which is kept once
+        save_weights(self.model, self.directory)
         vision = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in self.vision.state_dict().items()}
-        save_file(weights, self.directory / "model.safetensors", metadata={"format": "pt"})
         save_file(vision, self.directory / "vision.safetensors", metadata={"format": "pt"})
-
-
-def schedule(step: int, steps: int) -> float:
-    """The share of the peak rate."""
-    warm_up = min(WARM_UP_STEPS, steps // 4)
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
 
 
 def train(out: Path, begin_with: Path, *, layers: int, steps: int, rate: float = 1.0, seed: int = SEED) -> Run:

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed (pip install
 from reference_backend.engine.model import load_model  # noqa: E402
 from reference_backend.tokenizer import Message, Tokenizer  # noqa: E402
 from reference_backend.training import train_tiny  # noqa: E402
-from reference_backend.training.train_tiny import CONFIG, train, train_tokenizer, write_card  # noqa: E402
+from reference_backend.training.train_tiny import CONFIG, schedule, train, train_tokenizer, write_card  # noqa: E402
 from tests.support.tiny_model import DIRECTORY  # noqa: E402
 
 
@@ -63,3 +63,11 @@ def test_the_committed_tokenizer_and_settings_are_those_of_the_script():
         json.loads((DIRECTORY / "tokenizer.json").read_text()), ensure_ascii=False, separators=(",", ":")
     )
     assert json.loads((DIRECTORY / "config.json").read_text()) == CONFIG
+
+
+def test_the_rate_rises_and_falls():
+    rates = [schedule(step, 200, 30) for step in range(200)]
+    assert rates.index(max(rates)) == 29
+    assert rates[0] < 0.1
+    assert rates[-1] < 0.03
+    assert schedule(1, 8, 30) == 1.0  # a quarter of a short run

@@ -10,7 +10,7 @@ from reference_backend.engine.vision import Vision  # noqa: E402
 from reference_backend.tokenizer import PICTURE_TOKEN  # noqa: E402
 from reference_backend.training import train_vlm  # noqa: E402
 from reference_backend.training.pictures import Shape  # noqa: E402
-from reference_backend.training.train_vlm import Rows, Run, open_eyes, schedule, train, with_image_token  # noqa: E402
+from reference_backend.training.train_vlm import Rows, Run, open_eyes, train, with_image_token  # noqa: E402
 from tests.support.tiny_model import DIRECTORY  # noqa: E402
 
 TOKENIZER = with_image_token(Tokenizer.from_file(str(DIRECTORY / "tokenizer.json")))
@@ -104,10 +104,3 @@ def test_fewer_layers_are_taken_evenly(tmp_path, small):
     for layer, source in ((0, 0), (1, 3)):
         name = "self_attn.q_proj.weight"
         assert torch.equal(ours[f"model.layers.{layer}.{name}"], theirs[f"model.layers.{source}.{name}"])
-
-
-def test_the_rate_rises_and_falls():
-    rates = [schedule(step, 200) for step in range(200)]
-    assert rates.index(max(rates)) == train_vlm.WARM_UP_STEPS - 1
-    assert rates[0] < 0.1
-    assert rates[-1] < 0.03
