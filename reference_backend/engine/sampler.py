@@ -54,6 +54,8 @@ def log_waits(spread: Tensor, first: Tensor, second: Tensor) -> Tensor:
 
 Some: TypeAlias = Tensor | slice | None  # row numbers in a batch; all of them; none of them
 ALL = slice(None)
+UNBOUNDED = 1 << 31
+FEW = 128  # tokens among which nearly all of a distribution's weight is, most often
 
 
 class Rows(NamedTuple):
@@ -67,6 +69,7 @@ class Rows(NamedTuple):
     constrained: Some = None  # those that keep to a grammar
     told: Some = None  # those that want logprobs
     alternatives: int = 0  # the most that any of them wants
+    most_candidates: int = UNBOUNDED  # the largest top-k of those that have one
 
     @property
     def are_plain(self) -> bool:
@@ -94,9 +97,8 @@ class Sampler:
         self._ints = torch.ones(self._slots, 3, device=self._device, dtype=torch.int32)  # top-k, two words of the seed
         self._spread = (torch.arange(vocabulary, device=self._device) * SPREAD).to(torch.int32)
         self._penalties = torch.zeros(self._slots, 3, 1, device=self._device)
-        # How often each token was generated, and whether it has occurred at all: only if somebody asks for penalties.
-        self._counts: Tensor | None = None
-        self._occurred: Tensor | None = None
+        # How often each token was generated, and how often it stands anywhere: only if somebody asks for penalties.
+        self._said: Tensor | None = None
         self._bias: Tensor | None = None  # likewise
         self._kernel: Callable[..., Tensor] | None = None
         if has_kernel:
@@ -106,7 +108,7 @@ class Sampler:
 
     def load(self, slot: int, sequence: Sequence) -> None:
         """Take over the settings of a sequence that begins, or begins again, in this slot."""
-        settings, generated = sequence.sampling, sequence.generated
+        settings = sequence.sampling
         temperature = 0.0 if settings.is_greedy else settings.temperature
         farthest = min(-temperature * math.log(settings.min_p), FARTHEST) if settings.min_p > 0 else FARTHEST
         top_k = settings.top_k if 0 < settings.top_k < self._vocabulary else self._vocabulary
@@ -116,19 +118,17 @@ class Sampler:
         if settings.is_penalized:
             penalties = [settings.presence_penalty, settings.frequency_penalty, settings.repetition_penalty]
             self._penalties[slot] = sent(penalties, torch.float32, self._device)[:, None]
-            if self._counts is None or self._occurred is None:
-                shape = (self._slots, self._vocabulary)
-                self._counts = torch.zeros(shape, dtype=torch.int32, device=self._device)
-                self._occurred = torch.zeros(shape, dtype=torch.bool, device=self._device)
-            self._counts[slot] = torch.bincount(self._ids(generated), minlength=self._vocabulary)
-            self._occurred[slot] = False
-            self._occurred[slot, self._ids(sequence.tokens)] = True
+            if self._said is None:
+                shape = (self._slots, 2, self._vocabulary)
+                self._said = torch.zeros(shape, dtype=torch.int32, device=self._device)
+            for place, tokens in enumerate((sequence.generated, sequence.tokens)):
+                self._said[slot, place] = torch.bincount(self._ids(tokens), minlength=self._vocabulary)
         if settings.bias:
             if self._bias is None:
                 self._bias = torch.zeros(self._slots, self._vocabulary, device=self._device)
-            tokens, biases = zip(*settings.bias, strict=True)
+            biased, biases = zip(*settings.bias, strict=True)
             self._bias[slot] = 0.0
-            self._bias[slot, self._ids(tokens)] = sent(biases, torch.float32, self._device)
+            self._bias[slot, self._ids(biased)] = sent(biases, torch.float32, self._device)
 
     def rows(self, sequences: list[Sequence], slots: Tensor) -> Rows:
         """Sort a batch by kind. Good for as long as the same sequences stand in the same slots."""
@@ -142,6 +142,7 @@ class Sampler:
             constrained=self._where([sequence.constraint is not None for sequence in sequences]),
             told=self._where([each.logprobs is not None for each in asked]),
             alternatives=max((each.logprobs or 0 for each in asked), default=0),
+            most_candidates=max((each.top_k for each in asked), default=0),
         )
 
     def sample(self, scores: Tensor, rows: Rows, masks: bytes = b"") -> Drawn:
@@ -158,8 +159,8 @@ class Sampler:
         if rows.constrained is not None:
             scores[rows.constrained] = scores[rows.constrained].masked_fill(~self._allowed(masks), -torch.inf)
         tokens = self.draw(scores, rows)
-        if rows.penalized is not None:
-            self._remember(rows.slots[rows.penalized], tokens[rows.penalized])
+        if rows.penalized is not None and self._said is not None:
+            self._said[rows.slots[rows.penalized], :, tokens[rows.penalized]] += 1
         if told is None or rows.told is None:
             return Drawn(tokens)
         chosen = told.gather(1, tokens[rows.told, None].clamp_min(0))[:, 0]
@@ -170,36 +171,29 @@ class Sampler:
         if self._kernel is not None:
             return self._kernel(scores, rows.slots, self._lengths, self._floats, self._ints)
         best, tokens = scores.max(dim=-1, keepdim=True)
-        for kind, is_filtered in ((rows.drawing, False), (rows.filtered, True)):
+        for kind, most in ((rows.drawing, None), (rows.filtered, rows.most_candidates)):
             if kind is not None:
-                tokens[kind] = self._nearest(best[kind] - scores[kind], rows.slots[kind], is_filtered=is_filtered)
+                tokens[kind] = self._nearest(best[kind] - scores[kind], rows.slots[kind], most)
         return tokens.masked_fill_(best - best != 0, -1)[:, 0]  # infinities and NaN, in half the calls of `isfinite`
 
-    def _nearest(self, distances: Tensor, slots: Tensor, *, is_filtered: bool) -> Tensor:
+    def _nearest(self, distances: Tensor, slots: Tensor, most: int | None) -> Tensor:
         temperature, farthest, top_p = self._floats[slots].split(1, dim=1)
         top_k, first, second = self._ints[slots].split(1, dim=1)
         positions = self._lengths[slots, None].int()
         waits = log_waits(self._spread, first + positions, second + positions * signed(SPREAD))
         drawn = torch.addcmul(distances, waits, temperature)
-        if is_filtered:
-            limit = torch.minimum(farthest, _reach(distances, temperature, top_k, top_p))
+        if most is not None:
+            limit = torch.minimum(farthest, _reach(distances, temperature, top_k, top_p, most))
             drawn.masked_fill_(distances > limit, torch.inf)
         return drawn.argmin(dim=-1, keepdim=True)
 
     def _penalize(self, scores: Tensor, rows: Tensor | slice, slots: Tensor) -> None:
-        assert self._counts is not None  # noqa: S101  for the type checker: whoever is penalized was loaded
-        assert self._occurred is not None  # noqa: S101
+        assert self._said is not None  # noqa: S101  for the type checker: whoever is penalized was loaded
         presence, frequency, repetition = self._penalties[slots].unbind(1)
-        counts, found = self._counts[slots], scores[rows]
+        (generated, anywhere), found = self._said[slots].unbind(1), scores[rows]
         repeated = torch.where(found > 0, found / repetition, found * repetition)
-        found = torch.where(self._occurred[slots], repeated, found)
-        scores[rows] = found - frequency * counts - presence * (counts > 0)
-
-    def _remember(self, slots: Tensor, tokens: Tensor) -> None:
-        assert self._counts is not None  # noqa: S101  as above
-        assert self._occurred is not None  # noqa: S101
-        self._counts[slots, tokens] += 1
-        self._occurred[slots, tokens] = True
+        found = torch.where(anywhere > 0, repeated, found)
+        scores[rows] = found - frequency * generated - presence * (generated > 0)
 
     def _allowed(self, masks: bytes) -> Tensor:
         """The masks as truth values [constrained rows, vocabulary]."""
@@ -216,13 +210,24 @@ class Sampler:
         return sent(numbers, torch.int64, self._device)
 
 
-def _reach(distances: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """How far the `top_k` nearest go, and of those the nearest that have `top_p` of what all of those weigh."""
-    near = distances.sort(dim=-1).values
-    reach = near.gather(1, top_k.long() - 1)
-    weights = torch.exp(near / -temperature).masked_fill_(near > reach, 0.0).cumsum(dim=-1, dtype=torch.float64)
-    fewer = (weights < top_p * weights[:, -1:]).sum(dim=-1, keepdim=True)
-    return near.gather(1, fewer.clamp_max(near.shape[1] - 1))
+def _reach(distances: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, most: int) -> Tensor:
+    """How far the `top_k` nearest go, and of those the nearest that have `top_p` of what all of those weigh.
+
+    Those few who are nearest are found sooner than all are sorted, and they nearly always tell. `most` is the largest
+    top-k of any row that has one.
+    """
+    every = distances.shape[1]
+    few = max(most, FEW)
+    near = distances.topk(few, largest=False).values if few < every else distances.sort(dim=-1).values
+    bounded = near.gather(1, top_k.long().clamp_max(near.shape[1]) - 1)
+    reach = torch.where(top_k < every, bounded, torch.inf)
+    whole = torch.exp(distances / -temperature).masked_fill_(distances > reach, 0.0).sum(-1, True, dtype=torch.float64)
+    weights = torch.exp(near / -temperature).cumsum(dim=-1, dtype=torch.float64)
+    fewer = (weights < top_p * whole).sum(dim=-1, keepdim=True)
+    is_open = top_p < 1.0
+    if few < every and (is_open & (top_k == every) & (fewer == few)).any():
+        return _reach(distances, temperature, top_k, top_p, every)
+    return torch.where(is_open, near.gather(1, fewer.clamp_max(near.shape[1] - 1)).minimum(reach), reach)
 
 
 def told_logprobs(drawn: Drawn, settings: list[Sampling]) -> list[Logprobs | None]:

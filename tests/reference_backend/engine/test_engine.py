@@ -277,6 +277,17 @@ def test_equal_seeds_give_equal_text_and_others_do_not(engine):
     assert unseeded[0].generated != unseeded[1].generated
 
 
+def test_a_seed_gives_the_same_text_alone_and_among_sixteen(engine):
+    def asked():
+        prompts = [[number % 5, *range(number)] for number in range(1, 17)]
+        return [sequence(each, max_tokens=16, temperature=1.0, top_p=0.95, seed=7) for each in prompts]
+
+    together = asked()
+    run(engine(slots=16), *together)
+    assert texts(together) == alone(engine, asked())
+    assert len({tuple(each.generated) for each in together}) == 16
+
+
 def test_logprobs_are_those_of_the_plain_model(engine):
     asked = sequence(logprobs=3, temperature=1.0, seed=5)
     published = run(engine(), asked)

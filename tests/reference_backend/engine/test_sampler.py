@@ -126,6 +126,23 @@ def test_a_token_without_probability_is_never_drawn():
         assert {bench.draw(scores)[0] for _ in range(200)} == {1}
 
 
+@pytest.mark.parametrize("settings", [{"top_p": 0.9}, {"top_p": 0.01}, {"top_k": 300, "top_p": 0.999}, {"min_p": 0.5}])
+@pytest.mark.parametrize("spread", [0.1, 3.0])
+def test_candidates_that_are_not_few_are_found_too(settings, spread):
+    """Flat and steep distributions over more tokens than are looked at first."""
+    scores = torch.randn(1, 700, generator=torch.Generator().manual_seed(1)) * spread
+    probabilities, order = scores[0].softmax(-1).sort(descending=True)
+    kept = probabilities[: settings.get("top_k", 700)]
+    before = kept.cumsum(-1) - kept
+    kept = kept[(before < settings.get("top_p", 1.0) * kept.sum()) & (kept >= settings.get("min_p", 0.0) * kept[0])]
+    rows = 1 + 4 * len(kept)
+    bench = Bench(*(sequence(seed, **settings) for seed in range(rows)), vocabulary=700)
+    drawn = {token for _ in range(4) for token in bench.draw(scores.expand(rows, -1))}
+    allowed = set(order[: len(kept)].tolist())
+    assert drawn <= allowed
+    assert len(drawn) > 0.5 * (1 / kept.square().sum() * kept.sum().square()).item()  # as many as weigh something
+
+
 def test_a_row_draws_the_same_wherever_it_stands_and_whoever_is_there():
     """Every kind of row, alone and in batches of drawn companions: the same tokens."""
     generator = torch.Generator().manual_seed(5)
@@ -135,6 +152,8 @@ def test_a_row_draws_the_same_wherever_it_stands_and_whoever_is_there():
         {"temperature": 1.7},
         {"top_k": 5},
         {"top_p": 0.8},
+        {"top_k": 9, "top_p": 0.7},
+        {"top_k": 1000, "top_p": 0.9, "min_p": 0.01},
         {"min_p": 0.1, "temperature": 1.3},
         {"frequency_penalty": 0.7, "presence_penalty": -0.3},
         {"repetition_penalty": 1.3, "top_p": 0.9},
