@@ -69,8 +69,11 @@ def terms(headers: Mapping[str, str], now: float, left: float | None = None) -> 
         left = min(int(milliseconds) / 1000, math.inf if left is None else left)
     if priority not in Priority.__members__:
         raise bad(f"{PRIORITY_HEADER} is not high, normal or low")
+    consumer = headers.get(CONSUMER_HEADER, "")
+    if any("\ud800" <= character <= "\udfff" for character in consumer):  # as aiohttp decodes bytes that are no text
+        raise bad(f"{CONSUMER_HEADER} is not UTF-8")
     deadline = None if left is None else now + left
-    return Terms(deadline, headers.get(CONSUMER_HEADER, ""), Priority[priority])
+    return Terms(deadline, consumer, Priority[priority])
 
 
 def find(pool: Pool, request: web.Request, model: str, version: str | None = None) -> Served:

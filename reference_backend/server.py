@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
 from reference_backend.embeddings import Embeddings
@@ -25,6 +26,21 @@ from reference_backend.protocol import ApiError
 from reference_backend.served import Served, State
 
 log = logging.getLogger(__name__)
+http_log = logging.getLogger(f"{__name__}.http")
+LONGEST_LOGGED = 200  # characters of what a stranger sent
+
+
+def in_a_line(record: logging.LogRecord) -> bool:
+    """A filter: what is no HTTP is the fault of whoever sent it, and no error of ours with a traceback."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, HttpProcessingError):
+        record.levelno, record.levelname, record.exc_info = logging.INFO, "INFO", None
+        why = " ".join(error.message.split())[:LONGEST_LOGGED]
+        record.msg, record.args = "a request from %s cannot be read: %s", (*(record.args or ()), why)
+    return True
+
+
+http_log.addFilter(in_a_line)
 
 
 class Api:
@@ -67,6 +83,7 @@ class Api:
         # a body could grow a thousandfold before anybody has looked at it, or break where nobody expects it.
         return web.AppRunner(
             self.application(*middlewares),
+            logger=http_log,
             handler_cancellation=True,
             auto_decompress=False,
             access_log=None,

@@ -174,8 +174,8 @@ class Worker(Changing):
         if self._in_flight >= self.bound:
             raise WorkerBusy
         self._tickets += 1
-        self._link.waiting_for[self._tickets] = deliver
         self._link.send(Ask(self._tickets, prompt, sampling, deadline, priority, tenant, salt, pictures or []))
+        self._link.waiting_for[self._tickets] = deliver  # last: what could not be sent would hold its place for ever
         self.change()
         return self._tickets
 

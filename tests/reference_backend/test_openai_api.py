@@ -466,6 +466,48 @@ async def test_a_bug_of_ours_is_told_without_a_traceback(monkeypatch):
     assert (status, json.loads(content)["error"]["message"]) == (500, "internal error")
 
 
+async def raw(backend, request):
+    """The status line that answers these bytes, and the rest as far as it is there."""
+    reader, writer = await asyncio.open_connection(*backend.url.removeprefix("http://").split(":"))
+    writer.write(request)
+    answer = await asyncio.wait_for(reader.readuntil(b"\r\n"), 5), await asyncio.wait_for(reader.read(4096), 5)
+    writer.close()
+    return answer
+
+
+async def test_a_consumer_that_is_no_text_is_refused_and_takes_no_place():
+    body = json.dumps(QUESTION).encode()
+    head = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\nx-weir-consumer: \xff\xed\xa0\x80\r\n"
+    )
+    async with running_api() as backend:
+        status, rest = await raw(backend, head + b"content-length: %d\r\n\r\n" % len(body) + body)
+        await backend.wait_idle()
+    assert status == b"HTTP/1.1 400 Bad Request\r\n"
+    assert b"x-weir-consumer is not UTF-8" in rest
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"GET / HTTP/9.9\r\nhost: x\r\n\r\n",
+        b"GET /\0 HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: x\r\na: " + b"b" * 20_000 + b"\r\n\r\n",
+        b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n",
+    ],
+    ids=["version", "target", "header", "length"],
+)
+async def test_what_is_no_http_is_a_line_in_the_log_and_no_traceback(request_, caplog):
+    caplog.set_level("INFO")
+    async with running_api() as backend:
+        status, _ = await raw(backend, request_)
+    assert status == b"HTTP/1.0 400 Bad Request\r\n"
+    [told] = [record for record in caplog.records if "cannot be read" in record.getMessage()]
+    assert (told.levelname, told.exc_info, "\n" in told.getMessage()) == ("INFO", None, False)
+    assert len(told.getMessage()) < 300
+    assert not [record for record in caplog.records if record.levelno > 20]
+
+
 @pytest.mark.parametrize("rest", [b"", b'"mod\r\nzz\r\n'], ids=["slow", "broken"])
 async def test_a_body_that_does_not_come_is_given_up(rest, monkeypatch):
     monkeypatch.setattr(incoming, "BODY_SECONDS", 0.05)

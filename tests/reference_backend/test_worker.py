@@ -60,16 +60,25 @@ async def linked(bound=2):
     assert not worker.is_ready
 
 
-def submit(worker, deliver=None, max_tokens=5):
+def submit(worker, deliver=None, max_tokens=5, tenant=""):
     return worker.submit(
         [1, 2],
         Sampling(max_tokens=max_tokens, seed=7),
         deliver or print,
         deadline=None,
         priority=1,
-        tenant="",
+        tenant=tenant,
         salt=b"",
     )
+
+
+async def test_what_cannot_be_sent_takes_no_place():
+    async with linked(bound=1) as (worker, process):
+        with pytest.raises(UnicodeEncodeError):
+            submit(worker, tenant="\udcff")
+        assert worker.load().waiting == 0
+        ticket = submit(worker)
+        assert [message.ticket for message in process.heard() if isinstance(message, Ask)] == [ticket]
 
 
 async def until(condition):
