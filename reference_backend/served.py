@@ -114,6 +114,7 @@ class Served:
         self.in_flight = InFlight()
         self.model: Model | None = None
         self.used = 0  # the number of its last use
+        self._left_at = 0.0  # when the last one ended, on the loop's clock
         self._service = service
         self._id = secrets.token_hex(6)
         self._ending = asyncio.Event()
@@ -157,10 +158,13 @@ class Served:
         if not isinstance(self.model, kind):
             message = f"model {self.entry} is of the kind {self.model.kind!r}, which this path is not for"
             raise ApiError(400, "wrong_kind", message, param="model")
-        with self.in_flight:
-            self._wanted.set()
-            self.used = next(self._service.uses)
-            yield self.model
+        self.used = next(self._service.uses)
+        self._surplus.clear()
+        try:
+            with self.in_flight:
+                yield self.model
+        finally:
+            self._left_at = asyncio.get_running_loop().time()
 
     async def wait_settled(self) -> None:
         """Until it is known whether it can be served."""
@@ -244,21 +248,24 @@ class Served:
             await model.wake()
 
     async def _fall_asleep(self) -> None:
-        """READY => ASLEEP. In one step with seeing that nobody is there, so that nobody comes in between."""
+        """READY => ASLEEP. In one step with seeing that nobody is there, so that nobody comes in between.
+
+        It looks when it is told to rest or the time is up, and not at each request: most take less than that would.
+        """
+        clock, seconds = asyncio.get_running_loop().time, self._service.sleep_after
+        self._left_at = clock()
         while True:
             await self.in_flight.wait_idle()
-            self._wanted.clear()
-            reasons = [self._surplus.wait(), *self._long_unused()]
-            await first_of(self._wanted.wait(), *reasons)
-            if not self._wanted.is_set():
+            unused = clock() - self._left_at
+            is_time = self._surplus.is_set() or (seconds is not None and unused >= seconds)
+            if is_time and not self.in_flight.count:
                 break
-            self._surplus.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(None if seconds is None else seconds - unused):
+                    await self._surplus.wait()
         self._surplus.clear()
+        self._wanted.clear()
         self.state = State.ASLEEP
-
-    def _long_unused(self) -> list[Coroutine[object, object, object]]:
-        seconds = self._service.sleep_after
-        return [] if seconds is None else [asyncio.sleep(seconds)]
 
     async def _drain(self, model: Model, announcement: Announcement | None) -> None:
         """READY => DRAINING => CLOSED. What is not over by then is aborted by whoever ends the model's life."""

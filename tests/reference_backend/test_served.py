@@ -254,6 +254,19 @@ async def test_one_that_sleeps_can_be_ended():
 
 
 @virtual_time
+async def test_requests_wake_nobody():
+    """Whether it should sleep is looked at when the time is up: to do so at each request took longer than many take."""
+    async with living([], sleep_after=5.0) as (subject, _):
+        await settle()
+        before = asyncio.all_tasks()
+        for _ in range(3):
+            with subject.use(Played):
+                await settle()
+            await settle()
+            assert asyncio.all_tasks() == before
+
+
+@virtual_time
 async def test_one_that_is_told_to_rest_does_when_nobody_uses_it():
     told = []
     async with living(told) as (subject, _):
