@@ -71,8 +71,8 @@ class Remote(Link[Opened]):
             raise Lost
         self._tickets += 1
         ticket = self._tickets
-        answer = self._answers[ticket] = self.loop.create_future()
         self.send(Infer(ticket, pack(inputs), terms))
+        answer = self._answers[ticket] = self.loop.create_future()
         if self._watch is None:
             self._watch = self.loop.call_later(WEDGED_AFTER, self.cut)
         try:

@@ -44,6 +44,10 @@ class Place(pydantic.BaseModel):
     tags: list[bool] = pydantic.Field(max_length=2)
 
 
+class Weather(pydantic.BaseModel):
+    city: str = pydantic.Field(max_length=10)
+
+
 @contextlib.asynccontextmanager
 async def client():
     async with running_api() as backend:
@@ -93,6 +97,21 @@ async def test_an_answer_is_parsed_into_what_was_asked_for():
     assert isinstance(choice.message.parsed, Place)
     assert choice.finish_reason == "stop"
     assert answer.usage.completion_tokens > 10
+
+
+async def test_the_client_puts_a_stream_together_by_itself():
+    """Its helper insists that each event goes on from the one before."""
+    tool = openai.pydantic_function_tool(Weather)
+    async with client() as (completions, _):
+        async with completions.stream(response_format=Place, logprobs=True, **ASKED) as stream:
+            kinds = [event.type async for event in stream]
+            parsed = (await stream.get_final_completion()).choices[0].message.parsed
+        async with completions.stream(tools=[tool], tool_choice="required", **ASKED) as stream:
+            kinds += [event.type async for event in stream]
+            [call] = (await stream.get_final_completion()).choices[0].message.tool_calls
+    assert isinstance(parsed, Place)
+    assert isinstance(call.function.parsed_arguments, Weather)
+    assert {"content.done", "logprobs.content.done", "tool_calls.function.arguments.done"} < set(kinds)
 
 
 @pytest.mark.parametrize(
