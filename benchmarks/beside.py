@@ -222,14 +222,16 @@ def streamed(asked: Asked, streams: int, seconds: float) -> Round:
 
 
 def light(asked: Asked, flood: int, seconds: float) -> Round:
-    """One consumer that asks for 16 tokens at a time, beside another that has so many requests there all the time."""
+    """One consumer that asks for 16 tokens at a time, beside another that has so many requests there all the time.
+
+    What the other gets is counted, too: beside that, and before it, by itself.
+    """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        times = runner.run(_light(asked, flood, seconds))
-    return {"p50_ms": 1000 * percentile(times, 0.5), "p95_ms": 1000 * percentile(times, 0.95)}
+        return runner.run(_light(asked, flood, seconds))
 
 
-async def _light(asked: Asked, flood: int, seconds: float) -> list[float]:
-    loop, times = asyncio.get_running_loop(), list[float]()
+async def _light(asked: Asked, flood: int, seconds: float) -> Round:
+    loop, times, answered = asyncio.get_running_loop(), list[float](), 0
 
     async def ask(session: aiohttp.ClientSession, consumer: str, tokens: int) -> None:
         body = json.loads(asked.body(next(_numbers))) | {"stream": False, "max_tokens": tokens}
@@ -239,21 +241,26 @@ async def _light(asked: Asked, flood: int, seconds: float) -> list[float]:
                 raise Failed(f"{consumer} was answered {response.status}")
 
     async def keep_asking(session: aiohttp.ClientSession) -> None:
+        nonlocal answered
         while True:
-            await ask(session, "flood", 64)
+            await ask(session, "flood", asked.workload.tokens)
+            answered += 1
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         flooding = [asyncio.ensure_future(keep_asking(session)) for _ in range(flood)]
-        await asyncio.sleep(1.0 if flood else 0.0)
-        end = loop.time() + seconds
-        while loop.time() < end:
-            began = loop.time()
+        if flood:
+            await asyncio.sleep(seconds / 2)
+        alone, answered, began = answered / (seconds / 2), 0, loop.time()
+        while (asked_at := loop.time()) < began + seconds:
             await ask(session, "light", 16)
-            times.append(loop.time() - began)
+            times.append(loop.time() - asked_at)
+        beside = answered / (loop.time() - began)
         for each in flooding:
             each.cancel()
         await asyncio.gather(*flooding, return_exceptions=True)
-    return times
+    told = {"p50_ms": 1000 * percentile(times, 0.5), "p95_ms": 1000 * percentile(times, 0.95)}
+    tokens = asked.workload.tokens
+    return told | ({"flood": tokens * beside, "flood_alone": tokens * alone} if flood else {})
 
 
 _JSON = {"content-type": "application/json"}

@@ -31,7 +31,12 @@ WHOLE = (
     Figure("p99_ms", "ms", "p99", 2),
     Figure("cpu_us", "µs", "CPU per request", 0),
 )
-LIGHT = (Figure("p95_ms", "ms", "p95 of the light consumer", 0), Figure("p50_ms", "ms", "p50", 0))
+LIGHT = (
+    Figure("p95_ms", "ms", "p95 of the light consumer", 0),
+    Figure("p50_ms", "ms", "p50", 0),
+    Figure("flood", "tok/s", "the other's tokens", 0),
+    Figure("flood_alone", "tok/s", "by itself", 0),
+)
 
 
 def question(number: int) -> dict[str, object]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 LEAST = 16  # tokens: below, a step is hardly cheaper
 NEW = 0.2  # what a new step counts in the average
-FADE = 0.01  # by which a shortest step is forgotten with each one like it
+FADE = 0.001  # by which a shortest step is forgotten with each one like it
 STRETCH = 0.15  # of a step: what those who are in a hurry hardly feel
 
 

@@ -84,6 +84,15 @@ def test_servers_are_asked_in_turn_and_those_that_fail_are_absent_with_the_reaso
     assert json.loads(json.dumps(document([found])))["workloads"]["made-up"]["absent"] == found.absent
 
 
+def test_a_light_consumer_is_timed_alone_and_beside_a_flood_that_is_counted(tmp_path):
+    one = replace(workload(server("weir"), measure=beside.light), points=(0, 2), tokens=64)
+    found = run(one, tmp_path, 1, 0.1, print)
+    [alone], [beside_flood] = found.rounds["weir", 0], found.rounds["weir", 2]
+    assert alone.keys() == {"p50_ms", "p95_ms"}
+    assert beside_flood.keys() == {"p50_ms", "p95_ms", "flood", "flood_alone"}
+    assert alone["p95_ms"] >= alone["p50_ms"] > 0
+
+
 def test_what_cannot_be_made_leaves_all_absent(tmp_path):
     def no_files(folder):
         raise Failed("no weights")
