@@ -62,6 +62,8 @@ class PagedCache:
         self.block_size = block_size
         self._shape = (layers, 2 * kv_heads, blocks, block_size, head_dim)
         self._pages = like
+        self._numbers = torch.arange(0, device=like.device)
+        self._shown, self._hidden = like.new_tensor(0.0), like.new_tensor(-torch.inf)
         self.take()
 
     def take(self) -> None:
@@ -87,7 +89,13 @@ class PagedCache:
     def places(self, tables: Tensor, step: Step) -> Tensor:
         """Where the keys and values of a step's tokens belong: block * block_size + offset."""
         size = self.block_size
-        return tables[step.slots, step.positions // size] * size + step.positions % size
+        return (step.positions % size).add_(tables[step.slots, step.positions // size], alpha=size)
+
+    def mask(self, positions: Tensor, keys: int) -> Tensor:
+        """[*positions, keys]: 0 for the keys up to each position, -inf for others."""
+        if len(self._numbers) < keys:
+            self._numbers = torch.arange(keys, device=positions.device)
+        return torch.where(self._numbers[:keys] > positions[..., None], self._hidden, self._shown)
 
     def write(self, layer: int, places: Tensor, keys_values: Tensor) -> None:
         """Put [tokens, 2 * kv_heads, head_dim] where the tokens belong: block * block_size + offset."""
@@ -114,17 +122,13 @@ class Group:
     mask: Tensor  # [sequences, 1, queries * shared, keys], 0 or -inf
 
     @classmethod
-    def of(
-        cls, first: int, table: Tensor, positions: Tensor, block_size: int, shared: int, dtype: torch.dtype
-    ) -> Group:
+    def of(cls, cache: PagedCache, first: int, table: Tensor, positions: Tensor, shared: int) -> Group:
         """Sequences with tables [sequences, blocks] and queries at positions [sequences, queries].
 
         `shared` is the number of query heads to a key-value head.
         """
         sequences, queries = positions.shape
-        keys = torch.arange(table.shape[1] * block_size, device=table.device)
-        hidden = keys > positions[:, :, None]
-        mask = torch.where(hidden, -torch.inf, torch.zeros((), dtype=dtype, device=table.device))
+        mask = cache.mask(positions, table.shape[1] * cache.block_size)
         if queries > 1:
             mask = mask[:, :, None].expand(-1, -1, shared, -1).flatten(1, 2)
         return cls(first, sequences, queries, table.flatten(), mask[:, None])
@@ -143,22 +147,20 @@ def by_length(blocks: list[int]) -> list[tuple[int, int]]:
 
 def gathered(cache: PagedCache, tables: Tensor, step: Step, shared: int) -> Attend:
     """Attention for one step, over tables [slots, blocks]. `shared` is the query heads to a key-value head."""
-    size, dtype = cache.block_size, cache.layer(0).dtype
     places = cache.places(tables, step)
     groups = [
         Group.of(
+            cache,
             start,
-            tables[step.slots[start:end], : step.widths[end - 1]],
+            tables[:, : step.widths[end - 1]].index_select(0, step.slots[start:end]),
             step.positions[start:end, None],
-            size,
             shared,
-            dtype,
         )
         for start, end in by_length(step.widths)
     ]
     for first, tokens, slot, start in step.chunks:
-        table = tables[slot : slot + 1, : -(-(start + tokens) // size)]
-        groups.append(Group.of(first, table, step.positions[None, first : first + tokens], size, shared, dtype))
+        table = tables[slot : slot + 1, : -(-(start + tokens) // cache.block_size)]
+        groups.append(Group.of(cache, first, table, step.positions[None, first : first + tokens], shared))
 
     def attend(layer: int, qkv: Tensor, gains: Tensor | None, rotary: Rotary) -> Tensor:
         q, keys_values = rotary.split(qkv, gains)
