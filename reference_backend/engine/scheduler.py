@@ -10,14 +10,8 @@ to be admitted again. Its full blocks stay cached as long as nobody needs them, 
 lookup. The oldest of the highest class is never preempted, and one sequence alone always fits: there is always
 progress.
 
-Who asks for little does not feel those who ask for much. A tenant is *behind* another who has at least two more
-sequences running and was not served less (what a whole batch takes in QUANTUM steps is forgiven). Who is behind comes
-in at once, if need be in the place of the newest of those ahead; and while a sequence of its own draws its first
-QUANTUM tokens, those ahead pause where they are, but for what hardly makes a step longer. Later it shares steps as all
-do, and who has come level in sequences or in service is not behind: equal backlogs lose nothing, nobody is held up for
-good, and a tenant alone never notices.
-
-Source: the quantum is that of FastServe (arXiv 2305.05920), the counters are those of `admission.py`.
+Tenants share the steps, and who asks for little does not feel those who ask for much: `standing.py` says who pauses,
+and who comes in instead of whom.
 
 Decides only: no clock, no torch. Invariants: `faults` lists what would be wrong.
 """
@@ -25,15 +19,13 @@ Decides only: no clock, no torch. Invariants: `faults` lists what would be wrong
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from typing import NamedTuple
 
-from reference_backend.admission import OUTPUT_WEIGHT, FairQueue
+from reference_backend.admission import FairQueue
 from reference_backend.engine.kv_cache import BlockPool
 from reference_backend.engine.pace import NOTHING_KNOWN, Ahead, Beside
 from reference_backend.engine.request import Sequence
-
-QUANTUM = 32  # tokens: as long as a short answer
+from reference_backend.engine.standing import Standing
 
 
 class Work(NamedTuple):
@@ -64,8 +56,7 @@ class Scheduler:
         self.preemptions = 0
         self.generated_tokens = 0
         self._free_slots = list(range(slots))
-        self._places: Counter[str] = Counter()  # running sequences of each tenant
-        self._allowance = slots * QUANTUM * OUTPUT_WEIGHT
+        self._standing = Standing(queue.served, slots)
 
     def __repr__(self) -> str:
         return f"<Scheduler {len(self.running)} running, {len(self.preempted)} preempted, {len(self.queue)} waiting>"
@@ -85,10 +76,10 @@ class Scheduler:
         """
         plan: dict[Sequence, Work] = {}
         preemptions = self.preemptions
-        while (first := self._next(now)) is not None and self._is_behind(first.tenant) and self._enter(first):
+        while (first := self._next(now)) is not None and self._standing.is_behind(first.tenant) and self._enter(first):
             pass
-        hurried = self._hurried()
-        held = dict.fromkeys(each for each in self.running if self._is_held(each, hurried))
+        hurried = self._standing.hurried(self.running)
+        held = dict.fromkeys(each for each in self.running if hurried and self._standing.is_held(each, hurried))
         company = [each for each in held if each.is_primed and each.uncomputed][: beside.generating]
         going = sorted([*(each for each in self.running if each not in held), *company], key=_is_reading)
         budget = self.step_tokens
@@ -124,7 +115,7 @@ class Scheduler:
             for each in (*self.preempted, *self.queue)
             if each.tenant == sequence.tenant and each.priority <= sequence.priority
         ]
-        has_slot = not waiting and (self._free_slots or self._is_behind(sequence.tenant))
+        has_slot = not waiting and (self._free_slots or self._standing.is_behind(sequence.tenant))
         return Ahead(
             requests=0 if has_slot else len(waiting) + 1,
             tokens=sum(map(self.pool.unknown_tokens, waiting))
@@ -150,30 +141,6 @@ class Scheduler:
         else:
             self.queue.remove(sequence)
 
-    def _is_behind(self, tenant: str, others: Mapping[str, int] | None = None) -> bool:
-        """Whether a tenant is behind any of the others, who have so many sequences running."""
-        served, places = self.queue.served(tenant), self._places[tenant]
-        return any(
-            places + 2 <= theirs and served <= self.queue.served(other) + self._allowance
-            for other, theirs in (self._places if others is None else others).items()
-        )
-
-    def _hurried(self) -> dict[str, int]:
-        """Tenants who are behind and have a sequence in its quantum, with the best class of those."""
-        behind = {tenant for tenant in self._places if self._is_behind(tenant)}
-        hurried: dict[str, int] = {}
-        for each in self.running:
-            if each.tenant in behind and each.drawn < QUANTUM and each.uncomputed:
-                hurried[each.tenant] = min(each.priority, hurried.get(each.tenant, each.priority))
-        return hurried
-
-    def _is_held(self, sequence: Sequence, hurried: Mapping[str, int]) -> bool:
-        """Whether it pauses for one of those."""
-        places = {sequence.tenant: self._places[sequence.tenant]}
-        return any(
-            priority <= sequence.priority and self._is_behind(tenant, places) for tenant, priority in hurried.items()
-        )
-
     def _make_room(self, sequence: Sequence, count: int) -> list[Sequence]:
         """Take the blocks that `count` more tokens need. Returns who was preempted for it; it may be the sequence."""
         needed = self.pool.blocks_for(sequence.computed + count) - len(sequence.blocks)
@@ -191,7 +158,7 @@ class Scheduler:
 
     def _dispensability(self, sequence: Sequence) -> tuple[int, int, int]:
         """Who has the most of it gives way first."""
-        return sequence.priority, self._places[sequence.tenant], sequence.arrival
+        return sequence.priority, self._standing.running[sequence.tenant], sequence.arrival
 
     def _preempt(self, victim: Sequence) -> None:
         self._vacate(victim)
@@ -204,15 +171,14 @@ class Scheduler:
         self.pool.release(sequence.blocks)
         self._free_slots.append(sequence.slot)
         self.running.remove(sequence)
-        self._places[sequence.tenant] -= 1
-        self._places += Counter()  # those with none are forgotten
+        self._standing.running -= Counter([sequence.tenant])  # those with none are forgotten
         sequence.slot, sequence.blocks, sequence.computed, sequence.indexed = None, [], 0, 0
         sequence.is_primed = sequence.is_written = False
 
     def _admit(self, plan: dict[Sequence, Work], budget: int, now: float, *, even_unread: bool) -> None:
         """Let newcomers in while there is room, in their order: nobody overtakes one for whom there is none."""
         while (budget or even_unread) and self._free_slots and (sequence := self._next(now)) is not None:
-            if self._is_behind(sequence.tenant) or not self._enter(sequence):
+            if self._standing.is_behind(sequence.tenant) or not self._enter(sequence):
                 return
             if count := min(sequence.uncomputed, budget):
                 plan[sequence] = _work(sequence, count)
@@ -220,25 +186,20 @@ class Scheduler:
 
     def _next(self, now: float) -> Sequence | None:
         """Of the best class: who has fewest running, then who was preempted, then the least served."""
-        head = self.queue.head(now, handicap=self._handicap)
+        head = self.queue.head(now, handicap=self._standing.handicap)
         waiting = self.preempted if head is None else [*self.preempted, head]
         return min(
-            waiting, key=lambda each: (self.queue.risen_class(each, now), self._handicap(each.tenant)), default=None
+            waiting,
+            key=lambda each: (self.queue.risen_class(each, now), self._standing.handicap(each.tenant)),
+            default=None,
         )
-
-    def _handicap(self, tenant: str) -> int:
-        """How many run of a tenant; more than there can be, of one who was served too much."""
-        served = self.queue.served(tenant)
-        if any(served > self.queue.served(other) + self._allowance for other in self._places):
-            return self.slots
-        return self._places[tenant]
 
     def _enter(self, sequence: Sequence) -> bool:
         """Give it a slot and blocks, also those of tenants it is behind. Changes nothing when there are too few."""
         found = self.pool.match(sequence)
         # One block more than it has text for: who comes in must not be thrown out by its first token.
         needed = self.pool.blocks_for(len(sequence.tokens) + 1) - len(found)
-        victims = self._ahead_of(sequence, needed)
+        victims = self._giving_way(sequence, needed)
         if victims is None:
             self.pool.release(found)
             return False
@@ -249,26 +210,15 @@ class Scheduler:
         self._start(sequence, found, fresh)
         return True
 
-    def _ahead_of(self, sequence: Sequence, needed: int) -> list[Sequence] | None:
-        """Who must give way for a slot and so many blocks; None when those it is behind have too little."""
-        places, victims = self._places.copy(), dict[Sequence, None]()
+    def _giving_way(self, sequence: Sequence, needed: int) -> list[Sequence] | None:
+        """Who must for a slot and so many blocks; None when those it is behind have too little."""
+        victims: list[Sequence] = []
+        ahead = self._standing.ahead_of(sequence, self.running)
         while not (self._free_slots or victims) or self.pool.free_without(v.blocks for v in victims) < needed:
-            victim = max(
-                (
-                    each
-                    for each in self.running
-                    if each not in victims
-                    and each.priority >= sequence.priority
-                    and self._is_behind(sequence.tenant, {each.tenant: places[each.tenant]})
-                ),
-                key=lambda each: (each.priority, places[each.tenant], each.arrival),
-                default=None,
-            )
-            if victim is None:
+            if (victim := next(ahead, None)) is None:
                 return None
-            victims[victim] = None
-            places[victim.tenant] -= 1
-        return list(victims)
+            victims.append(victim)
+        return victims
 
     def _start(self, sequence: Sequence, found: list[int], fresh: list[int]) -> None:
         cached = len(found) * self.pool.block_size
@@ -284,7 +234,7 @@ class Scheduler:
         sequence.blocks = found + fresh
         sequence.computed, sequence.indexed = cached, len(found)
         self.running.append(sequence)
-        self._places[sequence.tenant] += 1
+        self._standing.running[sequence.tenant] += 1
 
     def _launch(self, work: Work) -> None:
         sequence = work.sequence
@@ -301,8 +251,8 @@ class Scheduler:
         faults = self.pool.faults(sequence.blocks for sequence in self.running)
         if sorted(slots) != list(range(self.slots)):
             faults.append(f"slots are {sorted(slots)}")
-        if self._places != Counter(sequence.tenant for sequence in self.running):
-            faults.append(f"places are {self._places}")
+        if self._standing.running != Counter(sequence.tenant for sequence in self.running):
+            faults.append(f"tenants have {self._standing.running}")
         for sequence in self.running:
             if sequence.computed > len(sequence.blocks) * size or len(set(sequence.blocks)) != len(sequence.blocks):
                 faults.append(f"{sequence.computed} tokens in blocks {sequence.blocks}")

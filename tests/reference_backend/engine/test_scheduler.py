@@ -11,7 +11,8 @@ from reference_backend.admission import OUTPUT_WEIGHT, FairQueue
 from reference_backend.engine.kv_cache import BlockPool
 from reference_backend.engine.pace import Beside
 from reference_backend.engine.request import Priority, Sampling, Sequence
-from reference_backend.engine.scheduler import QUANTUM, Scheduler
+from reference_backend.engine.scheduler import Scheduler
+from reference_backend.engine.standing import QUANTUM
 
 ARRIVALS = iter(range(1 << 30))
 
