@@ -1,8 +1,8 @@
 """`weir bench backend --beside ...`: the reference backend beside other model servers, each with what it does best.
 
 All serve the same weights on the same cores; those of one workload run at the same time, and one is asked while the
-others idle, in turn A B C A B C, so that a noisy minute meets all of them alike. What cannot be started or asked is
-named as absent, with the reason, and never as beaten.
+others stand still, in turn A B C A B C, so that a noisy minute meets all of them alike. What cannot be started or asked
+is named as absent, with the reason, and never as beaten.
 """
 
 from __future__ import annotations
@@ -165,7 +165,10 @@ def run(workload: Workload, folder: Path, rounds: int, seconds: float, say: Say)
         for _ in range(rounds):
             for point, asked in itertools.product(workload.points, running):
                 if asked.server.name not in found.absent:
-                    with _dropping_out(asked.server, found, say):
+                    with _dropping_out(asked.server, found, say), contextlib.ExitStack() as others:
+                        for other in running:
+                            if other is not asked:
+                                others.enter_context(other.process.paused())
                         measured = workload.measure(asked, point, seconds)
                         found.rounds.setdefault((asked.server.name, point), []).append(measured)
                         say(f"{workload.id} {asked.server.name} at {point}: {told(workload.figures, measured)}")

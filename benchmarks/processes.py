@@ -82,6 +82,18 @@ class Process:
         found = [stat for stat in _stats() if stat.session == self.pid]
         return Usage(sum(stat.ticks for stat in found) / TICKS, sum(stat.pages for stat in found) * PAGE)
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Everything that it started stands still meanwhile: some do not rest while they have nothing to do."""
+        stopped = [stat.pid for stat in _stats() if stat.session == self.pid]
+        try:
+            for pid in stopped:
+                _send(pid, signal.SIGSTOP)
+            yield
+        finally:
+            for pid in stopped:
+                _send(pid, signal.SIGCONT)
+
     def last_words(self) -> str:
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         return f" ({lines[-1].strip()[:200]})" if lines else ""
@@ -99,8 +111,14 @@ class Process:
             os.killpg(self.pid, number)
 
 
+def _send(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
 @dataclass(frozen=True, slots=True)
 class _Stat:
+    pid: int
     session: int
     ticks: int
     pages: int
@@ -109,7 +127,12 @@ class _Stat:
 def parse_stat(text: str) -> _Stat:
     """One /proc/PID/stat. The second field is a name in brackets that may hold anything, brackets and spaces too."""
     fields = text.rpartition(")")[2].split()
-    return _Stat(session=int(fields[3]), ticks=int(fields[11]) + int(fields[12]), pages=int(fields[21]))
+    return _Stat(
+        int(text.partition(" ")[0]),
+        session=int(fields[3]),
+        ticks=int(fields[11]) + int(fields[12]),
+        pages=int(fields[21]),
+    )
 
 
 def _stats() -> Iterator[_Stat]:

@@ -37,6 +37,21 @@ def test_a_process_runs_where_it_was_put_and_counts_what_it_forks(tmp_path):
     wait_until(lambda: not sessions().count(process.pid))
 
 
+def test_who_is_paused_stands_still_with_what_it_forked_and_goes_on(tmp_path):
+    script = "import os\nos.fork()\nprint('up', flush=True)\nwhile True: pass"
+    process = Process("busy", [sys.executable, "-c", script], cores=os.sched_getaffinity(0), log=tmp_path / "log")
+    try:
+        wait_until(lambda: (tmp_path / "log").read_text().count("up") == 2)
+        with process.paused():
+            wait_until(lambda: states(process.pid) == ["T", "T"])
+            used = process.usage().cpu_seconds
+            assert process.usage().cpu_seconds == used
+        wait_until(lambda: process.usage().cpu_seconds > used)
+        assert "T" not in states(process.pid)
+    finally:
+        process.end()
+
+
 def test_one_that_has_ended_is_told_with_its_last_words(tmp_path):
     script = "import sys; print('no such file: x.yaml'); print(); sys.exit(3)"
     process = Process("peer", [sys.executable, "-c", script], cores=os.sched_getaffinity(0), log=tmp_path / "log")
@@ -68,6 +83,17 @@ def test_free_ports_are_different_and_nobody_listens_on_them():
     assert len(set(ports)) == 5
     with pytest.raises(Failed, match=f"nothing listens on port {ports[0]}"):
         wait_port(ports[0], seconds=0.1)
+
+
+def states(session) -> list[str]:
+    """The states of all processes of a session."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
+            text = file.read()
+            if parse_stat(text).session == session:
+                found.append(text.rpartition(")")[2].split()[0])
+    return found
 
 
 def sessions():
