@@ -168,13 +168,20 @@ class Engine:
         for sequence in admitted:
             self._queue_seconds += NEW * (now - sequence.arrived_at - self._queue_seconds)
         self._pace.gave_slots(now, len(admitted), len(self.scheduler.queue))
-        launched = self.runner.launch(plan) if plan else None
+        launched = self.runner.launch(plan, lambda: self._read(published)) if plan else None
         if self._overlap:
-            launched, self._unread = self._unread, launched
-        if launched is not None:
-            for result in launched.results():
-                published += self._commit(result)
+            self._read(published)
+        self._unread = launched
+        if not self._overlap:
+            self._read(published)
         return published
+
+    def _read(self, published: Published) -> None:
+        """Take note of what the step that is not read yet has drawn, if there is one."""
+        unread, self._unread = self._unread, None
+        if unread is not None:
+            for result in unread.results():
+                published += self._commit(result)
 
     def took(self, seconds: float) -> None:
         """The time of the last turn, from which the size of the next ones follows."""

@@ -153,11 +153,8 @@ class Sequence:
 
     @property
     def uncomputed(self) -> int:
-        """Tokens that a step could work on; none when the last token that may be generated is on its way.
-
-        None, too, while what may come next under a grammar depends on a token that the host has not seen.
-        """
-        if self.drawn >= self.sampling.max_tokens or (self.constraint is not None and self.pending):
+        """Tokens that a step could work on; none when the last token that may be generated is on its way."""
+        if self.drawn >= self.sampling.max_tokens:
             return 0
         return len(self.tokens) + self.pending - self.computed
 

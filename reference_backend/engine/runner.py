@@ -10,7 +10,7 @@ There is one row more than slots: that of nobody, with which prepared steps (`gr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -124,8 +124,12 @@ class Runner:
         self._cache.clear(blocks)
 
     @torch.inference_mode()
-    def launch(self, plan: list[Work]) -> Launched:
-        """Compute every work of the plan. One of a sequence stands behind those of older steps."""
+    def launch(self, plan: list[Work], catch_up: Callable[[], None] = lambda: None) -> Launched:
+        """Compute every work of the plan. One of a sequence stands behind those of older steps.
+
+        What a grammar allows depends on the token before. `catch_up` is to take note of those of older steps; it is
+        called, if anybody needs it, while the device computes this one's scores.
+        """
         self._write_rows(plan)
         decodes = sorted((work for work in plan if work.is_decode), key=_table_length)
         chunks = [work for work in plan if not work.is_decode]
@@ -140,6 +144,8 @@ class Runner:
                 return Launched([], None)
             scores, drawn = self.model.logits(hidden), None
         if drawn is None:
+            if rows.constrained is not None:
+                catch_up()
             masks = b"".join(each.constraint.mask() for each in sequences if each.constraint is not None)
             drawn = self._sampler.sample(scores, rows, masks)
             self._note(rows.slots, drawn.tokens)

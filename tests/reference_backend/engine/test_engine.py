@@ -237,6 +237,24 @@ def test_answers_under_a_grammar_are_those_of_each_alone(engine, sizes, overlap)
     assert complete == {each for each, delta in published if delta.finish == "stop"} != set()
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_an_answer_under_a_grammar_gets_a_token_with_each_step_as_others_do(engine, overlap):
+    constrained, free = sequence(max_tokens=30), sequence([7], max_tokens=30)
+    constrained.constraint = Rhythm(100)
+    subject = engine(overlap=overlap)
+    for each in (constrained, free):
+        subject.submit(each)
+    subject.turn(0.0)
+    counts = []
+    for _ in range(5):
+        subject.turn(0.0)
+        counts.append((len(constrained.generated), len(free.generated)))
+    first = 1 if overlap else 2
+    # Its token of the step before had to be known, and with it those of all.
+    assert [each for each, _ in counts] == [each for _, each in counts] == list(range(first, first + 5))
+    run(subject)
+
+
 def test_a_grammar_that_breaks_ends_its_answer_alone(engine):
     asked, other = sequence(max_tokens=20), sequence([7], max_tokens=20)
     asked.constraint = Rhythm(100)

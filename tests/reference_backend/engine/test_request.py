@@ -26,23 +26,14 @@ def test_behind_the_last_token_there_is_nothing_to_compute():
     assert (asked.uncomputed, asked.drawn) == (0, 3)
 
 
-def test_under_a_grammar_nothing_can_be_computed_behind_a_token_that_nobody_has_seen():
-    asked = sequence()
-    asked.constraint = object()
-    asked.computed, asked.pending = 3, 1
-    assert asked.uncomputed == 0
-    asked.pending = 0
-    asked.tokens.append(8)
-    assert asked.uncomputed == 1
-
-
 @pytest.mark.parametrize(
     ("settings", "kinds"),
     [
         ({}, (False, False, False)),
         ({"temperature": 0.0}, (True, False, False)),
         ({"temperature": 1e-6}, (True, False, False)),
-        ({"top_k": 1}, (False, True, False)),
+        ({"top_k": 1}, (True, True, False)),
+        ({"top_k": 2}, (False, True, False)),
         ({"top_p": 0.9}, (False, True, False)),
         ({"min_p": 0.1}, (False, True, False)),
         ({"presence_penalty": -1.0}, (False, False, True)),
