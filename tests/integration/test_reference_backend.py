@@ -178,8 +178,15 @@ async def test_its_life_in_etcd_from_ready_to_drained(tmp_path):
 
             [(key, value)] = (await until(registered)).items()
             assert key.startswith("chat/")
-            assert (value["url"], value["models"]) == (url, [{"name": "tiny", "version": "2"}])
-            assert value.get("state", "serving") == "serving"
+            assert value.pop("grpc_port") > 0
+            assert value == {
+                "url": url,
+                "protocols": ["openai"],
+                "models": [{"name": "tiny", "version": "2"}],
+                "max_concurrency": 32,
+                "load": "/load/stream",
+                "grpc_health": "model/tiny@2",
+            }
 
             headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
             async with session.post(f"{url}/v1/chat/completions", json=ENDLESS, headers=headers) as stream:
