@@ -45,13 +45,13 @@ class Generation:
     """One request at the worker, of which each choice takes a place: a `with` around an iteration over its pieces."""
 
     def __init__(self, model: Language, asked: Asked) -> None:
-        self._worker, self._reporter, self._asked = model.worker, model.reporter, asked
+        self._model, self._asked = model, asked
         self._arrived: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
         self._tickets: list[int] = []
         self._open = {
             index: _Choice(index, model.tokenizer, asked.stops, asked.form) for index in range(len(asked.samplings))
         }
-        self._began, self._first_at, self._tokens = self._worker.clock(), 0.0, 0
+        self._began, self._first_at, self._tokens = self._model.clock(), 0.0, 0
         self._is_begun = False
         self.usage = Usage(len(asked.prompt), 0)
 
@@ -63,22 +63,22 @@ class Generation:
             for choice, sampling in enumerate(asked.samplings):
                 arrive, terms = partial(self._arrive, choice), msgspec.structs.asdict(asked.terms)
                 self._tickets.append(
-                    self._worker.submit(
+                    self._model.submit(
                         asked.prompt, sampling, arrive, **terms, salt=asked.salt, pictures=asked.pictures
                     )
                 )
             yield
         except WorkerBusy as error:
-            self._reporter.rejects += 1
+            self._model.reporter.rejects += 1
             raise protocol.queue_full() from error
         except WorkerAway as error:
             raise protocol.loading() from error
         finally:
             for ticket in self._tickets:
-                self._worker.abort(ticket)
+                self._model.abort(ticket)
             if self._tokens:
                 each = -(-self._tokens // len(self._tickets))
-                self._reporter.answered(self._first_at - self._began, self._worker.clock() - self._began, each)
+                self._model.reporter.answered(self._first_at - self._began, self._model.clock() - self._began, each)
 
     @property
     def choices(self) -> int:
@@ -102,7 +102,7 @@ class Generation:
                 raise refusal
             self._tokens += 1
             if self._tokens == 1:
-                self._first_at = self._worker.clock()
+                self._first_at = self._model.clock()
             choice = self._open.get(index)
             if choice is None:
                 continue  # it was on its way when a stop string ended the choice
@@ -115,7 +115,7 @@ class Generation:
                 raise protocol.ApiError(504, "deadline", "the deadline passed before the answer began")
             if piece.finish is not None:
                 del self._open[index]
-                self._worker.abort(self._tickets[index])
+                self._model.abort(self._tickets[index])
             self._is_begun = True
             return piece
         raise StopAsyncIteration

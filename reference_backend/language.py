@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,20 +28,22 @@ class Sizes:
     load_format: Literal["safetensors", "dummy"]
 
 
-class Language:
+class Language(Worker):
+    """A worker, and what of the model the server needs itself."""
+
     kind: Kind = "language"
 
-    def __init__(self, worker: Worker, tokenizer: Tokenizer, start: Start, wall: Callable[[], float]) -> None:
-        self.worker = worker
-        self.reporter = Reporter(worker, wall)
+    def __init__(
+        self, tokenizer: Tokenizer, start: Start, bound: int, clock: Callable[[], float], wall: Callable[[], float]
+    ) -> None:
+        super().__init__(start, bound, clock)
+        self.reporter = Reporter(self, wall)
         self.tokenizer = tokenizer
-        self.bound = worker.bound
         self.sees = tokenizer.picture_token is not None and (Path(start.model) / VISION_FILE).exists()
-        self._start = start
 
     @classmethod
     def read(cls, entry: Entry, sizes: Sizes, clock: Callable[[], float], wall: Callable[[], float]) -> Language:
-        """What of the model the server needs itself. Raises ModelError."""
+        """The model of a directory. Raises ModelError."""
         tokenizer = read_tokenizer(entry)
         start = Start(
             str(entry.directory),
@@ -54,23 +55,7 @@ class Language:
             sizes.ranks,
             sizes.load_format == "dummy",
         )
-        return cls(Worker(sizes.max_running + sizes.max_waiting, clock), tokenizer, start, wall)
-
-    @property
-    def is_alive(self) -> bool:
-        return self.worker.is_alive
-
-    def running(self) -> AbstractAsyncContextManager[None]:
-        return self.worker.running(self._start)
-
-    async def sleep(self) -> None:
-        await self.worker.sleep()
-
-    async def wake(self) -> None:
-        await self.worker.wake()
-
-    async def wait_lost(self) -> None:
-        await self.worker.wait_lost()
+        return cls(tokenizer, start, sizes.max_running + sizes.max_waiting, clock, wall)
 
 
 def read_tokenizer(entry: Entry) -> Tokenizer:

@@ -95,14 +95,14 @@ class OpenAi:
         form: Form | None = None,
         pictures: Sequence[Picture] = (),
     ) -> web.StreamResponse:
-        context = model.worker.context
+        context = model.context
         if len(prompt) >= context:
             message = f"the prompt has {len(prompt)} tokens, the context has room for {context - 1}"
             raise bad(message, body.prompt_field, "context_length_exceeded")
         samplings = body.samplings(context - len(prompt), model.tokenizer.largest_token, grammar)
         if len(samplings) > model.bound:
             raise bad(f"n is {len(samplings)}, and this backend takes {model.bound} requests at a time", "n")
-        how = terms(request.headers, model.worker.clock())
+        how = terms(request.headers, model.clock())
         salt = (body.cache_salt or "").encode()
         asked = Asked(prompt, samplings, how, body.stops(), salt, form, list(pictures))
         name = f"{body.answer.id_prefix}-{uuid4().hex}"
@@ -141,8 +141,8 @@ def _pictures(model: Language, prompt: list[int], body: ChatRequest) -> list[Pic
 
 def _check_length(model: Language, body: GenerationRequest, characters: int) -> None:
     """Refuse what cannot fit whatever its tokens are: to find those out can take seconds."""
-    if model.tokenizer.is_hopeless(characters, model.worker.context):
-        message = f"{characters} characters are more than a context of {model.worker.context} tokens holds"
+    if model.tokenizer.is_hopeless(characters, model.context):
+        message = f"{characters} characters are more than a context of {model.context} tokens holds"
         raise bad(message, body.prompt_field, "context_length_exceeded")
 
 

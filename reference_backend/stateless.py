@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import ClassVar
 
 from reference_backend import protocol
-from reference_backend.changing import Changing
 from reference_backend.engine.config import ModelError
 from reference_backend.engine.request import Load
-from reference_backend.link import Link, linked, spawned
+from reference_backend.link import BEAT_SECONDS, Apart, Link, linked, spawned
 from reference_backend.load_report import Reporter
 from reference_backend.protocol import ApiError, bad
 from reference_backend.repository import Card, Entry, Kind
 from reference_backend.tensor_frames import (
+    ERRORS,
     Answer,
     Cancel,
     Infer,
@@ -36,6 +34,7 @@ from reference_backend.tensors import (
     DTYPES,
     Array,
     BadTensor,
+    Failed,
     Full,
     Late,
     Lost,
@@ -46,24 +45,19 @@ from reference_backend.tensors import (
     executor,
 )
 
-WEDGED_AFTER = 60.0  # seconds without an answer while there is something to do
-log = logging.getLogger(__name__)
-
-
-class Failed(Exception):  # noqa: N818  an answer, not a fault of ours
-    """The model raised something; the log of its process has it."""
+WEDGED_AFTER = 60.0  # seconds without an answer while there is something to do: then its process is given up
 
 
 class Remote(Link[Opened]):
     """A model at the other end of a socket."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(decode_for_server)
         self.inputs: tuple[TensorSpec, ...] = ()
         self.outputs: tuple[TensorSpec, ...] = ()
         self._answers: dict[int, asyncio.Future[Tensors]] = {}
         self._tickets = 0
-        self._watch: asyncio.TimerHandle | None = None
+        self._stuck_seconds = 0.0  # since it has answered, while there is something to do
 
     async def infer(self, inputs: Tensors, terms: Terms = ANYHOW) -> Tensors:
         """As TensorModel says; raises Lost and Failed, too."""
@@ -73,54 +67,51 @@ class Remote(Link[Opened]):
         ticket = self._tickets
         self.send(Infer(ticket, pack(inputs), terms))
         answer = self._answers[ticket] = self.loop.create_future()
-        if self._watch is None:
-            self._watch = self.loop.call_later(WEDGED_AFTER, self.cut)
         try:
             return await answer
         finally:
             if self._answers.pop(ticket, None) is not None:
                 self.send(Cancel(ticket))
 
-    def take(self, body: bytes) -> None:
-        message = decode_for_server(body)
+    def beat(self) -> None:
+        """A model may hang in a thread while its process gives signs."""
+        if self._stuck_seconds > WEDGED_AFTER:
+            self.cut()
+        self._stuck_seconds = self._stuck_seconds + BEAT_SECONDS if self._answers else 0.0
+        super().beat()
+
+    def take(self, message: object) -> None:
         if isinstance(message, Answer):
             self._deliver(message)
         elif isinstance(message, Opened):
             self.inputs, self.outputs = message.inputs, message.outputs
             self.opened.set_result(message)
         else:
-            self.opened.set_exception(ModelError(message.reason))
-        if self._watch is not None:
-            self._watch.cancel()
-        self._watch = self.loop.call_later(WEDGED_AFTER, self.cut) if self._answers else None
+            super().take(message)
 
     def _deliver(self, message: Answer) -> None:
+        self._stuck_seconds = 0.0
         answer = self._answers.pop(message.ticket, None)
         if answer is None or answer.done():
             return  # given up while this was on its way
-        if not message.error:
-            answer.set_result(unpack(message.outputs))
-        elif message.error == "bad":
-            answer.set_exception(BadTensor(message.message))
+        if message.error:
+            answer.set_exception(ERRORS[message.error](message.message))
         else:
-            answer.set_exception({"full": Full, "late": Late, "failed": Failed}[message.error]())
+            answer.set_result(unpack(message.outputs))
 
     def end(self) -> None:
-        if self._watch is not None:
-            self._watch.cancel()
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(Lost())
         self._answers.clear()
 
 
-class Stateless(Changing):
+class Stateless(Apart[Remote]):
     """What the server asks for tensors. It stays the same while processes come and go."""
 
     # What a kind has beside its own: inputs and outputs by name, with datatype and number of dimensions.
     fixed_inputs: ClassVar[Mapping[str, tuple[str, int]]] = {}
     fixed_outputs: ClassVar[Mapping[str, tuple[str, int]]] = {}
-    is_alive = True  # its process has no heartbeat: a run may take as long as WEDGED_AFTER
 
     def __init__(self, entry: Entry, card: Card, clock: Callable[[], float], wall: Callable[[], float]) -> None:
         super().__init__()
@@ -134,7 +125,6 @@ class Stateless(Changing):
         self.clock = clock
         self._in_flight = 0
         self._model: TensorModel | None = None
-        self._lost = asyncio.Event()
         self._life = contextlib.AsyncExitStack()
 
     def __repr__(self) -> str:
@@ -144,48 +134,28 @@ class Stateless(Changing):
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """One life of it. Raises ModelError on entering."""
-        async with contextlib.AsyncExitStack() as self._life:
-            await self.wake()
-            yield
+        async with self._life:
+            try:
+                await self.wake()
+                yield
+            finally:
+                self._model = self.link = None
 
     async def sleep(self) -> None:
         """End its process: such a model is read again in no time."""
+        self._model = self.link = None
         await self._life.aclose()
-        self._lost = asyncio.Event()
 
     async def wake(self) -> None:
-        await self._life.enter_async_context(self._awake())
-
-    @contextlib.asynccontextmanager
-    async def _awake(self) -> AsyncIterator[None]:
-        life = self._beside() if self.card.isolation == "thread" else self._apart()
-        async with life as model:
-            self._check_kind(model)
-            self._model, self.inputs, self.outputs = model, model.inputs, model.outputs
-            try:
-                yield
-            finally:
-                self._model = None
-
-    @contextlib.asynccontextmanager
-    async def _beside(self) -> AsyncIterator[TensorModel]:
-        self._lost = asyncio.Event()
-        async with executor(self.card.executor)(self._entry.directory, self.card) as model:
-            yield model
-
-    @contextlib.asynccontextmanager
-    async def _apart(self) -> AsyncIterator[TensorModel]:
-        async with spawned("reference_backend.tensor_service") as connection, self.linked(connection) as model:
-            yield model
-
-    @contextlib.asynccontextmanager
-    async def linked(self, connection: socket.socket) -> AsyncIterator[TensorModel]:
-        """The model at the other end of a socket. Raises ModelError."""
-        async with linked(Remote, connection) as remote:
-            self._lost = remote.lost
-            remote.send(Open(str(self._entry.directory), self.card))
-            await remote.opened
-            yield remote
+        """Open it, in a process of its own or beside the server. Raises ModelError."""
+        directory, card, enter = self._entry.directory, self.card, self._life.enter_async_context
+        if card.isolation == "thread":
+            model = await enter(executor(card.executor)(directory, card))
+        else:
+            connection = await enter(spawned("reference_backend.tensor_service"))
+            model = self.link = await enter(linked(Remote, connection, Open(str(directory), card)))
+        self._check_kind(model)
+        self._model, self.inputs, self.outputs = model, model.inputs, model.outputs
 
     def _check_kind(self, model: TensorModel) -> None:
         for specs, fixed in ((model.inputs, self.fixed_inputs), (model.outputs, self.fixed_outputs)):
@@ -196,9 +166,6 @@ class Stateless(Changing):
                         f"{self._entry}: a model of the kind {self.kind!r} has {name!r} of {wanted[0]} in "
                         f"{wanted[1]} dimensions, but its executor gives {there.get(name, 'none')}"
                     )
-
-    async def wait_lost(self) -> None:
-        await self._lost.wait()
 
     def load(self) -> Load:
         running = min(self._in_flight, self.card.max_batch)
@@ -212,7 +179,8 @@ class Stateless(Changing):
         if self._in_flight >= self.bound:
             raise self._full()
         began = self.clock()
-        self._change(1)
+        self._in_flight += 1
+        self.change()
         try:
             async with asyncio.timeout(None if terms.deadline is None else terms.deadline - began):
                 outputs = await self._model.infer(inputs, terms)
@@ -227,18 +195,14 @@ class Stateless(Changing):
         except Failed as error:
             raise protocol.engine_failed() from error
         finally:
-            self._change(-1)
+            self._in_flight -= 1
+            self.change()
         self.reporter.answered(self.clock() - began, self.clock() - began, 1)
         return outputs
 
     def _full(self) -> ApiError:
         self.reporter.rejects += 1
         return protocol.queue_full()
-
-    def _change(self, requests: int) -> None:
-        self._in_flight += requests
-        self.changes += 1
-        self._news.set()
 
 
 class Embedding(Stateless):

@@ -1,18 +1,17 @@
 """What the server and the process of a tensor model say to each other, in the frames of engine/frames.py.
 
-The server begins with `Open`; `Opened` or `Refusal` comes back. Then `Infer` and `Cancel` go one way, and one `Answer`
-to each `Infer` that was not cancelled comes the other way, in any order.
+The server begins with `Open`; `Opened` or `Refused` comes back. Then `Infer` and `Cancel` go one way, and one `Answer`
+to each `Infer` that was not cancelled comes the other way, in any order. A `Ping` comes back.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 import msgspec
 import numpy as np
 
+from reference_backend.engine.frames import Ping, Refused
 from reference_backend.repository import Card
-from reference_backend.tensors import DATATYPES, DTYPES, Tensors, TensorSpec, Terms
+from reference_backend.tensors import DATATYPES, DTYPES, BadTensor, Failed, Full, Late, Tensors, TensorSpec, Terms
 
 
 class Packed(msgspec.Struct, array_like=True, frozen=True):
@@ -33,12 +32,6 @@ class Opened(msgspec.Struct, tag=True, array_like=True, frozen=True):
     outputs: tuple[TensorSpec, ...]
 
 
-class Refusal(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """The model cannot be served, and why, in one line."""
-
-    reason: str
-
-
 class Infer(msgspec.Struct, tag=True, array_like=True, frozen=True):
     ticket: int
     inputs: dict[str, Packed]
@@ -50,16 +43,17 @@ class Cancel(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 class Answer(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """The outputs, or what became of the request, with a message where it was the input's fault."""
+    """The outputs, or the name of what is raised instead, one of ERRORS, with its message."""
 
     ticket: int
     outputs: dict[str, Packed]
-    error: Literal["", "bad", "full", "late", "failed"] = ""
+    error: str = ""
     message: str = ""
 
 
-decode_for_model = msgspec.msgpack.Decoder(Open | Infer | Cancel).decode
-decode_for_server = msgspec.msgpack.Decoder(Opened | Refusal | Answer).decode
+ERRORS = {error.__name__: error for error in (BadTensor, Full, Late, Failed)}
+decode_for_model = msgspec.msgpack.Decoder(Open | Infer | Cancel | Ping).decode
+decode_for_server = msgspec.msgpack.Decoder(Opened | Refused | Answer | Ping).decode
 
 
 def pack(tensors: Tensors) -> dict[str, Packed]:

@@ -14,81 +14,76 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
 from reference_backend.engine.config import ModelError
-from reference_backend.engine.frames import Unframed, framed
-from reference_backend.tensor_frames import (
-    Answer,
-    Cancel,
-    Infer,
-    Open,
-    Opened,
-    Refusal,
-    decode_for_model,
-    pack,
-    unpack,
-)
+from reference_backend.engine.frames import Ping, Refused
+from reference_backend.link import Framed
+from reference_backend.tensor_frames import Answer, Cancel, Infer, Open, Opened, decode_for_model, pack, unpack
 from reference_backend.tensors import BadTensor, Full, Late, TensorModel, executor
 
-READ_BYTES = 1 << 20
 log = logging.getLogger(__name__)
+
+
+class Desk(Framed):
+    """The model's end of the socket: `asked` is what to open, or None when nobody is there any more."""
+
+    def __init__(self) -> None:
+        super().__init__(decode_for_model)
+        self.asked: asyncio.Future[Open | None] = self.loop.create_future()
+        self.model: TensorModel | None = None
+        self._under_way: dict[int, asyncio.Task[None]] = {}
+
+    def take(self, message: Any) -> None:
+        if isinstance(message, Infer):
+            task = self._under_way[message.ticket] = self.loop.create_task(self._answer(message))
+            task.add_done_callback(functools.partial(self._under_way.pop, message.ticket))
+        elif isinstance(message, Cancel) and (unwanted := self._under_way.get(message.ticket)) is not None:
+            unwanted.cancel()
+        elif isinstance(message, Ping):
+            self.send(message)
+        elif isinstance(message, Open):
+            self.asked.set_result(message)
+
+    async def _answer(self, asked: Infer) -> None:
+        assert self.model is not None  # noqa: S101  nobody asks before it is told to be there
+        try:
+            outputs = await self.model.infer(unpack(asked.inputs), asked.terms)
+            answer = Answer(asked.ticket, pack(outputs))
+        except (BadTensor, Full, Late) as error:
+            answer = Answer(asked.ticket, {}, type(error).__name__, str(error))
+        except Exception:  # whatever it is, nobody must wait for it any longer
+            log.exception("the model failed")
+            answer = Answer(asked.ticket, {}, "Failed")
+        self.send(answer)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if not self.asked.done():
+            self.asked.set_result(None)
+        for task in self._under_way.values():
+            task.cancel()
 
 
 async def serve(connection: socket.socket) -> int:
     """The life of the process. Returns its exit code."""
-    reader, writer = await asyncio.open_connection(sock=connection, limit=READ_BYTES)
-    unframed = Unframed()
-    while not (bodies := unframed.feed(data := await reader.read(READ_BYTES))):
-        if not data:
-            return 0
-    first = decode_for_model(bodies[0])
-    if not isinstance(first, Open):
+    _, desk = await asyncio.get_running_loop().create_connection(Desk, sock=connection)
+    asked = await desk.asked
+    if asked is None:
         return 0
     try:
-        async with executor(first.card.executor)(Path(first.directory), first.card) as model:
+        async with executor(asked.card.executor)(Path(asked.directory), asked.card) as desk.model:
             gc.freeze()  # what is there now stays: to look through torch for garbage again takes 85 ms
-            writer.write(framed(Opened(tuple(model.inputs), tuple(model.outputs))))
-            await _answer_all(model, reader, writer, unframed)
+            desk.send(Opened(tuple(desk.model.inputs), tuple(desk.model.outputs)))
+            await desk.lost.wait()
     except ModelError as error:
-        writer.write(framed(Refusal(str(error))))
-        await writer.drain()
+        desk.send(Refused(str(error)))
+        desk.close()
+        await desk.lost.wait()
         return 3
     return 0
-
-
-async def _answer_all(
-    model: TensorModel, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, unframed: Unframed
-) -> None:
-    """Until the server is gone."""
-    under_way: dict[int, asyncio.Task[None]] = {}
-    while data := await reader.read(READ_BYTES):
-        for body in unframed.feed(data):
-            message = decode_for_model(body)
-            if isinstance(message, Infer):
-                task = under_way[message.ticket] = asyncio.create_task(_answer(model, message, writer))
-                task.add_done_callback(functools.partial(under_way.pop, message.ticket))
-            elif isinstance(message, Cancel) and (unwanted := under_way.get(message.ticket)) is not None:
-                unwanted.cancel()
-    for task in list(under_way.values()):
-        task.cancel()
-
-
-async def _answer(model: TensorModel, asked: Infer, writer: asyncio.StreamWriter) -> None:
-    try:
-        outputs = await model.infer(unpack(asked.inputs), asked.terms)
-        answer = Answer(asked.ticket, pack(outputs))
-    except BadTensor as error:
-        answer = Answer(asked.ticket, {}, "bad", str(error))
-    except Full:
-        answer = Answer(asked.ticket, {}, "full")
-    except Late:
-        answer = Answer(asked.ticket, {}, "late")
-    except Exception:  # whatever it is, nobody must wait for it any longer
-        log.exception("the model failed")
-        answer = Answer(asked.ticket, {}, "failed")
-    writer.write(framed(answer))
 
 
 def main(descriptor: int) -> int:

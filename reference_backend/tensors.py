@@ -71,6 +71,10 @@ class Lost(Exception):  # noqa: N818  an answer, not a fault
     """The process that had the request is gone, and what it had computed with it."""
 
 
+class Failed(Exception):  # noqa: N818  an answer, not a fault of ours
+    """The model raised something; the log of its process has it."""
+
+
 class TensorSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     """A tensor that a model takes or gives. -1 in `shape`: any size. With batches the first dimension is -1.
 
@@ -118,8 +122,9 @@ class TensorModel(Protocol):
     async def infer(self, inputs: Tensors, terms: Terms = ANYHOW) -> Tensors:
         """Run it: many calls may be under way at once. Gives every output of `outputs`.
 
-        A cancelled call is one whose client left: it must take no place in a batch that has not begun. Raises
-        BadTensor, Full, Late; anything else is a fault of the model.
+        A cancelled call is one whose client left: it must take no place in a batch that has not begun. What computes
+        leaves the event loop free (a thread): a process whose loop gives no sign is given up. Raises BadTensor, Full,
+        Late; anything else is a fault of the model.
         """
         ...
 

@@ -1,8 +1,8 @@
-"""The server's side of its worker process: start it, hand requests over, notice when it is gone.
+"""The server's side of its worker process: hand requests over, and notice when it is gone.
 
 A worker is STARTING (the model is being read) => READY => LOST (it crashed, or has given no sign for so long that it
-never will: it is asked for one each BEAT_SECONDS, and answers between its steps). What is in flight then is told so at
-once; whoever comes meanwhile is refused. `running` is one life of it; whoever wants another enters again.
+never will: it answers between its steps). What is in flight then is told so at once; whoever comes meanwhile is
+refused. `running` is one life of it; whoever wants another enters again.
 
 Invariants:
 - At most `bound` requests are in flight. The count is here, so that one too many is refused without asking.
@@ -11,32 +11,17 @@ Invariants:
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Callable
 
 import msgspec
 
-from reference_backend.changing import Changing
 from reference_backend.engine.config import ModelError
-from reference_backend.engine.frames import (
-    Abort,
-    Ask,
-    Ping,
-    Ready,
-    Refused,
-    Sleep,
-    Start,
-    Turn,
-    Wake,
-    decode_for_server,
-)
+from reference_backend.engine.frames import Abort, Ask, Ready, Sleep, Start, Turn, Wake, decode_for_server
 from reference_backend.engine.request import Delta, Load, Picture, Sampling
-from reference_backend.link import Link, linked, spawned
+from reference_backend.link import SILENT_SECONDS, Apart, Link, linked, spawned
 
-BEAT_SECONDS = 2.0
-SILENT_SECONDS = 10.0  # without a sign: it does not count as alive
 STEPS_TO_WAIT, LONGEST_TO_WAIT = 20, 4  # steps, and steps full of prompts: where they take longer, it is given up then
 UNKNOWN_SECONDS = 60.0  # before it has taken a step: then it is given up
 
@@ -53,12 +38,10 @@ class _Link(Link[Ready]):
     """The socket to one worker process."""
 
     def __init__(self, on_change: Callable[[], None]) -> None:
-        super().__init__()
+        super().__init__(decode_for_server)
         self._on_change = on_change
         self.load = Load(0, 0, 0.0)
         self.waiting_for: dict[int, Callable[[Delta], None]] = {}
-        self.silent_seconds = 0.0  # at the next beat, if there is no sign until then
-        self._next_beat: asyncio.TimerHandle | None = None
 
     async def change(self, message: Sleep | Wake) -> None:
         """Have the worker go to sleep or wake up. Raises ModelError when it is gone."""
@@ -68,18 +51,14 @@ class _Link(Link[Ready]):
         self.send(message)
         await self.opened
 
-    def take(self, body: bytes) -> None:
-        self.silent_seconds = 0.0
-        message = decode_for_server(body)
+    def take(self, message: object) -> None:
         if isinstance(message, Turn):
             self._deliver(message)
         elif isinstance(message, Ready):
             self.load = message.load
             self.opened.set_result(message)
-            if self._next_beat is None:
-                self._beat()
-        elif isinstance(message, Refused):
-            self.opened.set_exception(ModelError(message.reason))
+        else:
+            super().take(message)
 
     def _deliver(self, turn: Turn) -> None:
         self.load = turn.load
@@ -92,19 +71,10 @@ class _Link(Link[Ready]):
             deliver(delta)
         self._on_change()
 
-    def _beat(self) -> None:
-        """Ask for a sign, if there is hope. Beats are counted, not time: a server that was held up hears none."""
-        if self.silent_seconds > patience(self.load):
-            self.cut()
-            return
-        self.send(Ping())
-        if self.opened.done():  # else it loads, which may take longer than any step
-            self.silent_seconds += BEAT_SECONDS
-        self._next_beat = self.loop.call_later(BEAT_SECONDS, self._beat)
+    def patience(self) -> float:
+        return patience(self.load)
 
     def end(self) -> None:
-        if self._next_beat is not None:
-            self._next_beat.cancel()
         waiting, self.waiting_for = self.waiting_for, {}
         for deliver in waiting.values():
             deliver(Delta(None, "lost"))
@@ -117,39 +87,34 @@ def patience(load: Load) -> float:
     return max(SILENT_SECONDS, steps, longest) if steps or longest else UNKNOWN_SECONDS
 
 
-class Worker(Changing):
+class Worker(Apart[_Link]):
     """What the API asks for tokens. It stays the same while processes come and go."""
 
-    def __init__(self, bound: int, clock: Callable[[], float]) -> None:
+    def __init__(self, start: Start, bound: int, clock: Callable[[], float]) -> None:
         super().__init__()
         self.bound = bound
         self.clock = clock
         self.context = 0
-        self._link: _Link | None = None
+        self._start = start
         self._tickets = 0
 
     def __repr__(self) -> str:
         state = "ready" if self.is_ready else "away"
-        return f"<Worker {state}, {self._in_flight} of {self.bound} in flight>"
+        return f"<{type(self).__name__} {state}, {self._in_flight} of {self.bound} in flight>"
 
     @property
     def is_ready(self) -> bool:
-        return self._link is not None and not self._link.lost.is_set()
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether there is no worker that owes a sign."""
-        return self._link is None or self._link.silent_seconds <= SILENT_SECONDS
+        return self.link is not None and not self.link.lost.is_set()
 
     @property
     def _in_flight(self) -> int:
-        return 0 if self._link is None else len(self._link.waiting_for)
+        return 0 if self.link is None else len(self.link.waiting_for)
 
     def load(self) -> Load:
         """What the worker said last, with the requests that it has not seen yet among those that wait."""
-        if self._link is None:
+        if self.link is None:
             return Load(0, 0, 0.0)
-        last = self._link.load
+        last = self.link.load
         running = min(last.running, self._in_flight)
         return msgspec.structs.replace(last, running=running, waiting=self._in_flight - running)
 
@@ -169,50 +134,45 @@ class Worker(Changing):
 
         Raises WorkerAway, WorkerBusy.
         """
-        if self._link is None or self._link.lost.is_set():
+        if self.link is None or self.link.lost.is_set():
             raise WorkerAway
         if self._in_flight >= self.bound:
             raise WorkerBusy
         self._tickets += 1
-        self._link.send(Ask(self._tickets, prompt, sampling, deadline, priority, tenant, salt, pictures or []))
-        self._link.waiting_for[self._tickets] = deliver  # last: what could not be sent would hold its place for ever
+        self.link.send(Ask(self._tickets, prompt, sampling, deadline, priority, tenant, salt, pictures or []))
+        self.link.waiting_for[self._tickets] = deliver  # last: what could not be sent would hold its place for ever
         self.change()
         return self._tickets
 
     def abort(self, ticket: int) -> None:
         """Give a request up. Harmless for one that is over."""
-        if self._link is not None and self._link.waiting_for.pop(ticket, None) is not None:
-            self._link.send(Abort(ticket))
+        if self.link is not None and self.link.waiting_for.pop(ticket, None) is not None:
+            self.link.send(Abort(ticket))
             self.change()
 
     async def sleep(self) -> None:
         """Have it give its device back, and the memory of its cache, while nothing is in flight. Raises ModelError."""
-        if self._link is not None:
-            await self._link.change(Sleep())
+        if self.link is not None:
+            await self.link.change(Sleep())
 
     async def wake(self) -> None:
         """Have it as before `sleep`, when it has produced a token. Raises ModelError."""
-        if self._link is not None:
-            await self._link.change(Wake())
-
-    async def wait_lost(self) -> None:
-        if self._link is not None:
-            await self._link.lost.wait()
+        if self.link is not None:
+            await self.link.change(Wake())
 
     @contextlib.asynccontextmanager
-    async def running(self, start: Start) -> AsyncIterator[None]:
+    async def running(self) -> AsyncIterator[None]:
         """One life of a worker process, from when it is ready. Raises ModelError when it cannot be."""
-        async with spawned("reference_backend.engine.service") as connection, self.linked(connection, start):
+        async with spawned("reference_backend.engine.service") as connection, self.linked(connection):
             yield
 
     @contextlib.asynccontextmanager
-    async def linked(self, connection: socket.socket, start: Start) -> AsyncIterator[None]:
+    async def linked(self, connection: socket.socket) -> AsyncIterator[None]:
         """The worker at the other end of a socket is in service. Raises ModelError."""
-        async with linked(lambda: _Link(self.change), connection) as link:
-            link.send(start)
-            self.context = (await link.opened).context
-            self._link = link
+        async with linked(lambda: _Link(self.change), connection, self._start) as link:
+            self.context = link.opened.result().context
+            self.link = link
             try:
                 yield
             finally:
-                self._link = None
+                self.link = None

@@ -9,19 +9,19 @@ import pytest
 
 from reference_backend import link as subject
 from reference_backend.engine.config import ModelError
-from reference_backend.engine.frames import Abort, encode, framed
+from reference_backend.engine.frames import Abort, Ping, decode_for_worker, framed
 from reference_backend.link import Link, linked, spawned
 
 
-class Told(Link[bytes]):
+class Told(Link[Abort]):
     def __init__(self):
-        super().__init__()
+        super().__init__(decode_for_worker)
         self.taken, self.ends = [], 0
 
-    def take(self, body):
-        self.taken.append(body)
+    def take(self, message):
+        self.taken.append(message)
         if not self.opened.done():
-            self.opened.set_result(body)
+            self.opened.set_result(message)
 
     def end(self):
         assert not self.lost.is_set()  # whoever sees that it is has been told
@@ -30,14 +30,15 @@ class Told(Link[bytes]):
 
 async def test_messages_come_whole_and_its_end_is_told_once():
     ours, theirs = socket.socketpair()
-    async with asyncio.timeout(20), linked(Told, ours) as link:
-        link.send(Abort(7))
-        assert theirs.recv(100) == framed(Abort(7))
-        for byte in framed(Abort(1)) + framed(Abort(2)):
+    theirs.send(framed(Abort(1)))
+    async with asyncio.timeout(20), linked(Told, ours, Abort(7)) as link:
+        assert theirs.recv(100) == framed(Abort(7)) + framed(Ping())
+        assert link.opened.result() == Abort(1)
+        for byte in framed(Abort(2)) + framed(Abort(3)):
             theirs.send(bytes([byte]))
-        assert await link.opened == encode(Abort(1))
-        while len(link.taken) < 2:
+        while len(link.taken) < 3:
             await asyncio.sleep(0.001)
+        assert link.taken == [Abort(1), Abort(2), Abort(3)]
         theirs.close()
         await link.lost.wait()
         link.send(Abort(7))
@@ -47,12 +48,19 @@ async def test_messages_come_whole_and_its_end_is_told_once():
 
 async def test_it_is_cut_when_nobody_wants_it_any_more():
     ours, theirs = socket.socketpair()
-    async with linked(Told, ours) as link:
-        pass
-    assert theirs.recv(1) == b""
+    theirs.send(framed(Abort(1)))
+    async with linked(Told, ours, Abort(7)) as link:
+        assert theirs.recv(100) == framed(Abort(7)) + framed(Ping())
+    assert (theirs.recv(1), link.ends) == (b"", 1)
+    theirs.close()
+
+
+async def test_one_that_opens_nothing_is_told():
+    ours, theirs = socket.socketpair()
     theirs.close()
     with pytest.raises(ModelError, match="ended while it loaded"):
-        await link.opened
+        async with linked(Told, ours, Abort(7)):
+            raise AssertionError("it is gone")
 
 
 @pytest.mark.integration

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from reference_backend.engine.frames import Start
 from reference_backend.engine.request import Load
 from reference_backend.load_report import (
     APART_SECONDS,
@@ -26,7 +27,7 @@ class Played(Worker):
     """A worker that says what the test has it say."""
 
     def __init__(self, load):
-        super().__init__(8, lambda: 0.0)
+        super().__init__(Start("", [], 4, None, None), 8, lambda: 0.0)
         self.says = load
 
     def load(self):

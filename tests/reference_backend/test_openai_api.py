@@ -153,9 +153,9 @@ async def test_a_prompt_that_is_known_is_told_as_cached_and_a_salt_hides_it():
 async def test_priority_and_consumer_reach_the_worker(monkeypatch):
     handed = []
     async with running_api(start=False) as backend, aiohttp.ClientSession() as session:
-        submit = backend.worker.submit
+        submit = backend.language.submit
         monkeypatch.setattr(
-            backend.worker,
+            backend.language,
             "submit",
             lambda prompt, sampling, deliver, **beside: (
                 handed.append((prompt, sampling, beside)) or submit(prompt, sampling, deliver, **beside)
@@ -166,7 +166,7 @@ async def test_priority_and_consumer_reach_the_worker(monkeypatch):
             session.post(f"{backend.url}/v1/chat/completions", json=QUESTION, headers=headers)
         )
         async with asyncio.timeout(5):
-            while not backend.worker.load().waiting:
+            while not backend.language.load().waiting:
                 await asyncio.sleep(0.002)
         asking.cancel()
     [(_, _, asked)] = handed
@@ -204,7 +204,7 @@ async def test_priority_and_consumer_reach_the_worker(monkeypatch):
 async def test_what_cannot_be_done_is_refused_in_json(path, body, expected):
     async with running_api() as backend:
         assert await error_of(backend.url, body, path) == expected
-        assert backend.worker.load().running == 0
+        assert backend.language.load().running == 0
 
 
 @pytest.mark.parametrize(
@@ -362,7 +362,7 @@ async def test_a_full_backend_refuses_at_once_and_reports_its_load():
     async with running_api(start=False, slots=1, max_waiting=0) as backend, aiohttp.ClientSession() as session:
         first = asyncio.ensure_future(session.post(f"{backend.url}/v1/chat/completions", json=QUESTION))
         async with asyncio.timeout(5):
-            while not backend.worker.load().waiting:
+            while not backend.language.load().waiting:
                 await asyncio.sleep(0.002)
         status, headers, content = await post(backend.url, QUESTION, **{"endpoint-load-metrics-format": "JSON"})
         first.cancel()
@@ -379,7 +379,7 @@ async def test_a_client_that_leaves_frees_its_slot(stream):
         request = session.post(f"{backend.url}/v1/chat/completions", json=ENDLESS | {"stream": stream})
         leaving = asyncio.ensure_future(request)
         async with asyncio.timeout(5):
-            while not backend.worker.load().running:
+            while not backend.language.load().running:
                 await asyncio.sleep(0.002)
             if stream:
                 response = await leaving
@@ -397,12 +397,12 @@ async def test_a_client_that_leaves_while_it_waits_leaves_the_queue():
         async with session.post(url, json=ENDLESS | {"max_tokens": 500}) as running:
             waiting = asyncio.ensure_future(session.post(url, json=QUESTION))
             async with asyncio.timeout(5):
-                while not backend.worker.load().waiting:
+                while not backend.language.load().waiting:
                     await asyncio.sleep(0.002)
                 waiting.cancel()
-                while backend.worker.load().waiting:
+                while backend.language.load().waiting:
                     await asyncio.sleep(0.002)
-            assert backend.worker.load().running == 1
+            assert backend.language.load().running == 1
             running.close()
         await backend.wait_idle()
 

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 
+from reference_backend import link
 from reference_backend import stateless as subject
 from reference_backend.engine.config import ModelError
 from reference_backend.protocol import ApiError
@@ -112,8 +113,33 @@ async def test_a_failure_of_the_model_costs_that_run_and_a_crash_those_in_flight
         assert model.load().running == 0
 
 
+def hurried(monkeypatch):
+    for module in (subject, link):
+        monkeypatch.setattr(module, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(link, "END_WITHIN", 0.1)
+
+
 @pytest.mark.integration
-async def test_one_that_answers_nothing_is_cut(tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_asked", [True, False])
+async def test_a_process_that_gives_no_sign_is_not_alive_and_then_cut(tmp_path, monkeypatch, is_asked):
+    hurried(monkeypatch)
+    monkeypatch.setattr(link, "SILENT_SECONDS", 1.0)  # a hundred beats
+    async with running(tmp_path, isolation="process", settings={"slow": 30}) as model:
+        waiting = [asyncio.ensure_future(refusal(model, GOOD)) for _ in range(is_asked)]
+        await asyncio.sleep(0)
+        [child] = children()
+        os.kill(child, signal.SIGSTOP)
+        while model.is_alive:
+            await asyncio.sleep(0.001)
+        await model.wait_lost()
+        assert [(await each)[:2] for each in waiting] == [(503, "engine_restarted")] * is_asked
+    assert model.is_alive  # there is none that owes a sign
+    assert children() == []
+
+
+@pytest.mark.integration
+async def test_one_that_answers_nothing_is_cut_whatever_signs_it_gives(tmp_path, monkeypatch):
+    hurried(monkeypatch)
     monkeypatch.setattr(subject, "WEDGED_AFTER", 0.05)
     async with running(tmp_path, isolation="process", settings={"slow": 30}) as model:
         assert (await refusal(model, GOOD))[:2] == (503, "engine_restarted")

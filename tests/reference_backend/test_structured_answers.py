@@ -275,7 +275,7 @@ async def test_choices_that_do_not_all_find_room_are_refused_together():
             await backend.wait_load(lambda load: load.waiting == 2)
             with pytest.raises(openai.RateLimitError):
                 await made.chat.completions.create(n=2, **ASKED)
-            assert backend.worker.load().waiting == 2
+            assert backend.language.load().waiting == 2
             waiting.cancel()
             await backend.wait_load(lambda load: load.waiting == 0)
 

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
 
-from reference_backend import worker as subject  # noqa: E402
+from reference_backend import link, worker  # noqa: E402
 from reference_backend.engine.config import ModelError  # noqa: E402
 from reference_backend.engine.frames import (  # noqa: E402
     Abort,
@@ -52,10 +52,10 @@ class Process:
 @contextlib.asynccontextmanager
 async def linked(bound=2):
     ours, theirs = socket.socketpair()
-    process, worker = Process(theirs), Worker(bound, time.monotonic)
+    process, worker = Process(theirs), Worker(START, bound, time.monotonic)
     with theirs:
         process.say(Ready(64))
-        async with worker.linked(ours, START):
+        async with worker.linked(ours):
             yield worker, process
     assert not worker.is_ready
 
@@ -140,7 +140,7 @@ async def test_who_is_in_flight_when_it_goes_is_told_and_nobody_comes_in():
 
 
 async def test_before_and_after_its_life_nobody_is_taken():
-    worker = Worker(2, time.monotonic)
+    worker = Worker(START, 2, time.monotonic)
     with pytest.raises(WorkerAway):
         submit(worker)
     assert repr(worker) == "<Worker away, 0 of 2 in flight>"
@@ -148,9 +148,10 @@ async def test_before_and_after_its_life_nobody_is_taken():
 
 
 def hurried(monkeypatch):
-    monkeypatch.setattr(subject, "BEAT_SECONDS", 0.01)
-    monkeypatch.setattr(subject, "SILENT_SECONDS", 0.05)
-    monkeypatch.setattr(subject, "UNKNOWN_SECONDS", 0.05)
+    monkeypatch.setattr(link, "BEAT_SECONDS", 0.01)
+    for module in (link, worker):
+        monkeypatch.setattr(module, "SILENT_SECONDS", 0.05)
+    monkeypatch.setattr(worker, "UNKNOWN_SECONDS", 0.05)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +182,7 @@ async def test_one_whose_steps_are_long_is_not_alive_and_waited_for(monkeypatch)
     async with linked() as (worker, process):
         process.say(Turn([], Load(1, 0, 0.0, step_seconds=60.0)))
         async with asyncio.timeout(20):
-            while worker.is_alive or worker._link.silent_seconds < 0.2:
+            while worker.is_alive or worker.link.silent_seconds < 0.2:
                 await asyncio.sleep(0.001)
         assert worker.is_ready
         process.say(Ping())
@@ -189,7 +190,7 @@ async def test_one_whose_steps_are_long_is_not_alive_and_waited_for(monkeypatch)
 
 
 async def test_one_that_gives_a_sign_when_it_is_asked_is_left_alone(monkeypatch):
-    monkeypatch.setattr(subject, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(link, "BEAT_SECONDS", 0.01)
     async with linked() as (worker, process):
         process.connection.setblocking(False)
         while process.pings < 5:
@@ -197,7 +198,7 @@ async def test_one_that_gives_a_sign_when_it_is_asked_is_left_alone(monkeypatch)
             with contextlib.suppress(BlockingIOError):
                 process.heard()
                 process.say(Ping())
-        await until(lambda: worker._link.silent_seconds <= subject.BEAT_SECONDS)
+        await until(lambda: worker.link.silent_seconds <= link.BEAT_SECONDS)
         assert worker.is_ready
 
 
@@ -205,27 +206,27 @@ async def test_a_model_that_is_refused_says_why():
     ours, theirs = socket.socketpair()
     with theirs:
         Process(theirs).say(Refused("too large"))
-        worker = Worker(2, time.monotonic)
+        worker = Worker(START, 2, time.monotonic)
         with pytest.raises(ModelError, match="too large"):
-            async with worker.linked(ours, START):
+            async with worker.linked(ours):
                 raise AssertionError("it was refused")
 
 
 async def test_a_process_that_ends_while_it_loads_is_told():
     ours, theirs = socket.socketpair()
     theirs.close()
-    worker = Worker(2, time.monotonic)
+    worker = Worker(START, 2, time.monotonic)
     with pytest.raises(ModelError, match="ended while it loaded"):
-        async with worker.linked(ours, START):
+        async with worker.linked(ours):
             raise AssertionError("it is gone")
 
 
 @pytest.mark.integration
 async def test_a_real_process_answers_and_its_death_is_noticed(tmp_path):
     arrived = asyncio.Queue()
-    worker = Worker(2, time.monotonic)
+    worker = Worker(START, 2, time.monotonic)
     async with asyncio.timeout(60):
-        async with worker.running(START):
+        async with worker.running():
             children = _children()
             submit(worker, arrived.put_nowait, max_tokens=2)
             assert [(await arrived.get()).finish for _ in range(2)] == [None, "length"]
@@ -240,7 +241,7 @@ async def test_a_real_process_answers_and_its_death_is_noticed(tmp_path):
                 last = await arrived.get()
             assert last.finish in ("lost", "length")
         with pytest.raises(ModelError, match="no such file"):
-            async with worker.running(Start(str(tmp_path), [], 2, None, None)):
+            async with Worker(Start(str(tmp_path), [], 2, None, None), 2, time.monotonic).running():
                 raise AssertionError("there is no model")
     assert _children() == []
 
@@ -250,7 +251,7 @@ async def test_a_real_process_gives_its_cache_back_asleep_and_says_the_same_awak
     tokens = 400_000
     start = Start(str(DIRECTORY), [], 2, 64, tokens)
     cache_kib = tokens * 2 * 4 * 2 * 32 * 4 // 1024  # keys and values of 4 layers with 2 heads of 32 floats
-    worker = Worker(2, time.monotonic)
+    worker = Worker(start, 2, time.monotonic)
 
     async def say():
         arrived = asyncio.Queue()
@@ -260,7 +261,7 @@ async def test_a_real_process_gives_its_cache_back_asleep_and_says_the_same_awak
             said.append(await arrived.get())
         return [delta.token for delta in said]
 
-    async with asyncio.timeout(60), worker.running(start):
+    async with asyncio.timeout(60), worker.running():
         [child] = _children()
         before, awake = await say(), _kib(child)
         for _ in range(2):

@@ -29,7 +29,6 @@ from reference_backend.repository import Entry
 from reference_backend.served import Served, Service
 from reference_backend.server import Api
 from reference_backend.tokenizer import Tokenizer
-from reference_backend.worker import Worker
 from tests.support.unregistered import unregistered
 
 DIRECTORY = Path(reference_backend.__file__).parent / "models" / "tiny"
@@ -60,13 +59,12 @@ class Running:
     api: Api
     served: Served
     language: Language
-    worker: Worker
     engine: Engine
 
     async def wait_load(self, condition) -> None:
         """Until the condition holds for the load; fails after 10 s."""
         async with asyncio.timeout(10):
-            while not condition(self.worker.load()):
+            while not condition(self.language.load()):
                 await asyncio.sleep(0.002)
 
     async def wait_idle(self) -> None:
@@ -92,8 +90,8 @@ async def running_api(
     thread = threading.Thread(target=_serve, args=(engine, theirs, clock))
     if start:
         thread.start()
-    worker = Worker(engine.settings.slots + max_waiting, clock)
-    language = InThread(worker, tiny()[1], ours)
+    start_message = Start("tiny", [], 0, None, None)
+    language = InThread(ours, tiny()[1], start_message, engine.settings.slots + max_waiting, clock, lambda: CREATED)
     pool = Pool(
         Service(lambda _entry: language, unregistered, grace=0.0, finish_within=0.0),
         lambda name: [Entry(name, "", DIRECTORY)],
@@ -108,7 +106,7 @@ async def running_api(
             try:
                 await web.TCPSite(runner, "127.0.0.1", 0).start()
                 url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-                yield Running(url, api, served, language, worker, engine)
+                yield Running(url, api, served, language, engine)
             finally:
                 await runner.cleanup()
     finally:
@@ -120,8 +118,8 @@ async def running_api(
 class InThread(Language):
     """A language model whose worker is at the other end of a socket already; it has one life."""
 
-    def __init__(self, worker: Worker, tokenizer: Tokenizer, connection: socket.socket) -> None:
-        super().__init__(worker, tokenizer, Start("tiny", [], 0, None, None), lambda: CREATED)
+    def __init__(self, connection: socket.socket, *how) -> None:
+        super().__init__(*how)
         self._connection: socket.socket | None = connection
 
     @contextlib.asynccontextmanager
@@ -129,7 +127,7 @@ class InThread(Language):
         connection, self._connection = self._connection, None
         if connection is None:
             raise ModelError("it had its one life")
-        async with self.worker.linked(connection, self._start):
+        async with self.linked(connection):
             yield
 
 

@@ -51,7 +51,7 @@ def alone():
 
 @pytest.mark.integration
 async def test_two_ranks_say_what_one_says_and_die_together():
-    worker, heard = Worker(8, time.monotonic), [[] for _ in ASKED]
+    worker, heard = Worker(START, 8, time.monotonic), [[] for _ in ASKED]
     ended = [asyncio.Event() for _ in ASKED]
 
     def deliver(number):
@@ -68,7 +68,7 @@ async def test_two_ranks_say_what_one_says_and_die_together():
             list(prompt), sampling, deliver(number), deadline=None, priority=1, tenant="", salt=b"", pictures=[]
         )
 
-    async with asyncio.timeout(110), worker.running(START):
+    async with asyncio.timeout(110), worker.running():
         for _ in range(2):
             for number in range(len(ASKED)):
                 submit(number)
