@@ -1,6 +1,6 @@
 """Many sequences, one model: turn after turn, each of which gives every sequence that generates its next token.
 
-A turn is: drop what was aborted or is late, plan a step, launch it, and tell what came of it. With `overlap` a step
+A turn is: drop what is late, plan a step, launch it, and tell what came of it. With `overlap` a step
 is launched before the one before it is read, so that a device that computes on its own never waits for the host; a
 sequence that turns out to have ended has then computed one token for nothing, which is thrown away.
 
@@ -148,7 +148,10 @@ class Engine:
 
     def abort(self, sequence: Sequence) -> None:
         """Stop a sequence before the next token. Harmless for one that has finished."""
-        sequence.aborted = True
+        if sequence in self._arrived:
+            self._arrived.remove(sequence)
+        elif not sequence.is_over:
+            self._end(sequence)
 
     def sleep(self) -> None:
         """Give the device back, while nothing is under way. What was cached is forgotten."""
@@ -207,14 +210,11 @@ class Engine:
         return predicted_reading_end(now, ahead, self._pace.reading_rate, self._pace.slot_seconds)
 
     def _drop(self, now: float) -> Published:
-        """Take out what was aborted or is late, running or waiting. Only the late ones are told."""
-        late: Published = []
-        for sequence in self.scheduler.everyone():
-            if sequence.aborted or sequence.is_late(now):
-                self._end(sequence)
-                if not sequence.aborted:
-                    late.append((sequence, Delta(None, "deadline")))
-        return late
+        """Take out who is late, running or waiting."""
+        late = [sequence for sequence in self.scheduler.everyone() if sequence.is_late(now)]
+        for sequence in late:
+            self._end(sequence)
+        return [(sequence, Delta(None, "deadline")) for sequence in late]
 
     def _commit(self, result: Result) -> Published:
         """Take note of a token, unless its sequence has ended meanwhile."""

@@ -109,7 +109,7 @@ class Constraint(Protocol):
 class Sequence:
     """One request inside the engine. `deadline` is in the seconds of the engine's clock.
 
-    What stands below `salt` belongs to the engine. A token is *known* once the host has seen it, *pending* from the
+    What stands below `ticket` belongs to the engine. A token is *known* once the host has seen it, *pending* from the
     launch of the step that draws it until then, and *computed* once its keys and values are in the cache (or the step
     that writes them is launched, which is as good: steps run in order).
     """
@@ -121,12 +121,12 @@ class Sequence:
     tenant: str = ""  # who shares fairly with others
     salt: bytes = b""  # requests with different salts never share cached blocks
     pictures: list[Picture] = field(default_factory=list)  # each in the place of PICTURE_TOKENS tokens of the prompt
+    ticket: int = 0  # the server's number for it
 
     seed: int = 0
     constraint: Constraint | None = None
     arrival: int = 0
     arrived_at: float = 0.0
-    aborted: bool = False
     is_over: bool = False  # ended, aborted or late: nothing more comes of it
     tokens: list[int] = field(init=False)
     pending: int = 0
