@@ -12,76 +12,52 @@ wait longer than a sum may take.
 from __future__ import annotations
 
 import contextlib
-import socket
+import secrets
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
+from multiprocessing.connection import Connection, Pipe
 
-from reference_backend.engine.frames import Abort, Ask, Join, Lockstep, Sleep, Start, Wake, framed
+from msgspec.structs import replace
+
+from reference_backend.engine.frames import Start, encode
 
 END_WITHIN = 5.0  # seconds for a rank to see that its socket is closed
 
 
-class RankGone(Exception):  # noqa: N818  what has happened, in a word
-    """Another rank of this worker has ended."""
+@contextlib.contextmanager
+def crew_of(start: Start) -> Iterator[tuple[Start, list[Connection]]]:
+    """What this process is to load, and the sockets to other ranks: if it is the first of several, it starts them.
 
-
-class Crew:
-    """The first rank's side of the others; of none, most often."""
-
-    def __init__(self, sockets: list[socket.socket], meeting: Path | None) -> None:
-        self.sockets = sockets
-        self.meeting = meeting
-
-    @property
-    def size(self) -> int:
-        return 1 + len(self.sockets)
-
-    def join(self, start: Start, seed: int) -> None:
-        """Have them load the model. Raises RankGone."""
-        for rank, each in enumerate(self.sockets, start=1):
-            self._send(each, Join(start, rank, str(self.meeting), seed))
-
-    def step(self, messages: list[Ask | Abort | Sleep | Wake], now: float, took: float | None) -> None:
-        """Have them take the turn that this one takes. Raises RankGone."""
-        for each in self.sockets:
-            self._send(each, Lockstep(messages, now, took))
-
-    @staticmethod
-    def _send(connection: socket.socket, message: Join | Lockstep) -> None:
-        try:
-            connection.sendall(framed(message))
-        except ConnectionError as error:
-            raise RankGone from error
+    They end with this block.
+    """
+    if start.rank or start.ranks == 1:
+        yield start, []
+        return
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="weir-ranks-"))
+        start = replace(start, meeting=f"{folder}/meeting", seed=secrets.randbits(64))
+        others = [stack.enter_context(_another()) for _ in range(1, start.ranks)]
+        for rank, each in enumerate(others, start=1):
+            each.send_bytes(encode(replace(start, rank=rank)))
+        yield start, others
 
 
 @contextlib.contextmanager
-def crew_of(size: int) -> Iterator[Crew]:
-    """So many ranks, this one counted; the others are processes that end with this block."""
-    processes: list[subprocess.Popen[bytes]] = []
-    with contextlib.ExitStack() as stack:
-        if size == 1:
-            yield Crew([], None)
-            return
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="weir-ranks-")))
-        crew = Crew([], folder / "meeting")
-        for _ in range(size - 1):
-            ours, theirs = socket.socketpair()
-            crew.sockets.append(stack.enter_context(ours))
-            with theirs:
-                descriptor = theirs.fileno()
-                command = [sys.executable, "-m", "reference_backend.engine.service", str(descriptor)]
-                processes.append(subprocess.Popen(command, pass_fds=[descriptor], stdin=subprocess.DEVNULL))  # noqa: S603  our own
+def _another() -> Iterator[Connection]:
+    """Another process like this one, and the socket to it."""
+    ours, theirs = Pipe()
+    with ours:
+        with theirs:
+            command = [sys.executable, "-m", "reference_backend.engine.service", str(theirs.fileno())]
+            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)  # noqa: S603  our own
         try:
-            yield crew
+            yield ours
         finally:
-            for each in crew.sockets:
-                each.close()
-            for process in processes:
-                try:
-                    process.wait(END_WITHIN)
-                except subprocess.TimeoutExpired:  # in a sum that nobody else will come to
-                    process.kill()
-                    process.wait()
+            ours.close()
+            try:
+                process.wait(END_WITHIN)
+            except subprocess.TimeoutExpired:  # in a sum that nobody else will come to
+                process.kill()
+                process.wait()

@@ -17,7 +17,10 @@ LENGTH_BYTES = 4
 
 
 class Start(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """The model to load and the sizes to run it with; None: what is sensible."""
+    """The model to load and the sizes to run it with; None: what is sensible.
+
+    What stands below `dummy` is said by the first of several ranks to the others: who they are, where they meet.
+    """
 
     model: str
     end_tokens: list[int]
@@ -27,6 +30,9 @@ class Start(msgspec.Struct, tag=True, array_like=True, frozen=True):
     quantize: Narrow | None = None
     ranks: int = 1
     dummy: bool = False  # random weights instead of those of the directory
+    rank: int = 0
+    meeting: str = ""
+    seed: int | None = None
 
 
 class Ask(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -54,19 +60,13 @@ class Wake(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """Be as before `Sleep`."""
 
 
-class Join(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """From the first rank of a worker to another one: what to load, who it is, and where they meet."""
-
-    start: Start
-    rank: int
-    meeting: str
-    seed: int
+Told = Ask | Abort | Sleep | Wake  # what an engine is told
 
 
 class Lockstep(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """From the first rank to another one: take this turn. `took` is the seconds of the one before, if there was one."""
 
-    messages: list[Ask | Abort | Sleep | Wake]
+    messages: list[Told]
     now: float
     took: float | None
 
@@ -94,7 +94,7 @@ class Turn(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 encode = msgspec.msgpack.Encoder().encode
-decode_for_worker = msgspec.msgpack.Decoder(Start | Ask | Abort | Sleep | Wake | Ping | Join | Lockstep).decode
+decode_for_worker = msgspec.msgpack.Decoder(Start | Told | Ping | Lockstep).decode
 decode_for_server = msgspec.msgpack.Decoder(Ready | Refused | Turn | Ping).decode
 
 

@@ -5,49 +5,36 @@ for news between them); IDLE <=> ASLEEP when it is told. It is gone when the ser
 A failure of the engine ends the process: the server sees that, tells whoever was waiting, and starts another one.
 
 A model that is shared by several ranks has as many such processes. The server talks to the first one, which talks to
-the others (`crew.py`): those get a `Join` instead of a `Start`, and then a `Lockstep` for each turn.
+the others (`crew.py`): those hear a `Start` of their own, and then a `Lockstep` for each turn.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
 import select
 import signal
-import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
+from reference_backend.engine import frames
 from reference_backend.engine.config import ModelError
-from reference_backend.engine.crew import Crew, RankGone, crew_of
+from reference_backend.engine.crew import crew_of
 from reference_backend.engine.engine import Engine, Settings
-from reference_backend.engine.frames import (
-    Abort,
-    Ask,
-    Join,
-    Lockstep,
-    Ping,
-    Ready,
-    Refused,
-    Sleep,
-    Start,
-    Turn,
-    Unframed,
-    Wake,
-    decode_for_worker,
-    framed,
-)
+from reference_backend.engine.frames import Lockstep, Ready, Start, Told
 from reference_backend.engine.grammar import Grammars
 from reference_backend.engine.graphs import Prepare, recording
 from reference_backend.engine.model import Llama, load_model
 from reference_backend.engine.operations import Fused
 from reference_backend.engine.ranks import ALONE, Ranks, joined
-from reference_backend.engine.request import Delta, Published, Sampling, Sequence
+from reference_backend.engine.request import Delta, Sampling, Sequence
 
 SMALL_PARAMETERS = 50_000_000  # below, a second thread costs more in waiting than it gives in arithmetic
 LONGEST_CONTEXT = 8192  # tokens, unless asked for: at least one such request must fit the cache
@@ -56,162 +43,152 @@ GPU_CACHE_SHARE = 0.9  # of a GPU's: what is recorded takes some, too
 CPU_STEP_TOKENS = 256
 GPU_STEP_TOKENS = 2048  # of which a GPU has computed about a tenth of a second, with 8 billion parameters
 TIMED_CALLS = 20
-READ_BYTES = 1 << 20
 log = logging.getLogger(__name__)
 
 
+class RankGone(Exception):  # noqa: N818  what has happened, in a word
+    """Another rank of this worker has ended."""
+
+
 class Line:
-    """The worker's end of the socket."""
+    """The worker's end of the socket. `others` lead to other ranks, who never say anything, but may end."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self._unframed = Unframed()
+    def __init__(self, connection: Connection, others: Iterable[Connection] = ()) -> None:
+        self._connection, self._others = connection, others
         self._poll = select.poll()
-        self.watch(connection)
+        for each in (connection, *others):
+            self._poll.register(each, select.POLLIN)
 
-    def watch(self, connection: socket.socket) -> None:
-        """Wake up for that one, too."""
-        self._poll.register(connection, select.POLLIN)
-
-    def read(self, *, wait: bool) -> list[Start | Ask | Abort | Sleep | Wake | Ping | Join | Lockstep] | None:
+    def read(self, *, wait: bool) -> list[Start | Told | frames.Ping | Lockstep] | None:
         """The messages that have come; None when the other end is gone. Raises RankGone."""
-        ready = [descriptor for descriptor, _ in self._poll.poll(None if wait else 0)]
-        if set(ready) - {self._connection.fileno()}:
-            raise RankGone  # other ranks never say anything
-        if not ready:
-            return []
-        try:
-            data = self._connection.recv(READ_BYTES)
-        except ConnectionError:
-            data = b""
-        return [decode_for_worker(body) for body in self._unframed.feed(data)] if data else None
+        messages: list[Start | Told | frames.Ping | Lockstep] = []
+        while ready := self._poll.poll(None if wait and not messages else 0):
+            if any(descriptor != self._connection.fileno() for descriptor, _ in ready):
+                raise RankGone
+            try:
+                messages.append(frames.decode_for_worker(self._connection.recv_bytes()))
+            except (EOFError, OSError):
+                return None
+        return messages
 
-    def send(self, message: Ready | Refused | Turn | Ping) -> bool:
-        """Whether the server is still there to hear it. Waits while it does not read."""
-        try:
-            self._connection.sendall(framed(message))
-        except ConnectionError:
-            return False
-        return True
+    def send(self, message: Ready | frames.Refused | frames.Turn | frames.Ping) -> None:
+        """Say something. Harmless when the server is gone; waits while it does not read."""
+        with contextlib.suppress(ConnectionError):
+            self._connection.send_bytes(frames.encode(message))
+
+    def pass_on(self, step: Lockstep) -> None:
+        """Have the other ranks take the turn that this one takes. Raises RankGone."""
+        for each in self._others:
+            try:
+                each.send_bytes(frames.encode(step))
+            except ConnectionError as error:
+                raise RankGone from error
 
 
 class Desk:
-    """The requests of an engine that are not over, by the server's tickets."""
+    """What an engine is told and tells, by the server's tickets."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._asked: dict[int, Sequence] = {}
-        self._tickets: dict[Sequence, int] = {}
+        self._asked: dict[int, Sequence] = {}  # those that are not over
 
-    def take(self, messages: list[Ask | Abort | Sleep | Wake], now: float) -> None:
-        """Hand them in, or take them back."""
-        for message in messages:
-            if isinstance(message, Sleep):
-                while self._engine.is_busy:  # with what was just taken back
-                    self._engine.turn(now)
-                self._engine.sleep()
-            elif isinstance(message, Wake):
-                self._engine.wake()
-                warm(self._engine, now)
-            elif isinstance(message, Ask):
-                sequence = _sequence(message)
-                self._asked[message.ticket], self._tickets[sequence] = sequence, message.ticket
-                self._engine.submit(sequence)
-            elif (given_up := self._asked.pop(message.ticket, None)) is not None:
-                del self._tickets[given_up]
-                self._engine.abort(given_up)
-
-    def told(self, published: Published) -> list[tuple[int, Delta]]:
-        """What goes out, under its tickets."""
-        deltas = [(self._tickets[sequence], delta) for sequence, delta in published if sequence in self._tickets]
+    def step(self, step: Lockstep) -> list[tuple[int, Delta]] | None:
+        """Hand in what has come, and take a turn. What came of it; None when there was none to take."""
+        for message in step.messages:
+            self._take(message, step.now)
+        if not self._engine.is_busy:
+            return None
+        published = self._engine.turn(step.now)
         for sequence, delta in published:
-            if delta.finish is not None and sequence in self._tickets:
-                del self._asked[self._tickets.pop(sequence)]
-        return deltas
+            if delta.finish is not None:
+                del self._asked[sequence.ticket]
+        return [(sequence.ticket, delta) for sequence, delta in published]
+
+    def _take(self, message: Told, now: float) -> None:
+        if isinstance(message, frames.Ask):
+            ask = message
+            sequence = Sequence(
+                ask.prompt, ask.sampling, ask.deadline, ask.priority, ask.tenant, ask.salt, ask.pictures, ask.ticket
+            )
+            self._asked[ask.ticket] = sequence
+            self._engine.submit(sequence)
+        elif isinstance(message, frames.Abort):
+            if (given_up := self._asked.pop(message.ticket, None)) is not None:
+                self._engine.abort(given_up)
+        elif isinstance(message, frames.Sleep):
+            self._engine.sleep()
+        else:
+            self._engine.wake()
+            warm(self._engine, now)
 
 
-def serve(engine: Engine, line: Line, clock: Callable[[], float], crew: Crew | None = None) -> int:
+def serve(engine: Engine, line: Line, clock: Callable[[], float]) -> int:
     """Take turns until the server is gone. Returns the exit code: 0, or 1 when the engine failed."""
     desk, took = Desk(engine), None
     try:
-        while True:
-            messages = line.read(wait=not engine.is_busy)
-            if messages is None:
-                return 0
-            if Ping() in messages and not line.send(Ping()):
-                return 0
-            heard = [message for message in messages if isinstance(message, Ask | Abort | Sleep | Wake)]
-            began = clock()
-            if crew is not None:
-                crew.step(heard, began, took)
-            desk.take(heard, began)
-            if (Sleep() in heard or Wake() in heard) and not line.send(Ready(engine.context, engine.load())):
-                return 0
+        while (messages := line.read(wait=not engine.is_busy)) is not None:
+            if frames.Ping() in messages:
+                line.send(frames.Ping())
+            step = Lockstep([each for each in messages if isinstance(each, Told)], clock(), took)
+            line.pass_on(step)
+            deltas = desk.step(step)
+            if frames.Sleep() in messages or frames.Wake() in messages:
+                line.send(Ready(engine.context, engine.load()))
             took = None
-            if not engine.is_busy:
-                continue
-            deltas = desk.told(engine.turn(began))
-            took = clock() - began
-            engine.took(took)
-            if not line.send(Turn(deltas, engine.load())):
-                return 0
+            if deltas is not None:
+                took = clock() - step.now
+                engine.took(took)
+                line.send(frames.Turn(deltas, engine.load()))
     except RankGone:
         log.error("another rank is gone")  # noqa: TRY400  which one has said why
         return 1
     except Exception:  # whatever it is, nobody must wait for it any longer
         log.exception("the engine failed")
         return 1
+    return 0
 
 
 def follow(engine: Engine, line: Line) -> int:
     """Take the turns that the first rank takes, until it is gone. Returns the exit code."""
     desk = Desk(engine)
-    while (messages := line.read(wait=True)) is not None:
-        for message in messages:
-            assert isinstance(message, Lockstep)  # noqa: S101  nothing else is said here
-            if message.took is not None:
-                engine.took(message.took)
-            desk.take(message.messages, message.now)
-            if engine.is_busy:
-                desk.told(engine.turn(message.now))
+    while (steps := line.read(wait=True)) is not None:
+        for step in steps:
+            assert isinstance(step, Lockstep)  # noqa: S101  nothing else is said here
+            if step.took is not None:
+                engine.took(step.took)
+            desk.step(step)
     return 0
 
 
-def _sequence(ask: Ask) -> Sequence:
-    return Sequence(ask.prompt, ask.sampling, ask.deadline, ask.priority, ask.tenant, ask.salt, ask.pictures)
-
-
-def load(start: Start, clock: Callable[[], float], ranks: Ranks = ALONE, rng: random.Random | None = None) -> Engine:
+def load(start: Start, clock: Callable[[], float]) -> Engine:
     """Read the model and have it produce one token. Raises ModelError when it cannot be served."""
-    rng = rng or random.SystemRandom()
-    device = device_of(ranks.rank)
+    device = device_of(start.rank)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    tokenizer = Path(start.model) / "tokenizer.json"
     try:
+        ranks = ALONE if start.ranks == 1 else joined(start.rank, start.ranks, Path(start.meeting), device)
         model = load_model(Path(start.model), device, dtype, quantize=start.quantize, ranks=ranks, dummy=start.dummy)
-        tokenizer = Path(start.model) / "tokenizer.json"
+        if model.parameters < SMALL_PARAMETERS:
+            torch.set_num_threads(1)
+        # Several ranks must find the same: there a grammar has bounds, but none of time.
+        grammar_clock = time.thread_time if ranks.size == 1 else lambda: 0.0
         engine = Engine(
             model,
             sizes(start, model, ranks),
             end_tokens=frozenset(start.end_tokens),
-            rng=rng,
+            rng=random.Random(start.seed),  # noqa: S311  not for secrets
             overlap=device.type != "cpu",
             prepare=quickened(model),
-            # Several ranks must find the same: there a grammar has bounds, but none of time.
-            grammars=Grammars(
-                tokenizer,
-                model.config.vocab_size,
-                start.end_tokens,
-                time.thread_time if ranks.size == 1 else lambda: 0.0,
-            )
+            grammars=Grammars(tokenizer, model.config.vocab_size, start.end_tokens, grammar_clock)
             if tokenizer.exists()
             else None,
         )
+        warm(engine, clock())
     except (RuntimeError, MemoryError) as error:  # torch says the former when memory is not enough
         reason = str(error).partition("\n")[0]
+        if start.ranks > 1:
+            raise ModelError(f"not all ranks came up, or the model does not fit: {reason}") from error
         raise ModelError(f"the model does not fit: {reason}; try a smaller --context or --max-running") from error
-    if model.parameters < SMALL_PARAMETERS:
-        torch.set_num_threads(1)
-    warm(engine, clock())
     return engine
 
 
@@ -299,54 +276,26 @@ def main(descriptor: int, clock: Callable[[], float]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # the server decides when it is over
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    with socket.socket(fileno=descriptor) as connection:
-        line = Line(connection)
-        messages = line.read(wait=True)
-        while messages == []:
-            messages = line.read(wait=True)
-        if messages and isinstance(messages[0], Join):
-            return join(messages[0], line, clock)
-        if messages and isinstance(messages[0], Start):
-            return lead(messages[0], line, clock)
-        return 0
-
-
-def lead(start: Start, line: Line, clock: Callable[[], float]) -> int:
-    """The process that the server talks to."""
-    with crew_of(start.ranks) as crew:
+    with Connection(descriptor) as connection:
         try:
-            engine = load(start, clock) if crew.meeting is None else load_shared(start, crew, line, clock)
-        except ModelError as error:
-            line.send(Refused(str(error)))
-            return 3
-        line.send(Ready(engine.context, engine.load()))
-        return serve(engine, line, clock, crew)
-
-
-def load_shared(start: Start, crew: Crew, line: Line, clock: Callable[[], float]) -> Engine:
-    """Have all ranks load, and this one, too. Raises ModelError."""
-    assert crew.meeting is not None  # noqa: S101  for the type checker
-    seed = random.SystemRandom().getrandbits(64)
-    try:
-        crew.join(start, seed)
-        ranks = joined(0, crew.size, crew.meeting, device_of(0))
-        engine = load(start, clock, ranks, random.Random(seed))  # noqa: S311  not for secrets
-    except (RankGone, RuntimeError) as error:
-        raise ModelError(f"not all ranks came up: {error}") from error
-    for each in crew.sockets:
-        line.watch(each)
-    return engine
-
-
-def join(message: Join, line: Line, clock: Callable[[], float]) -> int:
-    """The process of another rank than the first."""
-    try:
-        ranks = joined(message.rank, message.start.ranks, Path(message.meeting), device_of(message.rank))
-        engine = load(message.start, clock, ranks, random.Random(message.seed))  # noqa: S311  not for secrets
-    except ModelError as error:
-        log.error("rank %d cannot load the model: %s", message.rank, error)  # noqa: TRY400  the message says it
-        return 3
-    return follow(engine, line)
+            start = frames.decode_for_worker(connection.recv_bytes())
+        except EOFError:
+            return 0
+        assert isinstance(start, Start)  # noqa: S101  nothing else is said first
+        with crew_of(start) as (start, others):
+            line = Line(connection, others)
+            try:
+                engine = load(start, clock)
+            except ModelError as error:
+                if start.rank:
+                    log.error("rank %d cannot load the model: %s", start.rank, error)  # noqa: TRY400  the message says it
+                else:
+                    line.send(frames.Refused(str(error)))
+                return 3
+            if start.rank:
+                return follow(engine, line)
+            line.send(Ready(engine.context, engine.load()))
+            return serve(engine, line, clock)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
 
@@ -132,5 +133,5 @@ class InThread(Language):
 
 
 def _serve(engine: Engine, connection: socket.socket, clock) -> None:
-    with connection:
-        serve(engine, Line(connection), clock)
+    with Connection(connection.detach()) as end:
+        serve(engine, Line(end), clock)

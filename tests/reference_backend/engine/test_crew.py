@@ -6,27 +6,27 @@ import signal
 import socket
 import threading
 import time
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from random import Random
 
 import pytest
+from msgspec.structs import replace
 
 torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
 
-from reference_backend.engine.crew import Crew, RankGone, crew_of  # noqa: E402
+from reference_backend.engine.crew import crew_of  # noqa: E402
 from reference_backend.engine.frames import (  # noqa: E402
     Abort,
     Ask,
-    Join,
     Lockstep,
     Start,
-    Unframed,
     decode_for_server,
     decode_for_worker,
     framed,
 )
 from reference_backend.engine.request import Sampling, Sequence  # noqa: E402
-from reference_backend.engine.service import Line, follow, serve  # noqa: E402
+from reference_backend.engine.service import Line, RankGone, follow, serve  # noqa: E402
 from reference_backend.worker import Worker  # noqa: E402
 from tests.support.tiny_model import DIRECTORY, tiny_engine  # noqa: E402
 
@@ -93,58 +93,50 @@ def children(pid):
     return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def pair_of_crew():
-    """A crew of two, and what its other rank hears."""
-    ours, theirs = socket.socketpair()
-    unframed = Unframed()
-    return Crew([ours], Path("meeting")), theirs, lambda: map(decode_for_worker, unframed.feed(theirs.recv(1 << 16)))
-
-
 def test_what_the_first_hears_the_others_hear():
-    crew, theirs, heard = pair_of_crew()
-    with theirs, crew.sockets[0]:
-        assert crew.size == 2
-        crew.join(START, 9)
-        crew.step([Abort(3)], 1.5, None)
-        assert list(heard()) == [Join(START, 1, "meeting", 9), Lockstep([Abort(3)], 1.5, None)]
+    server, ours = Pipe()
+    others = [Pipe() for _ in range(2)]
+    line = Line(ours, [end for end, _ in others])
+    step = Lockstep([Abort(3)], 1.5, None)
+    line.pass_on(step)
+    assert [decode_for_worker(theirs.recv_bytes()) for _, theirs in others] == [step] * 2
+    server.close()
+    assert line.read(wait=True) is None
 
 
 def test_a_rank_that_is_gone_is_noticed_when_it_should_hear():
-    crew, theirs, _ = pair_of_crew()
+    (_, ours), (end, theirs) = Pipe(), Pipe()
+    line = Line(ours, [end])
     theirs.close()
-    with crew.sockets[0], pytest.raises(RankGone):
-        crew.step([], 0.0, None)
+    with pytest.raises(RankGone):
+        line.pass_on(Lockstep([], 0.0, None))
 
 
 def test_a_rank_that_is_gone_ends_who_waits_for_requests(caplog):
-    crew, theirs, _ = pair_of_crew()
-    ours, server = socket.socketpair()
-    with ours, server, crew.sockets[0]:
-        line = Line(ours)
-        line.watch(crew.sockets[0])
-        theirs.close()
-        assert serve(tiny_engine(), line, time.monotonic, crew) == 1
+    (_server, ours), (end, theirs) = Pipe(), Pipe()
+    theirs.close()
+    assert serve(tiny_engine(), Line(ours, [end]), time.monotonic) == 1
     assert "another rank is gone" in caplog.text
 
 
-def test_one_alone_has_no_crew():
-    with crew_of(1) as crew:
-        assert (crew.size, crew.meeting) == (1, None)
-        crew.step([], 0.0, None)
+@pytest.mark.parametrize("start", [replace(START, ranks=1), replace(START, rank=1)])
+def test_one_alone_and_one_that_was_started_have_no_others(start):
+    with crew_of(start) as (told, others):
+        assert (told, others) == (start, [])
 
 
 def test_who_follows_takes_the_same_turns():
     """Two engines in one process, without sums: deadlines, pieces of prompts and seeds are as the first decides."""
-    crew, theirs, _ = pair_of_crew()
     ours, server = socket.socketpair()
+    end, theirs = Pipe()
     leading, following = tiny_engine(), tiny_engine()
     for each in (leading, following):
         each._rng = Random(3)
-    times = iter(range(1000))
-    codes = []
+    times, codes = iter(range(1000)), []
+    line = Line(Connection(ours.detach()), [end])
     threads = [
         threading.Thread(target=lambda: codes.append(follow(following, Line(theirs)))),
-        threading.Thread(target=lambda: codes.append(serve(leading, Line(ours), lambda: float(next(times)), crew))),
+        threading.Thread(target=lambda: codes.append(serve(leading, line, lambda: float(next(times))))),
     ]
     told = {}
     for name, engine in (("first", leading), ("second", following)):
@@ -157,7 +149,7 @@ def test_who_follows_takes_the_same_turns():
             return published
 
         engine.turn = turned
-    with theirs, ours:
+    with theirs:
         for each in threads:
             each.start()
         with server:
@@ -170,7 +162,7 @@ def test_who_follows_takes_the_same_turns():
                 turn = decode_for_server(server.recv(size, socket.MSG_WAITALL))
                 ended += sum(delta.finish is not None for _, delta in turn.deltas)
         threads[1].join()
-        crew.sockets[0].close()
+        end.close()
         threads[0].join()
     assert codes == [0, 0]
     assert told["first"] == told["second"]

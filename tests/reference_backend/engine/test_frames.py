@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from reference_backend.engine.frames import (
     Abort,
     Ask,
-    Join,
     Lockstep,
     Ready,
     Refused,
@@ -25,7 +24,7 @@ TO_WORKER = [
     Ask(7, [1, 2, 3], Sampling(max_tokens=5, top_k=3, seed=-1, logprobs=2), 12.5, 1, "team", b"\x00"),
     Ask(8, [], Sampling(max_tokens=1), None, 0, "", b""),
     Abort(7),
-    Join(Start("/models/a", [], 16, None, None, "int8", 2, dummy=True), 1, "/tmp/meeting", 1 << 63),
+    Start("/models/a", [], 16, None, None, "int8", 2, dummy=True, rank=1, meeting="/tmp/meeting", seed=1 << 63),
     Lockstep([Abort(7), Ask(8, [], Sampling(max_tokens=1), None, 0, "", b"")], 1.5, None),
 ]
 TO_SERVER = [

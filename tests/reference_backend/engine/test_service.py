@@ -6,6 +6,7 @@ import re
 import socket
 import threading
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -81,8 +82,8 @@ def serving(expected=0, **sizes):
 
 
 def run(engine, connection):
-    with connection:
-        return serve(engine, Line(connection), time.monotonic)
+    with Connection(connection.detach()) as end:
+        return serve(engine, Line(end), time.monotonic)
 
 
 def test_requests_are_answered_turn_by_turn():
