@@ -102,8 +102,12 @@ class Part(msgspec.Struct):
     """A piece of a message. Only `text` ones can be read here, and `image_url` by a model that sees."""
 
     type: str
-    text: str = ""
+    text: str | None = None
     image_url: ImageUrl | None = None
+
+    def __post_init__(self) -> None:
+        if self.type in ("text", "image_url") and getattr(self, self.type) is None:
+            raise ValueError(f"a part of the type {self.type} needs `{self.type}`")
 
     @property
     def picture(self) -> str | None:
@@ -119,7 +123,9 @@ class ChatMessage(msgspec.Struct):
 
     def __post_init__(self) -> None:
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise ValueError(f"a message of the role {self.role} needs content")
+            raise ValueError(f"a message of the role {self.role} needs `content`")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise ValueError("a message of the role tool needs `tool_call_id`")
 
     @property
     def parts(self) -> list[Part]:
@@ -137,7 +143,7 @@ class ChatMessage(msgspec.Struct):
                 raise bad(message, "messages", "unsupported_content")
         return Message(
             "system" if self.role == "developer" else self.role,
-            "".join(part.text if part.picture is None else PICTURE for part in self.parts),
+            "".join(PICTURE if part.picture is not None else part.text or "" for part in self.parts),
             [call.plain() for call in self.tool_calls or ()],
             self.tool_call_id,
         )
@@ -326,7 +332,8 @@ class CompletionRequest(GenerationRequest, kw_only=True):
 
 
 Request = TypeVar("Request", bound=msgspec.Struct)
-_FIELD = re.compile(r" - at (?:`key` in )?`\$\.?([^`]*)`$|missing required field `(\w+)`$")
+# How messages end, those of msgspec and ours: with a field that is missing, and with the place of what is wrong.
+_PLACE = re.compile(r"(?:(?:field|needs) `(\w+)`)?(?: - at (?:`key` in )?`\$\.?([^`]*)`)?$")
 
 
 def decode(body: bytes, form: type[Request]) -> Request:
@@ -334,9 +341,8 @@ def decode(body: bytes, form: type[Request]) -> Request:
     try:
         return msgspec.json.decode(body, type=form)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        what = str(error)
-        place = _FIELD.search(what)
-        raise bad(what[:LONGEST_SHOWN], (place[1] or place[2]) if place else None) from error
+        missing, place = _PLACE.findall(str(error))[0]
+        raise bad(str(error)[:LONGEST_SHOWN], ".".join(filter(None, (place, missing))) or None) from error
 
 
 def _other_seed(seed: int, choice: int) -> int:

@@ -186,7 +186,8 @@ async def test_priority_and_consumer_reach_the_worker(monkeypatch):
         ),
         (
             "/v1/chat/completions",
-            QUESTION | {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            QUESTION
+            | {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]},
             (400, "unsupported_content"),
         ),
         ("/v1/completions", {"model": "tiny", "prompt": ""}, (400, "bad_request")),
