@@ -1,4 +1,8 @@
-"""Who of those that wait goes next: by class, then the tenant that got least so far, then in order of arrival.
+"""Who comes in, and who of those that wait goes next.
+
+A bound on requests is no consumer's alone: `has_room` says who is taken although it is reached.
+
+Who goes next is found by class, then the tenant that got least so far, then in order of arrival.
 
 Each tenant has a counter of what it was served, in tokens of equal cost: a generated one counts OUTPUT_WEIGHT times one
 that was read. The next request is that of the tenant with the smallest counter, so that tenants who always have
@@ -12,12 +16,29 @@ Source: Virtual Token Counter, "Fairness in Serving Large Language Models" (OSDI
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator
 from typing import Generic, Protocol, TypeVar
 
+RESERVE = 4  # one place for so many, behind the bound: for consumers that have less than others
 OUTPUT_WEIGHT = 4.0  # what a generated token costs, in tokens read
 REMEMBERED = 4096  # tenants whose counter is kept while they have nothing waiting
+
+
+def has_room(consumer: str, in_flight: Collection[str], bound: int) -> bool:
+    """Whether a consumer's request is taken beside those in flight, of which the consumers are given.
+
+    Up to `bound` everybody's is. Behind that there is a reserve for those who have less than their even share: `bound`
+    divided by the consumers that have something in flight, this one included. So who fills the bound is refused until
+    it has no more than the others. Nothing is remembered, and nobody gets past the reserve: one who makes up a
+    consumer for each request fills it, too, and others are then refused as if there were none.
+    """
+    if len(in_flight) < bound:
+        return True
+    if len(in_flight) >= bound + -(-bound // RESERVE):
+        return False
+    held = Counter(in_flight)
+    return held[consumer] * len(held.keys() | {consumer}) < bound
 
 
 class Waiting(Protocol):

@@ -5,7 +5,8 @@ never will: it answers between its steps). What is in flight then is told so at 
 refused. `running` is one life of it; whoever wants another enters again.
 
 Invariants:
-- At most `bound` requests are in flight. The count is here, so that one too many is refused without asking.
+- At most `bound` requests are in flight, and a few more of consumers that have less than others (admission.py). They
+  are counted here, so that one too many is refused without asking.
 - Every request that was taken hears of its end exactly once, unless it was aborted: a finish, or `lost`.
 """
 
@@ -17,6 +18,7 @@ from collections.abc import AsyncIterator, Callable
 
 import msgspec
 
+from reference_backend.admission import has_room
 from reference_backend.engine.config import ModelError
 from reference_backend.engine.frames import Abort, Ask, Ready, Sleep, Start, Turn, Wake, decode_for_server
 from reference_backend.engine.request import Delta, Load, Picture, Sampling
@@ -41,7 +43,7 @@ class _Link(Link[Ready]):
         super().__init__(decode_for_server)
         self._on_change = on_change
         self.load = Load(0, 0, 0.0)
-        self.waiting_for: dict[int, Callable[[Delta], None]] = {}
+        self.waiting_for: dict[int, tuple[Callable[[Delta], None], str]] = {}  # with its consumer
 
     async def change(self, message: Sleep | Wake) -> None:
         """Have the worker go to sleep or wake up. Raises ModelError when it is gone."""
@@ -63,12 +65,12 @@ class _Link(Link[Ready]):
     def _deliver(self, turn: Turn) -> None:
         self.load = turn.load
         for ticket, delta in turn.deltas:
-            deliver = self.waiting_for.get(ticket)
-            if deliver is None:
+            waiting = self.waiting_for.get(ticket)
+            if waiting is None:
                 continue  # aborted while this was on its way
             if delta.finish is not None:
                 del self.waiting_for[ticket]
-            deliver(delta)
+            waiting[0](delta)
         self._on_change()
 
     def patience(self) -> float:
@@ -76,7 +78,7 @@ class _Link(Link[Ready]):
 
     def end(self) -> None:
         waiting, self.waiting_for = self.waiting_for, {}
-        for deliver in waiting.values():
+        for deliver, _ in waiting.values():
             deliver(Delta(None, "lost"))
         self._on_change()
 
@@ -136,11 +138,11 @@ class Worker(Apart[_Link]):
         """
         if self.link is None or self.link.lost.is_set():
             raise WorkerAway
-        if self._in_flight >= self.bound:
+        if not has_room(tenant, [consumer for _, consumer in self.link.waiting_for.values()], self.bound):
             raise WorkerBusy
         self._tickets += 1
         self.link.send(Ask(self._tickets, prompt, sampling, deadline, priority, tenant, salt, pictures or []))
-        self.link.waiting_for[self._tickets] = deliver  # last: what could not be sent would hold its place for ever
+        self.link.waiting_for[self._tickets] = deliver, tenant  # last: what cannot be sent must hold no place
         self.change()
         return self._tickets
 

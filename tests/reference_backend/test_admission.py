@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reference_backend import admission
-from reference_backend.admission import OUTPUT_WEIGHT, FairQueue
+from reference_backend.admission import OUTPUT_WEIGHT, FairQueue, has_room
 from reference_backend.engine.request import Priority, Sampling, Sequence
 
 ARRIVALS = iter(range(1 << 30))
@@ -141,3 +141,49 @@ def test_a_class_is_never_starved(priority):
         if take(queue, float(second)).tenant == "poor":
             return
     raise AssertionError("never served")
+
+
+MADE_UP = [f"name {number}" for number in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("in_flight", "consumer", "is_taken"),
+    [
+        ([], "light", True),
+        (["flood"] * 7, "flood", True),  # alone it may have all
+        (["flood"] * 8, "flood", False),
+        (["flood"] * 8, "light", True),
+        (["flood"] * 8 + ["light"], "light", True),
+        (["flood"] * 8 + ["light"], "third", True),
+        (["flood"] * 8 + ["light"] * 2, "third", False),  # nobody passes the last bound
+        (["flood"] * 5 + ["light"] * 3, "light", True),
+        (["flood"] * 5 + ["light"] * 3, "flood", False),
+        (["flood"] * 4 + ["light"] * 4, "light", False),  # even shares
+        (["flood"] * 4 + ["light"] * 4, "third", True),
+        (MADE_UP, "name 0", False),
+        (MADE_UP, "another", True),  # a name that nobody knows: as far as the reserve goes
+        ([*MADE_UP, "another", "one more"], "the next", False),
+        (["flood"] * 8, "", True),
+        ([""] * 8, "", False),
+    ],
+)
+def test_who_fills_the_bound_leaves_room_for_who_has_less(in_flight, consumer, is_taken):
+    assert has_room(consumer, in_flight, bound=8) is is_taken
+
+
+@pytest.mark.parametrize(("bound", "most"), [(1, 2), (2, 3), (4, 5), (5, 7), (32, 40)])
+def test_names_that_are_made_up_are_taken_up_to_a_bound(bound, most):
+    taken = []
+    while has_room(f"name {len(taken)}", taken, bound):
+        taken.append(f"name {len(taken)}")
+    assert len(taken) == most
+
+
+def test_beside_a_flood_that_never_ends_each_comes_to_its_even_share():
+    in_flight = ["flood"] * 32
+    for turn in range(200):
+        for consumer in ("flood", "light", "other"):
+            while has_room(consumer, in_flight, 32):
+                in_flight.append(consumer)
+        in_flight.pop(turn * 7 % len(in_flight))
+    assert [in_flight.count(consumer) >= 9 for consumer in ("flood", "light", "other")] == [True] * 3

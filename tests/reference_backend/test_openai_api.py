@@ -374,6 +374,19 @@ async def test_a_full_backend_refuses_at_once_and_reports_its_load():
     assert report == {"num_requests_running": 0, "num_requests_waiting": 1, "kv_cache_usage_perc": 0.0, "seq": 1}
 
 
+async def test_one_that_fills_the_backend_costs_no_other_consumer_a_refusal():
+    async with running_api(start=False, slots=1, max_waiting=3) as backend, aiohttp.ClientSession() as session:
+        url, asked = f"{backend.url}/v1/chat/completions", []
+        for consumer, waiting in (("flood", 4), ("light", 5)):
+            while len(asked) < waiting:
+                headers = {"x-weir-consumer": consumer}
+                asked.append(asyncio.ensure_future(session.post(url, json=QUESTION, headers=headers)))
+            await backend.wait_load(lambda load, waiting=waiting: load.waiting == waiting)
+            assert (await post(backend.url, QUESTION, **{"x-weir-consumer": "flood"}))[0] == 429
+        for each in asked:
+            each.cancel()
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_client_that_leaves_frees_its_slot(stream):
     async with running_api(slots=1) as backend, aiohttp.ClientSession() as session:

@@ -114,6 +114,22 @@ async def test_one_too_many_is_refused_without_asking():
         assert [type(message) for message in process.heard()] == [Start, Ask, Ask, Abort, Ask]
 
 
+async def test_who_has_less_is_taken_beside_one_that_fills_it_until_it_has_as_much():
+    told = []
+    async with linked(bound=2) as (worker, process):
+        flood = submit(worker, tenant="flood"), submit(worker, told.append, tenant="flood")
+        submit(worker, tenant="light")
+        for tenant in ("flood", "light", "third"):
+            with pytest.raises(WorkerBusy):
+                submit(worker, tenant=tenant)
+        worker.abort(flood[0])
+        with pytest.raises(WorkerBusy):
+            submit(worker, tenant="flood")
+        process.say(Turn([(flood[1], Delta(6, "stop"))], Load(1, 0, 0.5)))
+        await until(lambda: told)
+        submit(worker, tenant="flood")
+
+
 async def test_what_was_given_up_is_not_delivered_any_more():
     arrived, after = [], []
     async with linked() as (worker, process):
