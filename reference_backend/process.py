@@ -20,7 +20,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import uvloop
-from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from discovery.announce import Announcement, backend_announcement
@@ -308,28 +307,21 @@ async def load(pool: Pool, wanted: Sequence[str], url: str) -> Exception | None:
 
 @contextlib.asynccontextmanager
 async def listening(api: Api, options: Options, wall: Callable[[], float]) -> AsyncIterator[str]:
-    """The listener, and its URL. What is still in flight at the end is cut."""
-    with contextlib.ExitStack() as stack:
+    """The listener, and its URL. What is still in flight at the end is cut. Raises CannotStartError."""
+    async with contextlib.AsyncExitStack() as running:
         middlewares: list[Middleware] = []
         if options.otlp:
             exporter = SpanExporter(otlp_export(options.otlp, "weir-backend", "0.1.0"))
-            stack.callback(exporter.close)
+            running.callback(exporter.close)
             middlewares.append(span_middleware(exporter, wall))
-        runner = api.runner(*middlewares)
-        await runner.setup()
         try:
-            site = web.TCPSite(runner, options.host, options.port)
-            try:
-                await site.start()
-            except OSError as error:
-                where = f"{options.host}:{options.port}"
-                raise CannotStartError(
-                    f"cannot listen on {where}: {error.strerror or error}; choose another --port"
-                ) from error
-            host = f"[{options.host}]" if ":" in options.host else options.host
-            yield f"http://{host}:{runner.addresses[0][1]}"
-        finally:
-            await runner.cleanup()
+            url = await running.enter_async_context(api.listening(options.host, options.port, *middlewares))
+        except OSError as error:
+            where = f"{options.host}:{options.port}"
+            raise CannotStartError(
+                f"cannot listen on {where}: {error.strerror or error}; choose another --port"
+            ) from error
+        yield url
 
 
 @contextlib.asynccontextmanager

@@ -6,8 +6,13 @@ the form of the protocol whose path it is; no input leads to a traceback.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import Any, cast
 
 from aiohttp import web
 from aiohttp.http import HttpProcessingError
@@ -26,21 +31,35 @@ from reference_backend.protocol import ApiError
 from reference_backend.served import Served, State
 
 log = logging.getLogger(__name__)
-http_log = logging.getLogger(f"{__name__}.http")
-LONGEST_LOGGED = 200  # characters of what a stranger sent
+LONGEST_SHOWN = 200  # characters of what a stranger sent
+# Decompressed, a body could grow a thousandfold before anybody has looked at it, or break where nobody expects it.
+HTTP: dict[str, Any] = {"logger": log, "access_log": None, "auto_decompress": False}
+INFERENCE_PATH = re.compile(r"(/models/[^/]+/[^/]+)?/v2(/|$)")
 
 
-def in_a_line(record: logging.LogRecord) -> bool:
-    """A filter: what is no HTTP is the fault of whoever sent it, and no error of ours with a traceback."""
-    error = record.exc_info[1] if record.exc_info else None
-    if isinstance(error, HttpProcessingError):
-        record.levelno, record.levelname, record.exc_info = logging.INFO, "INFO", None
-        why = " ".join(error.message.split())[:LONGEST_LOGGED]
-        record.msg, record.args = "a request from %s cannot be read: %s", (*(record.args or ()), why)
-    return True
+class Connection(web.RequestHandler):
+    """One of aiohttp's, that tells in our form what it refuses before there is anything to handle."""
 
+    __slots__ = ()
 
-http_log.addFilter(in_a_line)
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        """What is no HTTP is the fault of whoever sent it: a line in the log, and no traceback."""
+        if not isinstance(exc, HttpProcessingError):
+            return super().handle_error(request, status, exc, message)
+        why = f"the request cannot be read: {' '.join(exc.message.split())}"[:LONGEST_SHOWN]
+        log.info("from %s: %s", request.remote, why)
+        refusal = _refusal(request, ApiError(status, "bad_request", why))
+        refusal.force_close()
+        return refusal
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Above the application an `Expect` that nobody knows is refused."""
+        told = _refusal(request, _refused_by_aiohttp(resp)) if isinstance(resp, web.HTTPException) else resp
+        return await super().finish_response(request, told, start_time)
 
 
 class Api:
@@ -77,18 +96,24 @@ class Api:
         app.router.add_routes([_below_prefix(route) for route in routes])
         return app
 
-    def runner(self, *middlewares: Middleware) -> web.AppRunner:
-        """The application as it is to be run. What is still in flight at the end is cut."""
-        # Without handler_cancellation a client that left would be generated for to the end; with auto_decompress
-        # a body could grow a thousandfold before anybody has looked at it, or break where nobody expects it.
-        return web.AppRunner(
-            self.application(*middlewares),
-            logger=http_log,
-            handler_cancellation=True,
-            auto_decompress=False,
-            access_log=None,
-            shutdown_timeout=0.0,
-        )
+    @contextlib.asynccontextmanager
+    async def listening(self, host: str, port: int, *middlewares: Middleware) -> AsyncIterator[str]:
+        """The application in service, and its URL. What is still in flight at the end is cut. Raises OSError."""
+        # Without handler_cancellation a client that left would be generated for to the end.
+        runner = web.AppRunner(self.application(*middlewares), handler_cancellation=True, shutdown_timeout=0.0)
+        await runner.setup()
+        loop = asyncio.get_running_loop()
+        made = cast("web.Server", runner.server)
+        connect = partial(Connection, made, loop=loop, **HTTP)
+        try:
+            server = await loop.create_server(connect, host, port, backlog=128)
+            try:
+                bound = server.sockets[0].getsockname()[1]
+                yield f"http://[{host}]:{bound}" if ":" in host else f"http://{host}:{bound}"
+            finally:
+                server.close()
+        finally:
+            await runner.cleanup()
 
     @web.middleware
     async def _count(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -106,7 +131,7 @@ class Api:
         except ApiError as error:
             return _refusal(request, error)
         except web.HTTPException as error:
-            return _refusal(request, _refused_by_router(error.status))
+            return _refusal(request, _refused_by_aiohttp(error))
         except Exception:  # a bug of ours: the client learns that, the log learns which
             log.exception("internal error")
             return _refusal(request, ApiError(500, "internal_error", "internal error"))
@@ -164,21 +189,19 @@ def _below_prefix(route: web.RouteDef) -> web.RouteDef:
     return web.RouteDef(route.method, PREFIX + route.path, route.handler, route.kwargs)
 
 
-def _refused_by_router(status: int) -> ApiError:
+def _refused_by_aiohttp(error: web.HTTPException) -> ApiError:
     """What aiohttp refuses by itself, in our words."""
     code, message = {
         404: ("not_found", "there is no such path"),
         405: ("method_not_allowed", "this path does not take that method"),
-    }.get(status, ("bad_request", "the request cannot be read"))
-    return ApiError(status, code, message)
+        417: ("expectation_failed", "of what a client may expect, only 100-continue is known here"),
+    }.get(error.status, ("bad_request", "the request cannot be read"))
+    return ApiError(error.status, code, message)
 
 
-def _refusal(request: web.Request, error: ApiError) -> web.Response:
+def _refusal(request: web.BaseRequest, error: ApiError) -> web.Response:
     """An error in the form of the protocol whose path it is."""
-    place = request.match_info.route.resource
-    path = place.canonical.removeprefix(PREFIX) if place is not None else request.path
-    is_inference = path == "/v2" or path.startswith("/v2/")
-    body = {"error": error.message} if is_inference else error.body()
+    body = {"error": error.message} if INFERENCE_PATH.match(request.path) else error.body()
     response = json_response(body, error.status, error.headers)
     if "connection" in error.headers:
         response.force_close()

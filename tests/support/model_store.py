@@ -8,8 +8,6 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from aiohttp import web
-
 from reference_backend import open_inference_grpc, process
 from reference_backend.pool import Pool
 from reference_backend.served import Service
@@ -49,15 +47,9 @@ async def running_store(root: Path, models: Mapping[str, str] | None = None, *ar
     )
     pool = Pool(service, lambda name: process.entries(options, name), lambda: process.known(options))
     api = Api(pool, clock=time.monotonic, wall=time.time, end=lambda: None)
-    runner = api.runner()
     async with pool.running():
         for name in process.names(options):
             await pool.load(name)
-        await runner.setup()
-        try:
-            await web.TCPSite(runner, "127.0.0.1", 0).start()
-            url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-            async with open_inference_grpc.listening(pool, api.in_flight, time.monotonic, "127.0.0.1:0") as port:
-                yield Store(root, url, f"127.0.0.1:{port}", pool)
-        finally:
-            await runner.cleanup()
+        grpc = open_inference_grpc.listening(pool, api.in_flight, time.monotonic, "127.0.0.1:0")
+        async with api.listening("127.0.0.1", 0) as url, grpc as port:
+            yield Store(root, url, f"127.0.0.1:{port}", pool)

@@ -15,7 +15,6 @@ from pathlib import Path
 from random import Random
 
 import torch
-from aiohttp import web
 
 import reference_backend
 from reference_backend.engine.config import ModelError
@@ -99,17 +98,11 @@ async def running_api(
         list,
     )
     api = Api(pool, clock=clock, wall=lambda: CREATED, end=lambda: None)
-    runner = api.runner(*middlewares)
     try:
         async with pool.running():
             [served] = await pool.load("tiny")
-            await runner.setup()
-            try:
-                await web.TCPSite(runner, "127.0.0.1", 0).start()
-                url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+            async with api.listening("127.0.0.1", 0, *middlewares) as url:
                 yield Running(url, api, served, language, engine)
-            finally:
-                await runner.cleanup()
     finally:
         if start:
             await asyncio.to_thread(thread.join)
