@@ -6,12 +6,11 @@ the tensors that say `binary_data_size`), model configuration and the model repo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 from aiohttp import web
-from aiohttp.typedefs import Handler
 
 from reference_backend import protocol
 from reference_backend.incoming import check_open, find, json_response, read_body, terms
@@ -20,15 +19,12 @@ from reference_backend.protocol import bad
 from reference_backend.served import Served, State
 from reference_backend.stateless import Stateless, bad_tensor
 from reference_backend.tensor_codec import from_json, from_raw, to_json, to_raw
-from reference_backend.tensors import DATATYPES, Array, Tensors, TensorSpec, Terms
+from reference_backend.tensors import DATATYPES, Array, Tensors, TensorSpec
 
 LARGEST_BODY = 64 * 1024 * 1024
 HEADER_LENGTH = "inference-header-content-length"
-SERVER = {
-    "name": "weir-reference-backend",
-    "version": "0.1.0",
-    "extensions": ["binary_tensor_data", "model_configuration", "model_repository"],
-}
+NAME, VERSION = "weir-reference-backend", "0.1.0"
+EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository")
 # What the index of a repository calls each state.
 INDEX_STATES = {
     State.LOADING: "LOADING",
@@ -68,6 +64,10 @@ class IndexRequest(msgspec.Struct):
     ready: bool = False
 
 
+_decode_infer = msgspec.json.Decoder(InferRequest).decode
+_decode_index = msgspec.json.Decoder(IndexRequest).decode
+
+
 class OpenInference:
     """Handlers, by path."""
 
@@ -81,7 +81,9 @@ class OpenInference:
             for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
             for route in (
                 web.post(f"{model}/infer", self._infer),  # first, as they are tried in this order
-                *(web.get(model + path, self._telling(tell)) for path, tell in TOLD.items()),
+                web.get(model, self._metadata),
+                web.get(f"{model}/ready", self._ready),
+                web.get(f"{model}/config", self._config),
             )
         ]
         return [
@@ -93,14 +95,18 @@ class OpenInference:
         ]
 
     async def _server(self, _request: web.Request) -> web.Response:
-        return json_response(SERVER)
+        return json_response({"name": NAME, "version": VERSION, "extensions": EXTENSIONS})
 
-    def _telling(self, tell: Callable[[Pool, Served], Json]) -> Handler:
-        async def answer(request: web.Request) -> web.Response:
-            told = tell(self._pool, self._find(request))
-            return json_response(told, 200 if told.get("ready", True) else 503)
+    async def _metadata(self, request: web.Request) -> web.Response:
+        return json_response(metadata(self._pool, self._find(request)))
 
-        return answer
+    async def _ready(self, request: web.Request) -> web.Response:
+        served = self._find(request)
+        is_ready = served.state is State.READY
+        return json_response({"name": served.entry.name, "ready": is_ready}, 200 if is_ready else 503)
+
+    async def _config(self, request: web.Request) -> web.Response:
+        return json_response(config(self._find(request)))
 
     def _find(self, request: web.Request) -> Served:
         return find(self._pool, request, request.match_info["model"], request.match_info.get("version"))
@@ -110,13 +116,18 @@ class OpenInference:
         served = self._find(request)
         asked, binary = split(await read_body(request, LARGEST_BODY), request.headers.get(HEADER_LENGTH))
         with served.use(Stateless) as model:
-            names = [each.name for each in asked.outputs]
-            outputs = await infer(model, read_inputs(asked, binary), names, terms(request.headers, self._clock()))
-            return answer(served, asked, outputs)
+            inputs = read_inputs(asked, binary)
+            wanted = chosen(model, [each.name for each in asked.outputs])
+            outputs = await model.infer(inputs, terms(request.headers, self._clock()))
+            return answer(served, asked, {name: outputs[name] for name in wanted})
 
     async def _index(self, request: web.Request) -> web.Response:
-        asked = protocol.decode(await read_body(request, LARGEST_BODY) or b"{}", IndexRequest)
-        return json_response(index(self._pool, only_ready=asked.ready))
+        body = await read_body(request, LARGEST_BODY)
+        try:
+            only_ready = bool(body) and _decode_index(body).ready
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise bad(str(error)) from error
+        return json_response(index(self._pool, only_ready=only_ready))
 
     async def _load(self, request: web.Request) -> web.Response:
         await load(self._pool, request.match_info["model"])
@@ -136,7 +147,10 @@ def split(body: bytes, header_length: str | None) -> tuple[InferRequest, memoryv
         if int(header_length) > end:
             raise bad(f"{HEADER_LENGTH} is more than the {end} bytes of the body")
         end = int(header_length)
-    return protocol.decode(body[:end], InferRequest), memoryview(body)[end:]
+    try:
+        return _decode_infer(memoryview(body)[:end]), memoryview(body)[end:]
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise bad(str(error)[: protocol.LONGEST_SHOWN]) from error
 
 
 def read_inputs(asked: InferRequest, binary: memoryview) -> Tensors:
@@ -171,15 +185,14 @@ def check_parameters(parameters: Json) -> None:
             raise bad(f"parameter {name} is not supported by this server", name, "unsupported_parameter")
 
 
-async def infer(model: Stateless, inputs: Tensors, names: list[str], terms: Terms) -> Tensors:
-    """Run a model. Gives the outputs that a request names, or all. Raises ApiError."""
+def chosen(model: Stateless, names: list[str]) -> list[str]:
+    """The outputs that a request wants: those it names, or all. Raises ApiError 400."""
     there = [spec.name for spec in model.outputs]
     for name in names:
         if name not in there:
             message = f"output {name[: protocol.LONGEST_SHOWN]!r} is none of this model's: {', '.join(there)}"
             raise bad(message, "outputs")
-    outputs = await model.infer(inputs, terms)
-    return {name: outputs[name] for name in names or there}
+    return list(dict.fromkeys(names)) or there
 
 
 def answer(served: Served, asked: InferRequest, outputs: Tensors) -> web.Response:
@@ -211,9 +224,9 @@ def answer(served: Served, asked: InferRequest, outputs: Tensors) -> web.Respons
 
 
 def metadata(pool: Pool, served: Served) -> Json:
-    """What a model is."""
-    name = served.entry.name
-    inputs, outputs = specs(served)
+    """What a model is, in the protocol's form."""
+    model, name = served.model, served.entry.name
+    inputs, outputs = (model.inputs, model.outputs) if isinstance(model, Stateless) else ((), ())
     return {
         "name": name,
         "versions": [each.entry.version for each in pool if each.entry.name == name and each.entry.version],
@@ -223,38 +236,27 @@ def metadata(pool: Pool, served: Served) -> Json:
     }
 
 
-def ready(_pool: Pool, served: Served) -> Json:
-    """Whether it can answer at once."""
-    return {"name": served.entry.name, "ready": served.state is State.READY}
+def platform(served: Served) -> str:
+    """Who runs a model."""
+    return f"weir_{served.model.card.executor}" if isinstance(served.model, Stateless) else "weir_language"
 
 
-def config(_pool: Pool, served: Served) -> Json:
+def config(served: Served) -> Json:
     """A model's configuration, in Triton's form as far as any model has it."""
-    inputs, outputs = (
-        [{"name": spec.name, "data_type": config_type(spec.datatype), "dims": spec.shape} for spec in each]
-        for each in specs(served)
-    )
+    model = served.model
+    inputs, outputs = (model.inputs, model.outputs) if isinstance(model, Stateless) else ((), ())
     return {
         "name": served.entry.name,
         "platform": platform(served),
         "backend": "weir",
         "max_batch_size": 0,  # the shapes say it all, the first dimension too
-        "input": inputs,
-        "output": outputs,
+        "input": [_config_tensor(spec) for spec in inputs],
+        "output": [_config_tensor(spec) for spec in outputs],
     }
 
 
-TOLD = {"": metadata, "/ready": ready, "/config": config}  # of a model, by the path behind its own
-
-
-def specs(served: Served) -> tuple[Sequence[TensorSpec], Sequence[TensorSpec]]:
-    """What a model takes and gives: none where it is of language."""
-    return (served.model.inputs, served.model.outputs) if isinstance(served.model, Stateless) else ((), ())
-
-
-def platform(served: Served) -> str:
-    """Who runs a model."""
-    return f"weir_{served.model.card.executor}" if isinstance(served.model, Stateless) else "weir_language"
+def _config_tensor(spec: TensorSpec) -> Json:
+    return {"name": spec.name, "data_type": config_type(spec.datatype), "dims": spec.shape}
 
 
 def config_type(datatype: str) -> str:

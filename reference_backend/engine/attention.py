@@ -1,12 +1,13 @@
 """Attention over a paged cache: write what is new into its blocks, then look at all that came before.
 
 Tokens of one step lie in one row of queries, sequence after sequence: first those of sequences that generate, one each,
-then chunks of prompts. There are two ways to look, which give the same:
+then chunks of prompts. There are three ways to look, which give the same:
 
 - `gathered`, in torch's own operations, and what the other is compared with. Sequences that generate are grouped by
   rough length, so that a short one is not padded to a long one; each chunk of a prompt is a group. Within a group the
   blocks of all sequences are gathered side by side, and one call computes the lot; the query heads that share a
   key-value head are treated as further queries of that head, so that keys are not repeated.
+- `in_c`, in which those that generate follow their tables by themselves (`native.c`); prompts are gathered.
 - `fused`, in the kernels of `paged_kernels.py`, which follow the tables themselves.
 
 Padding is block 0, and what stands behind a position is masked: a token at position p sees the keys at positions <= p
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,7 +26,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from reference_backend.engine.graphs import sent
-from reference_backend.engine.operations import Fused, Operations, Rotary
+from reference_backend.engine.native import Native
+from reference_backend.engine.operations import Fused, Operations, Rotary, Small
 
 # Layer, what its projection gives as [tokens, heads + 2 * kv_heads, head_dim] (and may be overwritten), the gains of
 # its heads, positions; what was seen comes back as [tokens, heads * head_dim].
@@ -158,15 +161,43 @@ def gathered(cache: PagedCache, tables: Tensor, step: Step, shared: int) -> Atte
         )
         for start, end in by_length(step.widths)
     ]
-    for first, tokens, slot, start in step.chunks:
-        table = tables[slot : slot + 1, : -(-(start + tokens) // cache.block_size)]
-        groups.append(Group.of(cache, first, table, step.positions[None, first : first + tokens], shared))
+    groups += _prompts(cache, tables, step, shared)
 
     def attend(layer: int, qkv: Tensor, gains: Tensor | None, rotary: Rotary) -> Tensor:
         q, keys_values = rotary.split(qkv, gains)
         cache.write(layer, places, keys_values)
         results = [_look(cache, group, layer, q) for group in groups]
         return results[0] if len(results) == 1 else torch.cat(results)
+
+    return attend
+
+
+def _prompts(cache: PagedCache, tables: Tensor, step: Step, shared: int) -> list[Group]:
+    """Each piece of a prompt as a group."""
+    return [
+        Group.of(
+            cache,
+            first,
+            tables[slot : slot + 1, : -(-(start + tokens) // cache.block_size)],
+            step.positions[None, first : first + tokens],
+            shared,
+        )
+        for first, tokens, slot, start in step.chunks
+    ]
+
+
+def in_c(native: Native, cache: PagedCache, tables: Tensor, step: Step, shared: int) -> Attend:
+    """The same, where those that generate need nothing gathered."""
+    groups = _prompts(cache, tables, step, shared)
+
+    def attend(layer: int, qkv: Tensor, gains: Tensor | None, rotary: Rotary) -> Tensor:
+        seen = native.attend(
+            qkv, gains, rotary.table, rotary.positions, cache.layer(layer), tables, step.slots,
+            generating=len(step.widths), heads=rotary.heads, epsilon=rotary.epsilon,
+        )  # fmt: skip
+        for group in groups:
+            seen[group.first : group.first + group.queries] = _look(cache, group, layer, qkv[:, : rotary.heads])
+        return seen
 
     return attend
 
@@ -215,6 +246,8 @@ def _splits(programs: int, keys: int) -> int:
 
 def attention_for(operations: Operations) -> Callable[[PagedCache, Tensor, Step, int], Attend]:
     """The way to look that goes with the other operations."""
+    if isinstance(operations, Small):
+        return partial(in_c, operations.native)
     return fused if isinstance(operations, Fused) else gathered
 
 

@@ -78,7 +78,7 @@ class Llama:
         self.config = config
         self.device, self.dtype = device, dtype
         self.vision: Vision | None = None
-        self.operations = operations or operations_for(config, device, ranks)
+        self.operations = operations or operations_for(config, device, dtype, ranks)
         self.heads, self.kv_heads = config.heads // ranks.size, config.kv_heads // ranks.size  # of this rank
         self._ranks, self._quantize = ranks, quantize
         # A norm's root of the sum of squares needs no mean: the root of the size is in the weights.
@@ -94,11 +94,6 @@ class Llama:
         positions = torch.arange(config.context, dtype=torch.float32)
         angles = positions[:, None] * rope_frequencies(config)
         self._turns = torch.polar(torch.ones_like(angles), angles).to(device)  # [context, head_dim / 2]
-
-    @property
-    def parameters(self) -> int:
-        """How many numbers it has learnt."""
-        return sum(math.prod(shape) for _, shape in weight_shapes(self.config))
 
     @property
     def linears(self) -> list[Linear]:
@@ -215,6 +210,11 @@ def weight_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield from ((f"{prefix}{name}.weight", (size,)) for name, size in norms)
         yield from ((f"{prefix}{name}.weight", (rows, columns)) for name, rows, columns, _ in matrices)
         yield from ((f"{prefix}{name}.bias", (rows,)) for name, rows, _, has_bias in matrices if has_bias)
+
+
+def parameters(config: ModelConfig) -> int:
+    """How many numbers such a model has learnt."""
+    return sum(math.prod(shape) for _, shape in weight_shapes(config))
 
 
 class RandomWeights(Mapping[str, Tensor]):

@@ -1,7 +1,8 @@
-"""What a layer is made of, in two ways: torch's own operations, and kernels that each do the work of several.
+"""What a layer is made of, in three ways: torch's own operations, and those that each do the work of several.
 
-`Plain` runs anywhere and is what the kernels are compared with. `Fused` runs on a GPU that Triton can write for. Which
-of the two a model gets is decided once, by `operations_for`.
+`Plain` runs anywhere and is what the others are compared with. `Fused` runs on a GPU that Triton can write for,
+`Small` on one thread of a CPU that there is a C compiler for. Which of them a model gets is decided once, by
+`operations_for`.
 
 Matrices that are kept in eight bits have a scale for each output: y = (x W) * scale. With few rows of x a kernel widens
 them on the way. With many, those in fp8 meet x in fp8, if the device multiplies that. Otherwise they are widened for
@@ -10,6 +11,7 @@ each product, which costs more time than it saves: on a CPU they save memory alo
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,9 +23,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from reference_backend.engine.config import ModelConfig
+from reference_backend.engine.native import Native, NativeError, native
 from reference_backend.engine.quant import narrow_product
 from reference_backend.engine.ranks import Ranks
 
+log = logging.getLogger(__name__)
 MOST_ROWS = 128  # of x, for the kernel to take a product of eight bits: beyond, arithmetic is what costs
 
 
@@ -120,6 +124,21 @@ def _over_norm(x: Tensor, root: Tensor) -> Tensor:
     return (x / norms.hypot_(root)).to(x.dtype)
 
 
+class Small(Plain):
+    """Plain, but for what is written in C."""
+
+    def __init__(self, config: ModelConfig, ranks: Ranks, native: Native) -> None:
+        super().__init__(config, torch.device("cpu"), ranks)
+        self.native = native
+        self._epsilon = config.norm_eps * config.hidden_size
+
+    def norm(self, x: Tensor) -> Tensor:
+        return self.native.norm(x, self._epsilon)
+
+    def silu_times(self, gate_up: Tensor) -> Tensor:
+        return self.native.silu_times(gate_up)
+
+
 class Fused:
     """The kernels. `few_rows` says up to how many rows theirs is the faster product of a matrix [in, out]."""
 
@@ -183,11 +202,15 @@ class Fused:
                 self.few_rows[shape] = rows
 
 
-def operations_for(config: ModelConfig, device: torch.device, ranks: Ranks) -> Operations:
+def operations_for(config: ModelConfig, device: torch.device, dtype: torch.dtype, ranks: Ranks) -> Operations:
     """The faster ones that this device can run."""
-    if device.type == "cuda":
-        try:
+    try:
+        if device.type == "cuda":
             return Fused(config, ranks)
-        except ImportError:
-            pass  # a torch without Triton
+        if dtype == torch.float32 and torch.get_num_threads() == 1:
+            return Small(config, ranks, native())
+    except ImportError:
+        pass  # a torch without Triton
+    except NativeError as error:
+        log.info("torch's own operations are used: %s", error)
     return Plain(config, device, ranks)

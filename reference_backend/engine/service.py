@@ -25,13 +25,13 @@ from pathlib import Path
 import torch
 
 from reference_backend.engine import frames
-from reference_backend.engine.config import ModelError
+from reference_backend.engine.config import ModelError, read_config
 from reference_backend.engine.crew import crew_of
 from reference_backend.engine.engine import Engine, Settings
 from reference_backend.engine.frames import Lockstep, Ready, Start, Told
 from reference_backend.engine.grammar import Grammars
 from reference_backend.engine.graphs import Prepare, recording
-from reference_backend.engine.model import Llama, load_model
+from reference_backend.engine.model import Llama, load_model, parameters
 from reference_backend.engine.operations import Fused
 from reference_backend.engine.ranks import ALONE, Ranks, joined
 from reference_backend.engine.request import Delta, Sampling, Sequence
@@ -165,11 +165,11 @@ def load(start: Start, clock: Callable[[], float]) -> Engine:
     device = device_of(start.rank)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tokenizer = Path(start.model) / "tokenizer.json"
+    if parameters(read_config(Path(start.model))) < SMALL_PARAMETERS:
+        torch.set_num_threads(1)
     try:
         ranks = ALONE if start.ranks == 1 else joined(start.rank, start.ranks, Path(start.meeting), device)
         model = load_model(Path(start.model), device, dtype, quantize=start.quantize, ranks=ranks, dummy=start.dummy)
-        if model.parameters < SMALL_PARAMETERS:
-            torch.set_num_threads(1)
         # Several ranks must find the same: there a grammar has bounds, but none of time.
         grammar_clock = time.thread_time if ranks.size == 1 else lambda: 0.0
         engine = Engine(

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from reference_backend.engine.config import read_config
-from reference_backend.engine.model import load_model
+from reference_backend.engine.model import load_model, parameters
 from reference_backend.tokenizer import Tokenizer as ModelTokenizer
 from reference_backend.training.corpus import GLOSSARY, Exchange, Generator
 from reference_backend.training.examine import CARD, examine, table
@@ -234,7 +234,7 @@ def write_card(directory: Path, *, steps: int, loss: float, seconds: float, thre
     model, tokenizer = load_model(directory, torch.device("cpu")), ModelTokenizer(directory)
     weights = (directory / "model.safetensors").read_bytes()
     card = CARD.format(
-        parameters=model.parameters,
+        parameters=parameters(model.config),
         size=len(weights) / 1e6,
         table=table(examine(model, tokenizer, per_task=EXAMINED)),
         context=model.config.context,

@@ -1,5 +1,8 @@
 """Paged attention against dense attention, for drawn shapes; and that nothing but one's own past is seen."""
 
+import os
+import shutil
+from functools import partial
 from random import Random
 
 import pytest
@@ -7,7 +10,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
 from torch.nn import functional  # noqa: E402
 
-from reference_backend.engine.attention import Chunk, PagedCache, Step, by_length, fused, gathered  # noqa: E402
+from reference_backend.engine.attention import Chunk, PagedCache, Step, by_length, fused, gathered, in_c  # noqa: E402
+from reference_backend.engine.native import native  # noqa: E402
 from reference_backend.engine.operations import Rotary  # noqa: E402
 
 torch.set_num_threads(1)
@@ -38,6 +42,13 @@ def dense(q, keys, values):
 def test_paged_is_dense(seed):
     """Sequences of drawn lengths in scattered blocks; some have one new token, some several, in one step."""
     found, expected = looked_both_ways(seed, gathered, CPU)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler is installed")
+@pytest.mark.parametrize("seed", range(12))
+def test_paged_is_dense_in_c_too(seed):
+    found, expected = looked_both_ways(seed, partial(in_c, native()), CPU)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 

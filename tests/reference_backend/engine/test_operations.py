@@ -1,5 +1,7 @@
 """Both ways to compute a layer, and whole models of kernels beside the same of torch's operations."""
 
+import os
+import shutil
 from pathlib import Path
 from random import Random
 
@@ -12,7 +14,8 @@ from reference_backend.engine.config import NARROW, read_config  # noqa: E402
 from reference_backend.engine.engine import Engine, Settings  # noqa: E402
 from reference_backend.engine.graphs import recording  # noqa: E402
 from reference_backend.engine.model import Llama, load_model  # noqa: E402
-from reference_backend.engine.operations import Fused, Linear, Plain, operations_for  # noqa: E402
+from reference_backend.engine.native import native  # noqa: E402
+from reference_backend.engine.operations import Fused, Linear, Plain, Small, operations_for  # noqa: E402
 from reference_backend.engine.quant import narrowed  # noqa: E402
 from reference_backend.engine.ranks import ALONE  # noqa: E402
 from reference_backend.engine.request import Sampling, Sequence  # noqa: E402
@@ -21,6 +24,20 @@ torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent.parent / "golden"
 CPU = torch.device("cpu")
 CONFIG = read_config(GOLDEN / "llama")
+
+
+@pytest.fixture
+def threads_of_torch():
+    """Sets how many there are, until the test is over."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def has_compiler():
+    if shutil.which(os.environ.get("CC", "cc")) is None:
+        pytest.skip("no C compiler is installed")
 
 
 def weights(name):
@@ -69,8 +86,34 @@ def test_an_engine_of_kernels_says_the_same(name, quantize):
     assert texts(fused(name, quantize), prepare) == texts(plain)
 
 
-def test_without_a_gpu_nothing_is_asked_of_triton():
-    assert isinstance(operations_for(CONFIG, CPU, ALONE), Plain)
+@pytest.mark.parametrize(
+    ("dtype", "threads", "kind"),
+    [(torch.float32, 1, Small), (torch.float32, 2, Plain), (torch.bfloat16, 1, Plain)],
+)
+def test_without_a_gpu_one_thread_has_what_is_written_in_c(dtype, threads, kind, has_compiler, threads_of_torch):
+    threads_of_torch(threads)
+    assert type(operations_for(CONFIG, CPU, dtype, ALONE)) is kind
+
+
+def test_without_a_compiler_torch_does_it_all(monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.cache_clear()
+    with caplog.at_level("INFO"):
+        assert type(operations_for(CONFIG, CPU, torch.float32, ALONE)) is Plain
+    native.cache_clear()
+    assert "torch's own operations are used: [Errno 2]" in caplog.text
+    assert "no-such-compiler" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_an_engine_in_c_says_the_same(name, has_compiler):
+    config, plain = read_config(GOLDEN / name), Plain(read_config(GOLDEN / name), CPU, ALONE)
+    models = [
+        Llama(config, weights(name), CPU, torch.float32, operations=each)
+        for each in (Small(config, ALONE, native()), plain)
+    ]
+    assert texts(models[0]) == texts(models[1])
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
