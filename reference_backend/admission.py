@@ -16,6 +16,7 @@ Source: Virtual Token Counter, "Fairness in Serving Large Language Models" (OSDI
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator
 from typing import Generic, Protocol, TypeVar
@@ -74,11 +75,12 @@ class FairQueue(Generic[Item]):
         return self._served.get(tenant, 0.0)
 
     def push(self, request: Item) -> None:
+        """Let one wait, or wait again: before those of its tenant and class that came later."""
         if not self._has_waiting(request.tenant):
             floor = min((self.served(tenant) for tenant, _ in self._lines), default=self.served(self._last_left))
             self._served[request.tenant] = max(self.served(request.tenant), floor)
             self._forget_some()
-        self._lines.setdefault((request.tenant, request.priority), deque()).append(request)
+        insort(self._lines.setdefault((request.tenant, request.priority), deque()), request, key=_arrival)
 
     def head(
         self,
@@ -125,3 +127,7 @@ class FairQueue(Generic[Item]):
         idle = sorted(self._served.keys() - needed, key=self.served)
         for tenant in idle[: REMEMBERED // 2]:
             del self._served[tenant]
+
+
+def _arrival(request: Waiting) -> int:
+    return request.arrival

@@ -111,7 +111,7 @@ class Engine:
     def load(self) -> Load:
         """The current counts."""
         scheduler = self.scheduler
-        waiting = [*self._arrived, *scheduler.preempted, *scheduler.queue]
+        waiting = [*self._arrived, *scheduler.queue]
         generating = sum(sequence.is_primed for sequence in scheduler.running)
         pool, step_seconds = scheduler.pool, self._pace.step_seconds
         return Load(

@@ -10,6 +10,8 @@ Invariants:
   been free. A free block keeps its name, and can be held again, until it is handed out.
 - Only full blocks have names, and nobody writes into a full block.
 
+`tests/support/integrity.py` says what is wrong where they do not hold.
+
 Source: automatic prefix caching as in vLLM. Names are 128 bits of BLAKE2b: nobody can make two texts meet.
 """
 
@@ -132,23 +134,3 @@ class BlockPool:
         name = self._name_of.pop(block, None)
         if name is not None:
             del self._block_of[name]
-
-    def faults(self, holders: Iterable[list[int]]) -> list[str]:
-        """What is wrong, given the blocks of everybody who should hold any. Empty when all is well."""
-        expected = Counter(block for blocks in holders for block in blocks)
-        faults = [
-            f"block {block} has {self._holders[block]} holders, not {expected[block]}"
-            for block in range(self.blocks)
-            if self._holders[block] != expected[block]
-        ]
-        faults += [f"block {block} is free and held" for block in self._free if expected[block]]
-        faults += [
-            f"block {block} is lost"
-            for block in range(1, self.blocks)
-            if block not in self._free and not expected[block]
-        ]
-        if 0 in self._free or expected[0]:
-            faults.append("block 0 is somebody's")
-        if {block: name for name, block in self._block_of.items()} != self._name_of:
-            faults.append("names and blocks do not belong together")
-        return faults

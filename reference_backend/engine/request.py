@@ -128,6 +128,7 @@ class Sequence:
     arrival: int = 0
     arrived_at: float = 0.0
     is_over: bool = False  # ended, aborted or late: nothing more comes of it
+    is_known: bool = False  # it was admitted once, and is counted
     tokens: list[int] = field(init=False)
     pending: int = 0
     computed: int = 0

@@ -6,14 +6,14 @@ from the queue while slots, blocks and budget last. Chunked prefill, mixed batch
 what was preempted all follow from that: they are sequences that have more or less to catch up.
 
 When blocks run out, the newest sequence of the lowest class, of the tenant who has most, gives its own back and waits
-to be admitted again. Its full blocks stay cached as long as nobody needs them, so that most of the recomputing is a
+again in its place. Its full blocks stay cached as long as nobody needs them, so that most of the recomputing is a
 lookup. The oldest of the highest class is never preempted, and one sequence alone always fits: there is always
 progress.
 
 Tenants share the steps, and who asks for little does not feel those who ask for much: `standing.py` says who pauses,
 and who comes in instead of whom.
 
-Decides only: no clock, no torch. Invariants: `faults` lists what would be wrong.
+Decides only: no clock, no torch. Invariants: `tests/support/integrity.py` lists what would be wrong.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from reference_backend.admission import FairQueue
 from reference_backend.engine.kv_cache import BlockPool
 from reference_backend.engine.pace import NOTHING_KNOWN, Ahead, Beside
 from reference_backend.engine.request import Sequence
-from reference_backend.engine.standing import Standing
+from reference_backend.engine.standing import Standing, dispensable
 
 
 class Work(NamedTuple):
@@ -52,21 +52,20 @@ class Scheduler:
         self.slots = slots
         self.step_tokens = max(step_tokens, slots)  # everyone who generates goes on in every step
         self.running: list[Sequence] = []
-        self.preempted: list[Sequence] = []  # in order of class and arrival
         self.preemptions = 0
         self.generated_tokens = 0
         self._free_slots = list(range(slots))
         self._standing = Standing(queue.served, slots)
 
     def __repr__(self) -> str:
-        return f"<Scheduler {len(self.running)} running, {len(self.preempted)} preempted, {len(self.queue)} waiting>"
+        return f"<Scheduler {len(self.running)} running, {len(self.queue)} waiting>"
 
     @property
     def is_idle(self) -> bool:
-        return not (self.running or self.preempted or len(self.queue))
+        return not (self.running or len(self.queue))
 
     def everyone(self) -> list[Sequence]:
-        return [*self.running, *self.preempted, *self.queue]
+        return [*self.running, *self.queue]
 
     def schedule(self, now: float, readable: int | None = None, beside: Beside = NOTHING_KNOWN) -> list[Work]:
         """Plan one step, and take what it needs. Every planned token counts as computed from here on.
@@ -74,97 +73,81 @@ class Scheduler:
         While somebody generates, at most `readable` tokens of prompts are read beside (None: as the budget allows).
         `beside` says what there is room for beside those who hurry.
         """
-        plan: dict[Sequence, Work] = {}
-        preemptions = self.preemptions
         while (first := self._next(now)) is not None and self._standing.is_behind(first.tenant) and self._enter(first):
             pass
-        hurried = self._standing.hurried(self.running)
-        held = dict.fromkeys(each for each in self.running if hurried and self._standing.is_held(each, hurried))
-        company = [each for each in held if each.is_primed and each.uncomputed][: beside.generating]
-        going = sorted([*(each for each in self.running if each not in held), *company], key=_is_reading)
-        budget = self.step_tokens
+        pausing = self._standing.pausing(self.running)
+        company = [each for each in pausing if each.is_primed and each.uncomputed][: beside.generating]
+        going = sorted([*(each for each in self.running if each not in pausing), *company], key=_is_reading)
         generating = sum(sequence.is_primed for sequence in going)
+        budget = self.step_tokens
         if generating and readable is not None:
             budget = min(budget, generating + readable)
+        preemptions = self.preemptions
+        plan: list[Work] = []
         budget = self._catch_up(going, plan, budget)
-        if hurried:
+        if pausing:
             budget = min(budget, beside.reading)
-        budget = self._catch_up([each for each in held if not each.is_primed], plan, budget)
-        if preemptions == self.preemptions:  # else there is no room, and who was preempted may have a pending token
-            self._admit(plan, budget, now, even_unread=bool(hurried))
-        for work in plan.values():
+            budget = self._catch_up([each for each in pausing if not each.is_primed], plan, budget)
+        if preemptions == self.preemptions:
+            self._admit(plan, budget, now, even_unread=bool(pausing))
+        else:  # there is no room; and who was preempted after it was planned does not take part
+            plan = [work for work in plan if work.sequence.slot is not None]
+        for work in plan:
             self._launch(work)
-        return list(plan.values())
+        return plan
 
-    def _catch_up(self, sequences: list[Sequence], plan: dict[Sequence, Work], budget: int) -> int:
+    def _catch_up(self, sequences: list[Sequence], plan: list[Work], budget: int) -> int:
         """Plan what these have to do, in their order, as far as the budget goes. Returns what is left of it."""
         for sequence in sequences:
             count = min(sequence.uncomputed, budget)
-            if sequence.slot is None or not count:  # preempted for one before it, or has nothing to do
-                continue
-            budget += sum(plan.pop(victim).tokens for victim in self._make_room(sequence, count) if victim in plan)
-            if sequence.slot is not None:
-                plan[sequence] = _work(sequence, count)
+            if count and sequence.slot is not None and self._make_room(sequence, count):
+                plan.append(_work(sequence, count))
                 budget -= count
         return budget
 
     def ahead(self, sequence: Sequence) -> Ahead:
         """What certainly goes before a sequence that comes now: its tenant's own, of no worse class."""
-        waiting = [
-            each
-            for each in (*self.preempted, *self.queue)
-            if each.tenant == sequence.tenant and each.priority <= sequence.priority
-        ]
+        mine = [each for each in self.everyone() if each.tenant == sequence.tenant]
+        waiting = [each for each in mine if each.slot is None and each.priority <= sequence.priority]
         has_slot = not waiting and (self._free_slots or self._standing.is_behind(sequence.tenant))
         return Ahead(
             requests=0 if has_slot else len(waiting) + 1,
             tokens=sum(map(self.pool.unknown_tokens, waiting))
-            + sum(each.uncomputed for each in self.running if each.tenant == sequence.tenant and not each.is_primed),
+            + sum(each.uncomputed for each in mine if each.slot is not None and not each.is_primed),
             own_tokens=self.pool.unknown_tokens(sequence),
         )
 
     def commit(self, sequence: Sequence, token: int) -> None:
-        """The token that was pending is known. Harmless for a sequence that is gone."""
+        """The token that was pending is known."""
         sequence.pending -= 1
         sequence.tokens.append(token)
         self.generated_tokens += 1
         self.queue.charge(sequence.tenant, generated=1)
-        if sequence.slot is not None:
-            self.pool.index(sequence)
 
     def drop(self, sequence: Sequence) -> None:
         """It is over, wherever it stands. What it held is free at once: steps run in the order of their launch."""
-        if sequence.slot is not None:
-            self._vacate(sequence)
-        elif sequence in self.preempted:
-            self.preempted.remove(sequence)
-        else:
+        if sequence.slot is None:
             self.queue.remove(sequence)
+        else:
+            self._vacate(sequence)
 
-    def _make_room(self, sequence: Sequence, count: int) -> list[Sequence]:
-        """Take the blocks that `count` more tokens need. Returns who was preempted for it; it may be the sequence."""
+    def _make_room(self, sequence: Sequence, count: int) -> bool:
+        """Take the blocks that `count` more tokens need, from others if need be; False when it must give way itself."""
         needed = self.pool.blocks_for(sequence.computed + count) - len(sequence.blocks)
         if needed <= 0:
-            return []
-        victims: list[Sequence] = []
+            return True
         while (taken := self.pool.take(needed)) is None:
-            victim = max(self.running, key=self._dispensability)
+            victim = dispensable(self.running)[0]
             self._preempt(victim)
-            victims.append(victim)
             if victim is sequence:
-                return victims
+                return False
         sequence.blocks += taken
-        return victims
-
-    def _dispensability(self, sequence: Sequence) -> tuple[int, int, int]:
-        """Who has the most of it gives way first."""
-        return sequence.priority, self._standing.running[sequence.tenant], sequence.arrival
+        return True
 
     def _preempt(self, victim: Sequence) -> None:
         self._vacate(victim)
         self.preemptions += 1
-        self.preempted.append(victim)
-        self.preempted.sort(key=_seniority)
+        self.queue.push(victim)
 
     def _vacate(self, sequence: Sequence) -> None:
         assert sequence.slot is not None  # noqa: S101  for the type checker
@@ -175,63 +158,46 @@ class Scheduler:
         sequence.slot, sequence.blocks, sequence.computed, sequence.indexed = None, [], 0, 0
         sequence.is_primed = sequence.is_written = False
 
-    def _admit(self, plan: dict[Sequence, Work], budget: int, now: float, *, even_unread: bool) -> None:
+    def _admit(self, plan: list[Work], budget: int, now: float, *, even_unread: bool) -> None:
         """Let newcomers in while there is room, in their order: nobody overtakes one for whom there is none."""
         while (budget or even_unread) and self._free_slots and (sequence := self._next(now)) is not None:
             if self._standing.is_behind(sequence.tenant) or not self._enter(sequence):
                 return
             if count := min(sequence.uncomputed, budget):
-                plan[sequence] = _work(sequence, count)
+                plan.append(_work(sequence, count))
                 budget -= count
 
     def _next(self, now: float) -> Sequence | None:
-        """Of the best class: who has fewest running, then who was preempted, then the least served."""
-        head = self.queue.head(now, handicap=self._standing.handicap)
-        waiting = self.preempted if head is None else [*self.preempted, head]
-        return min(
-            waiting,
-            key=lambda each: (self.queue.risen_class(each, now), self._standing.handicap(each.tenant)),
-            default=None,
-        )
+        """Of the best class: who has fewest running, then the least served."""
+        return self.queue.head(now, handicap=self._standing.handicap)
 
     def _enter(self, sequence: Sequence) -> bool:
         """Give it a slot and blocks, also those of tenants it is behind. Changes nothing when there are too few."""
         found = self.pool.match(sequence)
         # One block more than it has text for: who comes in must not be thrown out by its first token.
         needed = self.pool.blocks_for(len(sequence.tokens) + 1) - len(found)
-        victims = self._giving_way(sequence, needed)
-        if victims is None:
-            self.pool.release(found)
-            return False
-        for victim in victims:
-            self._preempt(victim)
-        fresh = self.pool.take(needed)
-        assert fresh is not None  # noqa: S101  for the type checker: it was counted
-        self._start(sequence, found, fresh)
-        return True
-
-    def _giving_way(self, sequence: Sequence, needed: int) -> list[Sequence] | None:
-        """Who must for a slot and so many blocks; None when those it is behind have too little."""
-        victims: list[Sequence] = []
-        ahead = self._standing.ahead_of(sequence, self.running)
+        ahead, victims = self._standing.ahead_of(sequence, self.running), list[Sequence]()
         while not (self._free_slots or victims) or self.pool.free_without(v.blocks for v in victims) < needed:
             if (victim := next(ahead, None)) is None:
-                return None
+                self.pool.release(found)
+                return False
             victims.append(victim)
-        return victims
+        for victim in victims:
+            self._preempt(victim)
+        self.queue.remove(sequence)
+        self._start(sequence, found, needed)
+        return True
 
-    def _start(self, sequence: Sequence, found: list[int], fresh: list[int]) -> None:
+    def _start(self, sequence: Sequence, found: list[int], needed: int) -> None:
+        fresh = self.pool.take(needed)
+        assert fresh is not None  # noqa: S101  for the type checker: it was counted
         cached = len(found) * self.pool.block_size
-        if sequence in self.preempted:
-            self.preempted.remove(sequence)
-        else:
-            self.queue.remove(sequence)
-            sequence.cached_tokens = cached
+        if not sequence.is_known:
+            sequence.is_known, sequence.cached_tokens = True, cached
             self.pool.asked_tokens += len(sequence.prompt)
             self.pool.found_tokens += cached
             self.queue.charge(sequence.tenant, read=len(sequence.prompt) - cached)
-        sequence.slot = self._free_slots.pop()
-        sequence.blocks = found + fresh
+        sequence.slot, sequence.blocks = self._free_slots.pop(), found + fresh
         sequence.computed, sequence.indexed = cached, len(found)
         self.running.append(sequence)
         self._standing.running[sequence.tenant] += 1
@@ -244,32 +210,9 @@ class Scheduler:
         sequence.is_written = True
         self.pool.index(sequence)
 
-    def faults(self) -> list[str]:
-        """What is wrong with slots, blocks and tables. Empty when all is well, between any two steps."""
-        size = self.pool.block_size
-        slots = [*self._free_slots, *(s.slot for s in self.running if s.slot is not None)]
-        faults = self.pool.faults(sequence.blocks for sequence in self.running)
-        if sorted(slots) != list(range(self.slots)):
-            faults.append(f"slots are {sorted(slots)}")
-        if self._standing.running != Counter(sequence.tenant for sequence in self.running):
-            faults.append(f"tenants have {self._standing.running}")
-        for sequence in self.running:
-            if sequence.computed > len(sequence.blocks) * size or len(set(sequence.blocks)) != len(sequence.blocks):
-                faults.append(f"{sequence.computed} tokens in blocks {sequence.blocks}")
-        faults += [
-            f"{s.blocks} held by one who waits"
-            for s in (*self.preempted, *self.queue)
-            if s.blocks or s.slot is not None
-        ]
-        return faults
-
 
 def _is_reading(sequence: Sequence) -> bool:
     return not sequence.is_primed
-
-
-def _seniority(sequence: Sequence) -> tuple[int, int]:
-    return sequence.priority, sequence.arrival
 
 
 def _work(sequence: Sequence, count: int) -> Work:

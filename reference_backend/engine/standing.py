@@ -13,7 +13,7 @@ Source: the quantum is that of FastServe (arXiv 2305.05920), the counters are th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 
 from reference_backend.admission import OUTPUT_WEIGHT
 from reference_backend.engine.request import Sequence
@@ -30,13 +30,13 @@ class Standing:
         self._slots = slots
         self._allowance = slots * QUANTUM * OUTPUT_WEIGHT
 
-    def is_behind(self, tenant: str, others: Mapping[str, int] | None = None) -> bool:
-        """Whether a tenant is behind any of the others, who have so many sequences running."""
-        served, own = self._served(tenant), self.running[tenant]
-        return any(
-            own + 2 <= theirs and served <= self._served(other) + self._allowance
-            for other, theirs in (self.running if others is None else others).items()
-        )
+    def is_behind(self, tenant: str) -> bool:
+        """Whether a tenant is behind any of the others."""
+        return any(self._is_behind(tenant, other, count) for other, count in self.running.items())
+
+    def _is_behind(self, tenant: str, other: str, running: int) -> bool:
+        """Whether it is behind one who has so many sequences running."""
+        return self.running[tenant] + 2 <= running and self._served(tenant) <= self._served(other) + self._allowance
 
     def handicap(self, tenant: str) -> int:
         """How many run of a tenant; more than there can be, of one who was served too much."""
@@ -44,32 +44,35 @@ class Standing:
         is_ahead = any(served > self._served(other) + self._allowance for other in self.running)
         return self._slots if is_ahead else self.running[tenant]
 
-    def hurried(self, running: Iterable[Sequence]) -> dict[str, int]:
-        """Tenants who are behind and have a sequence in its quantum, with the best class of those."""
+    def pausing(self, running: list[Sequence]) -> list[Sequence]:
+        """Those of no better class than one in its quantum whose tenant is behind theirs."""
         behind = {tenant for tenant in self.running if self.is_behind(tenant)}
-        hurried: dict[str, int] = {}
-        for each in running:
-            if each.tenant in behind and each.drawn < QUANTUM and each.uncomputed:
-                hurried[each.tenant] = min(each.priority, hurried.get(each.tenant, each.priority))
-        return hurried
-
-    def is_held(self, sequence: Sequence, hurried: Mapping[str, int]) -> bool:
-        """Whether it pauses for one of those."""
-        own = {sequence.tenant: self.running[sequence.tenant]}
-        return any(
-            priority <= sequence.priority and self.is_behind(tenant, own) for tenant, priority in hurried.items()
-        )
-
-    def ahead_of(self, sequence: Sequence, running: Iterable[Sequence]) -> Iterator[Sequence]:
-        """Who would give way for a sequence, one after the other, until its tenant is not behind any more."""
-        left, counts = list(running), self.running.copy()
-        while candidates := [
+        if not behind:
+            return []
+        hurried = {(s.tenant, s.priority) for s in running if s.tenant in behind and s.drawn < QUANTUM and s.uncomputed}
+        return [
             each
-            for each in left
-            if each.priority >= sequence.priority
-            and self.is_behind(sequence.tenant, {each.tenant: counts[each.tenant]})
-        ]:
-            victim = max(candidates, key=lambda each: (each.priority, counts[each.tenant], each.arrival))
-            left.remove(victim)
-            counts[victim.tenant] -= 1
-            yield victim
+            for each in running
+            if any(
+                priority <= each.priority and self._is_behind(tenant, each.tenant, self.running[each.tenant])
+                for tenant, priority in hurried
+            )
+        ]
+
+    def ahead_of(self, sequence: Sequence, running: list[Sequence]) -> Iterator[Sequence]:
+        """Who would give way for a sequence, one after the other, until its tenant is not behind any more."""
+        left = self.running.copy()
+        for each in dispensable(running):
+            if each.priority >= sequence.priority and self._is_behind(sequence.tenant, each.tenant, left[each.tenant]):
+                yield each
+            left[each.tenant] -= 1
+
+
+def dispensable(running: Iterable[Sequence]) -> list[Sequence]:
+    """In which order they give way: of the lowest class, of the tenant who then has most left, the newest first."""
+    before: Counter[str] = Counter()
+    places: dict[Sequence, int] = {}  # among its tenant's
+    for each in sorted(running, key=lambda each: (each.priority, each.arrival)):
+        places[each] = before[each.tenant]
+        before[each.tenant] += 1
+    return sorted(running, key=lambda each: (each.priority, places[each], each.arrival), reverse=True)

@@ -29,6 +29,7 @@ from reference_backend.repository import Entry
 from reference_backend.served import Served, Service
 from reference_backend.server import Api
 from reference_backend.tokenizer import Tokenizer
+from tests.support.integrity import faults
 from tests.support.unregistered import unregistered
 
 DIRECTORY = Path(reference_backend.__file__).parent / "models" / "tiny"
@@ -73,7 +74,7 @@ class Running:
         async with asyncio.timeout(10):
             while self.engine.is_busy:
                 await asyncio.sleep(0.002)
-        assert self.engine.scheduler.faults() == []
+        assert faults(self.engine.scheduler) == []
 
 
 @contextlib.asynccontextmanager

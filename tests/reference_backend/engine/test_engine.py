@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed (pip install
 from reference_backend.engine.engine import Engine, Settings  # noqa: E402
 from reference_backend.engine.model import load_model  # noqa: E402
 from reference_backend.engine.request import Delta, Load, Priority, Sampling, Sequence  # noqa: E402
+from tests.support.integrity import faults  # noqa: E402
 from tests.support.plain_model import greedy_reference, plain_logits  # noqa: E402
 
 torch.set_num_threads(1)
@@ -43,7 +44,7 @@ def engine():
 
     yield make
     for each in made:
-        assert each.scheduler.faults() == []
+        assert faults(each.scheduler) == []
 
 
 def sequence(prompt=(5, 9, 2), *, max_tokens=8, deadline=None, salt=b"", tenant="", **sampling):
@@ -58,7 +59,7 @@ def run(subject, *sequences):
     published = []
     while subject.is_busy:
         published += subject.turn(0.0)
-        assert subject.scheduler.faults() == []
+        assert faults(subject.scheduler) == []
     assert subject.scheduler.pool.held == 0
     return published
 
@@ -472,7 +473,7 @@ def test_everything_is_given_back_whatever_happens(engine, overlap):
         if alive and rng.random() < 0.2:
             subject.abort(rng.choice(alive))
         subject.turn(float(turn))
-        assert subject.scheduler.faults() == []
+        assert faults(subject.scheduler) == []
     run(subject)
     assert subject.scheduler.preemptions > 0
 

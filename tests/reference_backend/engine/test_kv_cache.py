@@ -4,6 +4,7 @@ import pytest
 
 from reference_backend.engine.kv_cache import BlockPool, block_name
 from reference_backend.engine.request import Sampling, Sequence
+from tests.support.integrity import pool_faults
 
 
 def sequence(tokens, salt=b""):
@@ -49,7 +50,7 @@ def test_a_beginning_that_is_known_is_found(tokens, found):
     owner = filled(pool, TEXT)
     blocks = pool.match(sequence(tokens))
     assert blocks == owner.blocks[:found]
-    assert pool.faults([owner.blocks, blocks]) == []
+    assert pool_faults(pool, [owner.blocks, blocks]) == []
 
 
 def test_names_depend_on_all_that_comes_before():
@@ -94,7 +95,7 @@ def test_a_text_that_two_computed_at_once_is_named_once():
     first, second = filled(pool, TEXT[:4]), filled(pool, TEXT[:4])
     assert pool.match(sequence(TEXT[:5])) == first.blocks
     pool.release(first.blocks)
-    assert pool.faults([second.blocks, first.blocks]) == []
+    assert pool_faults(pool, [second.blocks, first.blocks]) == []
 
 
 def test_only_full_blocks_of_known_tokens_are_named():
@@ -117,20 +118,20 @@ def test_what_is_no_good_is_forgotten():
     shared = pool.match(sequence([*TEXT[:4], 1]))
     assert pool.forget(owner.blocks) == owner.blocks[1:]
     assert pool.match(sequence([*TEXT, 1])) == []
-    assert pool.faults([owner.blocks, shared]) == []
+    assert pool_faults(pool, [owner.blocks, shared]) == []
 
 
 def test_faults_are_told():
     pool = BlockPool(4, 4)
     taken = pool.take(2)
-    assert pool.faults([taken]) == []
-    assert pool.faults([]) == [
+    assert pool_faults(pool, [taken]) == []
+    assert pool_faults(pool, []) == [
         "block 1 has 1 holders, not 0",
         "block 2 has 1 holders, not 0",
         "block 1 is lost",
         "block 2 is lost",
     ]
-    assert "block 3 is free and held" in pool.faults([[1, 2, 3]])
-    assert "block 0 is somebody's" in pool.faults([[0, 1, 2]])
+    assert "block 3 is free and held" in pool_faults(pool, [[1, 2, 3]])
+    assert "block 0 is somebody's" in pool_faults(pool, [[0, 1, 2]])
     pool._name_of[1] = b"x"
-    assert pool.faults([taken]) == ["names and blocks do not belong together"]
+    assert pool_faults(pool, [taken]) == ["names and blocks do not belong together"]

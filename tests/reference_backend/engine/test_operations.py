@@ -19,6 +19,7 @@ from reference_backend.engine.operations import Fused, Linear, Plain, Small, ope
 from reference_backend.engine.quant import narrowed  # noqa: E402
 from reference_backend.engine.ranks import ALONE  # noqa: E402
 from reference_backend.engine.request import Sampling, Sequence  # noqa: E402
+from tests.support.integrity import faults  # noqa: E402
 
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -73,7 +74,7 @@ def texts(model, prepare=None):
         engine.submit(each)
     while engine.is_busy:
         engine.turn(0.0)
-    assert engine.scheduler.faults() == []
+    assert faults(engine.scheduler) == []
     return [each.generated for each in asked]
 
 

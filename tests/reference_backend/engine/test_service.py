@@ -33,6 +33,7 @@ from reference_backend.engine.operations import Plain  # noqa: E402
 from reference_backend.engine.ranks import ALONE  # noqa: E402
 from reference_backend.engine.request import Sampling  # noqa: E402
 from reference_backend.engine.service import Line, load, serve  # noqa: E402
+from tests.support.integrity import faults  # noqa: E402
 from tests.support.tiny_model import DIRECTORY, tiny, tiny_engine  # noqa: E402
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -79,7 +80,7 @@ def serving(expected=0, **sizes):
         yield Server(ours), engine
     thread.join()
     assert codes == [expected]
-    assert engine.scheduler.faults() == []
+    assert faults(engine.scheduler) == []
 
 
 def run(engine, connection):

@@ -6,7 +6,7 @@ import pytest
 
 from reference_backend.admission import OUTPUT_WEIGHT
 from reference_backend.engine.request import Priority, Sampling, Sequence
-from reference_backend.engine.standing import QUANTUM, Standing
+from reference_backend.engine.standing import QUANTUM, Standing, dispensable
 
 ARRIVALS = iter(range(1 << 30))
 FORGIVEN = 8 * QUANTUM * OUTPUT_WEIGHT
@@ -52,11 +52,16 @@ def test_those_who_have_most_give_way_newest_first_until_all_are_level():
     assert list(subject.ahead_of(asked, [*most, *more, *urgent])) == [most[3], more[2], most[2], more[1], most[1]]
 
 
-def test_who_is_in_its_quantum_hurries_those_of_no_better_class():
+def test_who_is_in_its_quantum_has_those_of_no_better_class_pause():
     [light], flood, urgent = sequences("light", 1), sequences("flood", 3), sequences("flood", 1, Priority.HIGH)
     subject = standing({"light": 1, "flood": 4}, {})
-    hurried = subject.hurried([light, *flood, *urgent])
-    assert hurried == {"light": Priority.NORMAL}
-    assert [subject.is_held(each, hurried) for each in (*flood, *urgent, light)] == [True] * 3 + [False] * 2
+    assert subject.pausing([light, *flood, *urgent]) == flood
     light.tokens += [7] * QUANTUM
-    assert subject.hurried([light, *flood]) == {}
+    assert subject.pausing([light, *flood, *urgent]) == []
+
+
+def test_among_equals_the_newest_gives_way_and_a_better_class_last():
+    few, many, urgent = sequences("few", 2), sequences("many", 3), sequences("few", 1, Priority.HIGH)
+    low = sequences("many", 1, Priority.LOW)
+    expected = [*low, many[2], few[1], many[1], few[0], many[0], *urgent]
+    assert dispensable([*many, *few, *low, *urgent]) == expected

@@ -14,6 +14,7 @@ from reference_backend.engine.engine import Engine, Settings  # noqa: E402
 from reference_backend.engine.model import load_model  # noqa: E402
 from reference_backend.engine.request import PICTURE_TOKENS, Picture, Sampling, Sequence  # noqa: E402
 from reference_backend.engine.vision import Album, Vision, load_vision  # noqa: E402
+from tests.support.integrity import faults  # noqa: E402
 from tests.support.plain_model import dense  # noqa: E402
 
 torch.set_num_threads(1)
@@ -56,7 +57,7 @@ def run(subject, *sequences):
         subject.submit(each)
     while subject.is_busy:
         subject.turn(0.0)
-        assert subject.scheduler.faults() == []
+        assert faults(subject.scheduler) == []
     return [each.generated for each in sequences]
 
 
