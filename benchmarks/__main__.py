@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import resource
+import signal
 import sys
 import tempfile
 import time
@@ -168,6 +169,9 @@ def measure(
 
 
 def main() -> None:
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup's stays ignored
+            signal.signal(number, signal.default_int_handler)  # as Ctrl-C: all that was started is ended on the way out
     try:
         bench.main(prog_name="weir bench", standalone_mode=False)
     except click.ClickException as error:

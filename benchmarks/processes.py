@@ -101,10 +101,12 @@ class Process:
     def end(self) -> None:
         """SIGTERM, then SIGKILL, to its session and to nobody else."""
         self._signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._popen.wait(END_SECONDS)
-        self._signal(signal.SIGKILL)
-        self._popen.wait()
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._popen.wait(END_SECONDS)
+        finally:  # whoever is told to end a second time while it waits leaves nothing, either
+            self._signal(signal.SIGKILL)
+            self._popen.wait()
 
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):

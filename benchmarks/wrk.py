@@ -12,6 +12,7 @@ from pathlib import Path
 from string import Template
 
 from benchmarks.processes import HOST, Failed
+from gateway.children import die_with
 
 SCRIPT = Template("""\
 wrk.method = "POST"
@@ -98,6 +99,7 @@ class Wrk:
             stderr=subprocess.STDOUT,
             text=True,
             env={"PATH": os.environ["PATH"]},
+            preexec_fn=die_with(os.getpid()),  # noqa: PLW1509  no thread of ours runs while programs are started
         )
 
     def is_running(self) -> bool:
