@@ -34,12 +34,21 @@ class Weir:
         self.process = process
         self.data_address = Address("127.0.0.1", data)
         self.admin_addresses = [Address("127.0.0.1", admin + number) for number in range(workers)]
-        self.log = self.errors = ""
-        self._reading = asyncio.gather(_whole(process.stdout), _whole(process.stderr))
+        self._log, self._errors = bytearray(), bytearray()
+        self._reading = asyncio.gather(_read(process.stdout, self._log), _read(process.stderr, self._errors))
 
     @property
     def admin_address(self) -> Address:
         return self.admin_addresses[0]
+
+    @property
+    def log(self) -> str:
+        """What it has written until now."""
+        return self._log.decode()
+
+    @property
+    def errors(self) -> str:
+        return self._errors.decode()
 
     @property
     def records(self) -> list[dict]:
@@ -48,18 +57,24 @@ class Weir:
     async def wait_ended(self, seconds: float = 60.0) -> int:
         """Its exit code."""
         async with asyncio.timeout(seconds):
-            self.log, self.errors = await self._reading
+            await self._reading
             return await self.process.wait()
 
     async def wait_listening(self) -> None:
-        """Until the data port of each of them is open and each says that it is ready. Raises PortTaken."""
+        """Until the data port of each of them is open and each says that it is ready. Raises PortTaken.
+
+        Who keeps several has heard of it then, too: a worker that ends before that is a start that failed.
+        """
         async with asyncio.timeout(60):
-            for address in self.admin_addresses:
-                while not await _is_ready(address):
+            for number, address in enumerate(self.admin_addresses):
+                while not await _is_ready(address) or not self._has_heard_of(number):
                     if self.process.returncode is not None:
                         await self.wait_ended()
                         raise PortTaken if "is in use" in self.errors else AssertionError(f"weir ended: {self.errors}")
                     await asyncio.sleep(0.05)
+
+    def _has_heard_of(self, number: int) -> bool:
+        return len(self.admin_addresses) == 1 or b"worker-%d is ready" % number in self._errors
 
     def children(self) -> list[int]:
         return [
@@ -113,8 +128,9 @@ async def _start(home: Path, more: str, workers: int, setup: str, stdout: int) -
     return Weir(process, data, admin[0], workers)
 
 
-async def _whole(stream: asyncio.StreamReader | None) -> str:
-    return (await stream.read()).decode() if stream is not None else ""
+async def _read(stream: asyncio.StreamReader | None, into: bytearray) -> None:
+    while stream is not None and (some := await stream.read(1 << 16)):
+        into += some
 
 
 async def _is_ready(admin: Address) -> bool:
