@@ -54,13 +54,9 @@ OF_CONNECTION = ("connection",)  # headers that say something of a connection of
 log = logging.getLogger(__name__)
 
 
-class PortTakenError(Exception):
-    """Nothing can listen at this address."""
-
-
 @contextlib.asynccontextmanager
 async def listening(pool: Pool, in_flight: InFlight, clock: Callable[[], float], address: str) -> AsyncIterator[int]:
-    """The listener, and its port. What is still in flight at the end is cut. Raises PortTakenError."""
+    """The listener, and its port. What is still in flight at the end is cut. Raises OSError."""
     servicer = Servicer(pool, in_flight, clock)
     healthy = health.aio.HealthServicer()
     server = grpc.aio.server(options=OPTIONS)
@@ -69,7 +65,7 @@ async def listening(pool: Pool, in_flight: InFlight, clock: Callable[[], float],
     try:
         port = server.add_insecure_port(address)
     except RuntimeError as error:  # what gRPC says of a port that is taken
-        raise PortTakenError(address) from error
+        raise OSError("gRPC cannot bind it") from error
     await server.start()
     telling = asyncio.ensure_future(tell_health(pool, healthy))
     try:

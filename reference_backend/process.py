@@ -14,8 +14,8 @@ import os
 import random
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -92,61 +92,11 @@ def parse(arguments: Sequence[str]) -> Options:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--model", type=_directory, metavar="NAME_OR_PATH", help="`tiny`, or the directory of one model"
-    )
+    source.add_argument("--model", type=_directory, metavar="NAME_OR_PATH", help="`tiny`, or a model's directory")
     source.add_argument("--repository", type=Path, metavar="DIR", help="serve the models in DIR/NAME/VERSION/")
-    parser.add_argument("--version", default="", metavar="V", help="version of --model to register (default: none)")
-    parser.add_argument(
-        "--serve",
-        action="append",
-        default=[],
-        type=_serve,
-        metavar="NAME[@WHICH]",
-        help="a model of the repository, and which versions: all, latest (default), latest-N, or like 1,3 "
-        "(default: the latest of each model)",
-    )
-    parser.add_argument(
-        "--sleep-after",
-        type=_positive,
-        metavar="SECONDS",
-        help="let a model sleep that nobody asked for so long",
-    )
-    parser.add_argument(
-        "--most-awake",
-        type=_positive,
-        metavar="N",
-        help="versions that do not sleep; of more, the one used least recently does",
-    )
-    parser.add_argument("--service", help="service to register under (default: the model's name)")
-    parser.add_argument("--etcd", type=_url, metavar="URL", help="register there (default: do not register)")
-    parser.add_argument(
-        "--announce-url", type=_url, metavar="URL", help="where gateways reach this backend, if elsewhere"
-    )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
-    parser.add_argument("--port", type=_port, default=0, help="port to listen on (default: any free one)")
-    parser.add_argument("--grpc-port", type=_port, default=0, help="port for gRPC (default: any free one)")
-    parser.add_argument("--max-running", type=_positive, default=16, help="requests in one batch (default %(default)s)")
-    parser.add_argument("--max-waiting", type=_count, default=16, help="requests that may wait (default %(default)s)")
-    parser.add_argument("--context", type=_positive, help="tokens per request (default: the model's, at most 8192)")
-    parser.add_argument(
-        "--cache-tokens",
-        type=_positive,
-        help="tokens that all requests together may keep (default: what is needed, or fits a quarter of the memory)",
-    )
-    parser.add_argument("--quantize", choices=NARROW, help="keep weights in eight bits (default: as they are)")
-    parser.add_argument(
-        "--tensor-parallel",
-        dest="ranks",
-        type=_positive,
-        default=1,
-        metavar="N",
-        help="processes, or GPUs, that share a model",
-    )
-    parser.add_argument(
-        "--load-format", choices=("safetensors", "dummy"), default="safetensors", help="dummy: random weights"
-    )
-    parser.add_argument("--otlp", type=_url, metavar="URL", help="collector for traces (default: none)")
+    _add_models(parser.add_argument)
+    _add_addresses(parser.add_argument)
+    _add_sizes(parser.add_argument)
     given = parser.parse_args(arguments)
     if given.etcd and not given.announce_url and given.host in WILDCARDS:
         parser.error(f"gateways cannot reach {given.host}: say with --announce-url where this backend is")
@@ -155,8 +105,41 @@ def parse(arguments: Sequence[str]) -> Options:
     if given.repository is not None and given.version:
         parser.error("the versions of a repository are its directories; choose with --serve NAME@VERSION")
     asked = vars(given)
-    sizes = Sizes(**{name: asked.pop(name) for name in Sizes.__dataclass_fields__})
+    sizes = Sizes(**{each.name: asked.pop(each.name) for each in fields(Sizes)})
     return Options(sizes=sizes, **asked | {"serve": dict(given.serve)})
+
+
+def _add_models(add: Callable[..., argparse.Action]) -> None:
+    which = "a model of the repository, and its versions: all, latest (default), latest-N, or like 1,3"
+    asleep = "versions that do not sleep; of more, the one used least recently does"
+    add("--version", default="", metavar="V", help="version of --model to register (default: none)")
+    add("--serve", action="append", default=[], type=_serve, metavar="NAME[@WHICH]", help=which)
+    add("--sleep-after", type=_number(1), metavar="SECONDS", help="let a model sleep that nobody asked for so long")
+    add("--most-awake", type=_number(1), metavar="N", help=asleep)
+
+
+def _add_addresses(add: Callable[..., argparse.Action]) -> None:
+    elsewhere = "where gateways reach this backend, if elsewhere"
+    add("--service", help="service to register under (default: the model's name)")
+    add("--etcd", type=_url, metavar="URL", help="register there (default: do not register)")
+    add("--announce-url", type=_url, metavar="URL", help=elsewhere)
+    add("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
+    add("--port", type=_number(0, 65535), default=0, help="port to listen on (default: any free one)")
+    add("--grpc-port", type=_number(0, 65535), default=0, help="port for gRPC (default: any free one)")
+    add("--otlp", type=_url, metavar="URL", help="collector for traces (default: none)")
+
+
+def _add_sizes(add: Callable[..., argparse.Action]) -> None:
+    kept = "tokens that all requests together may keep (default: what is needed, or fits a quarter of the memory)"
+    share = "processes, or GPUs, that share a model"
+    formats = ("safetensors", "dummy")
+    add("--max-running", type=_number(1), default=16, help="requests in one batch (default %(default)s)")
+    add("--max-waiting", type=_number(0), default=16, help="requests that may wait (default %(default)s)")
+    add("--context", type=_number(1), help="tokens per request (default: the model's, at most 8192)")
+    add("--cache-tokens", type=_number(1), help=kept)
+    add("--quantize", choices=NARROW, help="keep weights in eight bits (default: as they are)")
+    add("--tensor-parallel", dest="ranks", type=_number(1), default=1, metavar="N", help=share)
+    add("--load-format", choices=formats, default=formats[0], help="dummy: random weights")
 
 
 def _directory(model: str) -> Path:
@@ -177,22 +160,14 @@ def _serve(text: str) -> tuple[str, str]:
     return name, which or "latest"
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(text)
+def _number(least: int, most: int | None = None) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
+            up_to = "or more" if most is None else f"to {most}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, {least} {up_to}")
+        return int(text)
 
-
-def _positive(text: str) -> int:
-    if not _count(text):
-        raise argparse.ArgumentTypeError("at least 1")
-    return int(text)
-
-
-def _port(text: str) -> int:
-    if _count(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text} is not a port")
-    return int(text)
+    return read
 
 
 def _url(text: str) -> str:
@@ -259,19 +234,24 @@ async def serve(options: Options, clock: Callable[[], float], wall: Callable[[],
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ending.set)
     wanted = names(options)
+    registry = Registry(options)
+    service = Service(
+        lambda entry: read(entry, options, clock, wall), registry.announced, options.sleep_after, options.most_awake
+    )
+    pool = Pool(service, lambda name: entries(options, name), lambda: known(options))
+    api = Api(pool, clock=clock, wall=wall, end=ending.set)
     async with contextlib.AsyncExitStack() as stack:
-        registry = Registry(options)
         if options.etcd is not None:
             registry.client = await stack.enter_async_context(EtcdClient(EtcdSettings(endpoints=(options.etcd,))))
-        service = Service(
-            lambda entry: read(entry, options, clock, wall), registry.announced, options.sleep_after, options.most_awake
-        )
-        pool = Pool(service, lambda name: entries(options, name), lambda: known(options))
-        api = Api(pool, clock=clock, wall=wall, end=ending.set)
-        registry.url = url = await stack.enter_async_context(listening(api, options, wall))
-        registry.grpc_port = await stack.enter_async_context(listening_grpc(pool, api, options, clock))
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        with _can_listen(options, options.port, "--port"):
+            listening = api.listening(options.host, options.port, *_tracing(stack, options, wall))
+            registry.url = f"http://{host}:{await stack.enter_async_context(listening)}"
+        with _can_listen(options, options.grpc_port, "--grpc-port"):
+            grpc = open_inference_grpc.listening(pool, api.in_flight, clock, f"{host}:{options.grpc_port}")
+            registry.grpc_port = await stack.enter_async_context(grpc)
         async with pool.running():
-            loading = asyncio.ensure_future(load(pool, wanted, url))
+            loading = asyncio.ensure_future(load(pool, wanted, registry.url))
             await first_of(ending.wait(), asyncio.wait({loading}))
             failure = loading.result() if loading.done() else None
             if failure is None:
@@ -305,45 +285,32 @@ async def load(pool: Pool, wanted: Sequence[str], url: str) -> Exception | None:
     return None
 
 
-@contextlib.asynccontextmanager
-async def listening(api: Api, options: Options, wall: Callable[[], float]) -> AsyncIterator[str]:
-    """The listener, and its URL. What is still in flight at the end is cut. Raises CannotStartError."""
-    async with contextlib.AsyncExitStack() as running:
-        middlewares: list[Middleware] = []
-        if options.otlp:
-            exporter = SpanExporter(otlp_export(options.otlp, "weir-backend", "0.1.0"))
-            running.callback(exporter.close)
-            middlewares.append(span_middleware(exporter, wall))
-        try:
-            url = await running.enter_async_context(api.listening(options.host, options.port, *middlewares))
-        except OSError as error:
-            where = f"{options.host}:{options.port}"
-            raise CannotStartError(
-                f"cannot listen on {where}: {error.strerror or error}; choose another --port"
-            ) from error
-        yield url
+def _tracing(stack: contextlib.AsyncExitStack, options: Options, wall: Callable[[], float]) -> list[Middleware]:
+    """What tells the collector of requests, until the stack is left."""
+    if options.otlp is None:
+        return []
+    exporter = SpanExporter(otlp_export(options.otlp, "weir-backend", "0.1.0"))
+    stack.callback(exporter.close)
+    return [span_middleware(exporter, wall)]
 
 
-@contextlib.asynccontextmanager
-async def listening_grpc(pool: Pool, api: Api, options: Options, clock: Callable[[], float]) -> AsyncIterator[int]:
-    """The listener for gRPC, and its port. Raises CannotStartError."""
-    host = f"[{options.host}]" if ":" in options.host else options.host
-    address = f"{host}:{options.grpc_port}"
+@contextlib.contextmanager
+def _can_listen(options: Options, port: int, name: str) -> Iterator[None]:
     try:
-        async with open_inference_grpc.listening(pool, api.in_flight, clock, address) as port:
-            yield port
-    except open_inference_grpc.PortTakenError as error:
-        raise CannotStartError(f"cannot listen on {address}; choose another --grpc-port") from error
+        yield
+    except OSError as error:
+        where, why = f"{options.host}:{port}", error.strerror or error
+        raise CannotStartError(f"cannot listen on {where}: {why}; choose another {name}") from error
 
 
+@dataclass(slots=True)
 class Registry:
     """How the versions that are served are told to gateways, if they are: each under a key of its own in etcd."""
 
-    def __init__(self, options: Options) -> None:
-        self.client: EtcdClient | None = None
-        self.url = ""
-        self.grpc_port = 0
-        self._options = options
+    options: Options
+    client: EtcdClient | None = None
+    url: str = ""
+    grpc_port: int = 0
 
     @contextlib.asynccontextmanager
     async def announced(self, entry: Entry, id_: str, model: Model) -> AsyncIterator[Announcement | None]:
@@ -351,7 +318,7 @@ class Registry:
         if self.client is None:
             yield None
             return
-        options = self._options
+        options = self.options
         path = f"/models/{entry.name}/{entry.version}" if options.repository is not None else ""
         registration = Registration(
             url=(options.announce_url or self.url) + path,

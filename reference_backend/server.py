@@ -97,8 +97,8 @@ class Api:
         return app
 
     @contextlib.asynccontextmanager
-    async def listening(self, host: str, port: int, *middlewares: Middleware) -> AsyncIterator[str]:
-        """The application in service, and its URL. What is still in flight at the end is cut. Raises OSError."""
+    async def listening(self, host: str, port: int, *middlewares: Middleware) -> AsyncIterator[int]:
+        """The application in service, and its port. What is still in flight at the end is cut. Raises OSError."""
         # Without handler_cancellation a client that left would be generated for to the end.
         runner = web.AppRunner(self.application(*middlewares), handler_cancellation=True, shutdown_timeout=0.0)
         await runner.setup()
@@ -108,8 +108,7 @@ class Api:
         try:
             server = await loop.create_server(connect, host, port, backlog=128)
             try:
-                bound = server.sockets[0].getsockname()[1]
-                yield f"http://[{host}]:{bound}" if ":" in host else f"http://{host}:{bound}"
+                yield server.sockets[0].getsockname()[1]
             finally:
                 server.close()
         finally:

@@ -50,14 +50,14 @@ def test_weights_can_be_narrowed_shared_and_made_up():
     ("arguments", "message"),
     [
         ([], "--model"),
-        (["--model", "tiny", "--port", "70000"], "70000 is not a port"),
+        (["--model", "tiny", "--port", "70000"], "'70000' is not a whole number, 0 to 65535"),
         (["--model", "tiny", "--port", "http"], "'http' is not a whole number"),
-        (["--model", "tiny", "--max-running", "0"], "at least 1"),
+        (["--model", "tiny", "--max-running", "0"], "'0' is not a whole number, 1 or more"),
         (["--model", "tiny", "--etcd", "localhost:2379"], "is not a URL like http://127.0.0.1:2379"),
         (["--model", "tiny", "--etcd", "http://[::1"], "is not a URL"),
         (["--model", "tiny", "--etcd", "http://e:2379", "--host", "0.0.0.0"], "--announce-url"),
         (["--model", "tiny", "--quantize", "int4"], "invalid choice: 'int4'"),
-        (["--model", "tiny", "--tensor-parallel", "0"], "at least 1"),
+        (["--model", "tiny", "--tensor-parallel", "0"], "1 or more"),
         (["--model", "tiny", "--load-format", "gguf"], "invalid choice: 'gguf'"),
         (["--model", "tiny", "--wizard"], "unrecognized arguments: --wizard"),
         (["--model", "tiny", "--repository", "models"], "not allowed with argument"),
@@ -162,13 +162,14 @@ def test_a_model_that_does_not_fit_is_exit_code_3(capsys):
     assert error.count("\n") == 1
 
 
-def test_a_port_in_use_is_exit_code_3(capsys):
+@pytest.mark.parametrize("option", ["--port", "--grpc-port"])
+def test_a_port_in_use_is_exit_code_3(option, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert run(["--model", "tiny", "--port", str(port)]) == 3
+        assert run(["--model", "tiny", option, str(port)]) == 3
     error = capsys.readouterr().err
     assert f"cannot listen on 127.0.0.1:{port}" in error
-    assert "choose another --port" in error
+    assert f"choose another {option}" in error
     assert error.count("\n") == 1
 
 

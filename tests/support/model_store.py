@@ -51,5 +51,5 @@ async def running_store(root: Path, models: Mapping[str, str] | None = None, *ar
         for name in process.names(options):
             await pool.load(name)
         grpc = open_inference_grpc.listening(pool, api.in_flight, time.monotonic, "127.0.0.1:0")
-        async with api.listening("127.0.0.1", 0) as url, grpc as port:
-            yield Store(root, url, f"127.0.0.1:{port}", pool)
+        async with api.listening("127.0.0.1", 0) as port, grpc as grpc_port:
+            yield Store(root, f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}", pool)

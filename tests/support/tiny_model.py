@@ -102,8 +102,8 @@ async def running_api(
     try:
         async with pool.running():
             [served] = await pool.load("tiny")
-            async with api.listening("127.0.0.1", 0, *middlewares) as url:
-                yield Running(url, api, served, language, engine)
+            async with api.listening("127.0.0.1", 0, *middlewares) as port:
+                yield Running(f"http://127.0.0.1:{port}", api, served, language, engine)
     finally:
         if start:
             await asyncio.to_thread(thread.join)
