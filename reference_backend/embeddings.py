@@ -16,7 +16,6 @@ from aiohttp import web
 from reference_backend.answers import Json, Usage
 from reference_backend.incoming import find, json_response, read, terms
 from reference_backend.openai_api import USAGE
-from reference_backend.pool import Pool
 from reference_backend.protocol import ApiError, bad
 from reference_backend.stateless import Embedding
 from reference_backend.tensors import Array, Tensors
@@ -61,31 +60,24 @@ def _bad_input(what: str) -> ApiError:
     return bad(f"input {what}", "input")
 
 
-class Embeddings:
-    """The handler, by path."""
+routes = web.RouteTableDef()
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
 
-    def routes(self) -> list[web.RouteDef]:
-        return [web.post("/v1/embeddings", self._embed)]
-
-    async def _embed(self, request: web.Request) -> web.Response:
-        body = await read(self._pool, request, EmbeddingRequest)
-        served = find(self._pool, request, body.model)
-        with served.use(Embedding) as model:
-            size = next(spec.shape[-1] for spec in model.outputs if spec.name == "embedding")
-            if body.dimensions not in (None, size):
-                message = (
-                    f"this model gives {size} dimensions and is not trained to be cut short; leave `dimensions` out"
-                )
-                raise bad(message, "dimensions", "unsupported_parameter")
-            outputs = await model.infer(body.tensors(), terms(request.headers, model.clock()), param="input")
-        tokens = int(outputs["tokens"].sum())
-        request[USAGE] = Usage(tokens, 0)
-        return json_response(
-            answer(str(served.entry), outputs["embedding"], tokens, as_text=body.encoding_format == "base64")
-        )
+@routes.post("/v1/embeddings")
+async def _embed(request: web.Request) -> web.Response:
+    body = await read(request, EmbeddingRequest)
+    served = find(request, body.model)
+    with served.use(Embedding) as model:
+        size = next(spec.shape[-1] for spec in model.outputs if spec.name == "embedding")
+        if body.dimensions not in (None, size):
+            message = f"this model gives {size} dimensions and is not trained to be cut short; leave `dimensions` out"
+            raise bad(message, "dimensions", "unsupported_parameter")
+        outputs = await model.infer(body.tensors(), terms(request.headers, model.clock()), param="input")
+    tokens = int(outputs["tokens"].sum())
+    request[USAGE] = Usage(tokens, 0)
+    return json_response(
+        answer(str(served.entry), outputs["embedding"], tokens, as_text=body.encoding_format == "base64")
+    )
 
 
 def answer(model: str, vectors: Array, tokens: int, *, as_text: bool) -> Json:

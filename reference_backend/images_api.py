@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import msgspec
@@ -15,8 +14,7 @@ import numpy as np
 from aiohttp import web
 
 from reference_backend.images import png
-from reference_backend.incoming import find, json_response, read, terms
-from reference_backend.pool import Pool
+from reference_backend.incoming import WALL, find, json_response, read, terms
 from reference_backend.protocol import LONGEST_SHOWN, bad
 from reference_backend.stateless import Painter
 
@@ -57,30 +55,23 @@ class ImageRequest(msgspec.Struct, kw_only=True):
         return sides[self.size]
 
 
-class Images:
-    """Handlers, by path."""
+routes = web.RouteTableDef()
 
-    def __init__(self, pool: Pool, *, clock: Callable[[], float], wall: Callable[[], float]) -> None:
-        self._pool = pool
-        self._clock = clock
-        self._wall = wall
 
-    def routes(self) -> list[web.RouteDef]:
-        return [web.post("/v1/images/generations", self._generate)]
-
-    async def _generate(self, request: web.Request) -> web.StreamResponse:
-        body = await read(self._pool, request, ImageRequest, LARGEST_BODY)
-        with find(self._pool, request, body.model).use(Painter) as model:
-            own = model.outputs[0].shape[1]
-            side, count = body.side(own), body.n or 1
-            first = secrets.randbelow(SEEDS) if body.seed is None else body.seed
-            tensors = {
-                "prompt": np.array([body.prompt.encode()] * count, object),
-                "seed": np.arange(first, first + count, dtype=np.int64),
-            }
-            outputs = await model.infer(tensors, terms(request.headers, self._clock()), param="prompt")
-            pictures = [picture.tobytes() for picture in outputs["image"]]
-            shown = await asyncio.to_thread(lambda: [png(pixels, own, side) for pixels in pictures])
-        data = [{"b64_json": content} for content in shown]
-        answer = {"created": int(self._wall()), "output_format": "png", "size": f"{side}x{side}", "data": data}
-        return json_response(answer)
+@routes.post("/v1/images/generations")
+async def _generate(request: web.Request) -> web.StreamResponse:
+    body = await read(request, ImageRequest, LARGEST_BODY)
+    with find(request, body.model).use(Painter) as model:
+        own = model.outputs[0].shape[1]
+        side, count = body.side(own), body.n or 1
+        first = secrets.randbelow(SEEDS) if body.seed is None else body.seed
+        tensors = {
+            "prompt": np.array([body.prompt.encode()] * count, object),
+            "seed": np.arange(first, first + count, dtype=np.int64),
+        }
+        outputs = await model.infer(tensors, terms(request.headers, model.clock()), param="prompt")
+        pictures = [picture.tobytes() for picture in outputs["image"]]
+        shown = await asyncio.to_thread(lambda: [png(pixels, own, side) for pixels in pictures])
+    data = [{"b64_json": content} for content in shown]
+    created = int(request.app[WALL]())
+    return json_response({"created": created, "output_format": "png", "size": f"{side}x{side}", "data": data})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 from aiohttp import StreamReader, web
@@ -21,21 +21,22 @@ LARGEST_BODY = 4 * 1024 * 1024
 DEADLINE_HEADER = "x-weir-deadline-ms"  # what is left of the client's time
 CONSUMER_HEADER = "x-weir-consumer"  # who shares this backend fairly with others
 PRIORITY_HEADER = "x-weir-priority"
+POOL = web.AppKey("pool", Pool)
+WALL: web.AppKey[Callable[[], float]] = web.AppKey("wall")
 SERVED = web.RequestKey("served", Served)  # whose request it is, for whoever wraps the handler
 # One version has all paths below this, too: as such it is registered, so that each can be given a share.
 PREFIX = "/models/{name}/{number}"
 
 
-async def read(
-    pool: Pool, request: web.Request, form: type[protocol.Request], largest: int = LARGEST_BODY
-) -> protocol.Request:
+async def read(request: web.Request, form: type[protocol.Request], largest: int = LARGEST_BODY) -> protocol.Request:
     """A request of the OpenAI API, decoded and judged. Raises ApiError."""
-    check_open(pool)
     return protocol.decode(await read_body(request, largest), form)
 
 
 async def read_body(request: web.Request, largest: int) -> bytes:
-    """The whole body. Raises ApiError 408, 413, 415."""
+    """The whole body. Raises ApiError 408, 413, 415; 503 where nothing new is taken any more."""
+    if request.app[POOL].is_closed:
+        raise protocol.draining()
     if request.headers.get("content-encoding", "identity") != "identity":
         raise ApiError(415, "unsupported_encoding", "compressed request bodies are not supported")
     content = request.content
@@ -76,9 +77,9 @@ def terms(headers: Mapping[str, str], now: float, left: float | None = None) -> 
     return Terms(deadline, consumer, Priority[priority])
 
 
-def find(pool: Pool, request: web.Request, model: str, version: str | None = None) -> Served:
+def find(request: web.Request, model: str, version: str | None = None) -> Served:
     """The version that a request means by its path, its body, or both. Raises ApiError 404, 503."""
-    served = pool.find(model, version or request.match_info.get("number"))
+    served = request.app[POOL].find(model, version or request.match_info.get("number"))
     if not is_at(request, served):
         raise ApiError(404, "model_not_found", f"model {str(served.entry)!r} is not served at this path", param="model")
     request[SERVED] = served
@@ -89,12 +90,6 @@ def is_at(request: web.Request, served: Served) -> bool:
     """Whether a version is among those that the path of a request is for."""
     name, number = request.match_info.get("name"), request.match_info.get("number")
     return name is None or (name, number) == (served.entry.name, served.entry.version)
-
-
-def check_open(pool: Pool) -> None:
-    """Raises ApiError 503 when nothing new is taken any more: to be asked before a body is read."""
-    if pool.is_closed:
-        raise protocol.draining()
 
 
 def json_response(body: object, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:

@@ -162,15 +162,12 @@ def form_asked(headers: Mapping[str, str]) -> str:
     return form if form in ("json", "text") else ""
 
 
-def in_band(request: web.Request, sources: Sequence[Source]) -> dict[str, str]:
-    """The header of an answer that is about these, for a request that asks for it: the sums, and the fullest cache."""
-    form = form_asked(request.headers)
-    if not form:
-        return {}
+def in_band(sources: Sequence[Source], form: str) -> str:
+    """The value of `endpoint-load-metrics` in an answer that is about these: the sums, and the fullest cache."""
     loads = [source.load() for source in sources]
     fullest = max((load.kv_usage for load in loads), default=0.0)
     load = Load(sum(each.running for each in loads), sum(each.waiting for each in loads), fullest)
-    return {"endpoint-load-metrics": orca(named_metrics(load, sum(source.changes for source in sources)), form)}
+    return orca(named_metrics(load, sum(source.changes for source in sources)), form)
 
 
 def named_metrics(load: Load, seq: int) -> dict[str, float]:

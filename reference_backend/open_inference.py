@@ -6,14 +6,13 @@ the tensors that say `binary_data_size`), model configuration and the model repo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
 from reference_backend import protocol
-from reference_backend.incoming import check_open, find, json_response, read_body, terms
+from reference_backend.incoming import POOL, find, json_response, read_body, terms
 from reference_backend.pool import Pool
 from reference_backend.protocol import bad
 from reference_backend.served import Served, State
@@ -23,6 +22,8 @@ from reference_backend.tensors import DATATYPES, Array, Tensors, TensorSpec
 
 LARGEST_BODY = 64 * 1024 * 1024
 HEADER_LENGTH = "inference-header-content-length"
+MODEL = "/v2/models/{model}"
+MODEL_VERSION = f"{MODEL}/versions/{{version}}"
 NAME, VERSION = "weir-reference-backend", "0.1.0"
 EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository")
 # What the index of a repository calls each state.
@@ -64,78 +65,66 @@ class IndexRequest(msgspec.Struct):
     ready: bool = False
 
 
-_decode_infer = msgspec.json.Decoder(InferRequest).decode
-_decode_index = msgspec.json.Decoder(IndexRequest).decode
+routes = web.RouteTableDef()
 
 
-class OpenInference:
-    """Handlers, by path."""
+@routes.post(f"{MODEL}/infer")  # first, as they are tried in this order
+@routes.post(f"{MODEL_VERSION}/infer")
+async def _infer(request: web.Request) -> web.Response:
+    served = _find(request)
+    asked, binary = split(await read_body(request, LARGEST_BODY), request.headers.get(HEADER_LENGTH))
+    with served.use(Stateless) as model:
+        inputs = read_inputs(asked, binary)
+        wanted = chosen(model, [each.name for each in asked.outputs])
+        outputs = await model.infer(inputs, terms(request.headers, model.clock()))
+        return answer(served, asked, {name: outputs[name] for name in wanted})
 
-    def __init__(self, pool: Pool, clock: Callable[[], float]) -> None:
-        self._pool = pool
-        self._clock = clock
 
-    def routes(self) -> list[web.RouteDef]:
-        models = [
-            route
-            for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
-            for route in (
-                web.post(f"{model}/infer", self._infer),  # first, as they are tried in this order
-                web.get(model, self._metadata),
-                web.get(f"{model}/ready", self._ready),
-                web.get(f"{model}/config", self._config),
-            )
-        ]
-        return [
-            web.get("/v2", self._server),
-            *models,
-            web.post("/v2/repository/index", self._index),
-            web.post("/v2/repository/models/{model}/load", self._load),
-            web.post("/v2/repository/models/{model}/unload", self._unload),
-        ]
+@routes.get("/v2")
+async def _server(_request: web.Request) -> web.Response:
+    return json_response({"name": NAME, "version": VERSION, "extensions": EXTENSIONS})
 
-    async def _server(self, _request: web.Request) -> web.Response:
-        return json_response({"name": NAME, "version": VERSION, "extensions": EXTENSIONS})
 
-    async def _metadata(self, request: web.Request) -> web.Response:
-        return json_response(metadata(self._pool, self._find(request)))
+@routes.get(MODEL)
+@routes.get(MODEL_VERSION)
+async def _metadata(request: web.Request) -> web.Response:
+    return json_response(metadata(request.app[POOL], _find(request)))
 
-    async def _ready(self, request: web.Request) -> web.Response:
-        served = self._find(request)
-        is_ready = served.state is State.READY
-        return json_response({"name": served.entry.name, "ready": is_ready}, 200 if is_ready else 503)
 
-    async def _config(self, request: web.Request) -> web.Response:
-        return json_response(config(self._find(request)))
+@routes.get(f"{MODEL}/ready")
+@routes.get(f"{MODEL_VERSION}/ready")
+async def _ready(request: web.Request) -> web.Response:
+    served = _find(request)
+    is_ready = served.state is State.READY
+    return json_response({"name": served.entry.name, "ready": is_ready}, 200 if is_ready else 503)
 
-    def _find(self, request: web.Request) -> Served:
-        return find(self._pool, request, request.match_info["model"], request.match_info.get("version"))
 
-    async def _infer(self, request: web.Request) -> web.Response:
-        check_open(self._pool)
-        served = self._find(request)
-        asked, binary = split(await read_body(request, LARGEST_BODY), request.headers.get(HEADER_LENGTH))
-        with served.use(Stateless) as model:
-            inputs = read_inputs(asked, binary)
-            wanted = chosen(model, [each.name for each in asked.outputs])
-            outputs = await model.infer(inputs, terms(request.headers, self._clock()))
-            return answer(served, asked, {name: outputs[name] for name in wanted})
+@routes.get(f"{MODEL}/config")
+@routes.get(f"{MODEL_VERSION}/config")
+async def _config(request: web.Request) -> web.Response:
+    return json_response(config(_find(request)))
 
-    async def _index(self, request: web.Request) -> web.Response:
-        body = await read_body(request, LARGEST_BODY)
-        try:
-            only_ready = bool(body) and _decode_index(body).ready
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise bad(str(error)) from error
-        return json_response(index(self._pool, only_ready=only_ready))
 
-    async def _load(self, request: web.Request) -> web.Response:
-        await load(self._pool, request.match_info["model"])
-        return json_response({})
+@routes.post("/v2/repository/index")
+async def _index(request: web.Request) -> web.Response:
+    body = await read_body(request, LARGEST_BODY)
+    return json_response(index(request.app[POOL], only_ready=bool(body) and protocol.decode(body, IndexRequest).ready))
 
-    async def _unload(self, request: web.Request) -> web.Response:
-        self._pool.unload(request.match_info["model"])
-        return json_response({})
+
+@routes.post("/v2/repository/models/{model}/load")
+async def _load(request: web.Request) -> web.Response:
+    await load(request.app[POOL], request.match_info["model"])
+    return json_response({})
+
+
+@routes.post("/v2/repository/models/{model}/unload")
+async def _unload(request: web.Request) -> web.Response:
+    request.app[POOL].unload(request.match_info["model"])
+    return json_response({})
+
+
+def _find(request: web.Request) -> Served:
+    return find(request, request.match_info["model"], request.match_info.get("version"))
 
 
 def split(body: bytes, header_length: str | None) -> tuple[InferRequest, memoryview]:
@@ -147,10 +136,7 @@ def split(body: bytes, header_length: str | None) -> tuple[InferRequest, memoryv
         if int(header_length) > end:
             raise bad(f"{HEADER_LENGTH} is more than the {end} bytes of the body")
         end = int(header_length)
-    try:
-        return _decode_infer(memoryview(body)[:end]), memoryview(body)[end:]
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise bad(str(error)[: protocol.LONGEST_SHOWN]) from error
+    return protocol.decode(memoryview(body)[:end], InferRequest), memoryview(body)[end:]
 
 
 def read_inputs(asked: InferRequest, binary: memoryview) -> Tensors:

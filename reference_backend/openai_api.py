@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from uuid import uuid4
 
 import msgspec
@@ -19,10 +19,9 @@ from reference_backend.answers import DONE, Answer, Json, Piece, Usage, events, 
 from reference_backend.engine.request import PICTURE_SIDE, Picture
 from reference_backend.generation import Asked, Generation
 from reference_backend.images import PictureRefused, placed, read_picture
-from reference_backend.incoming import SERVED, find, is_at, json_response, read, terms
+from reference_backend.incoming import POOL, SERVED, WALL, find, is_at, json_response, read, terms
 from reference_backend.language import Language
 from reference_backend.load_report import Reporter
-from reference_backend.pool import Pool
 from reference_backend.protocol import LONGEST_SHOWN, ApiError, ChatRequest, CompletionRequest, GenerationRequest, bad
 from reference_backend.served import State
 from reference_backend.structured import Trials, Unfit
@@ -30,105 +29,102 @@ from reference_backend.tokenizer import TemplateRefused
 from reference_backend.tools import Form, form_of
 
 MOST_PICTURES = 16  # in one request: to decode one can take 50 ms
+TRIALS = web.AppKey("trials", Trials)
+STARTED_AT = web.AppKey("started_at", int)
 USAGE = web.RequestKey("usage", Usage)  # what a request has used, for whoever wraps the handler
 log = logging.getLogger(__name__)
 
 
-class OpenAi:
-    """Handlers, by path."""
+routes = web.RouteTableDef()
 
-    def __init__(self, pool: Pool, *, wall: Callable[[], float]) -> None:
-        self._pool = pool
-        self._wall = wall
-        self._trials = Trials()
-        self._started_at = int(wall())
 
-    def routes(self) -> list[web.RouteDef]:
-        return [
-            web.post("/v1/chat/completions", self._chat),
-            web.post("/v1/completions", self._completion),
-            web.get("/v1/models", self._models),
-            web.get("/v1/models/{model}", self._model),
-        ]
-
-    async def _chat(self, request: web.Request) -> web.StreamResponse:
-        body = await read(self._pool, request, ChatRequest)
-        with find(self._pool, request, body.model).use(Language) as model:
-            messages = [message.plain(sees=model.sees) for message in body.messages]
-            form = form_of(model.tokenizer.template_source or "") if body.offered() else None
-            grammar = await self._grammar(body, form)
-            tools = msgspec.to_builtins(body.offered()) or None  # as templates know them
-            _check_length(model, body, sum(message.characters for message in messages) + len(str(tools)))
-            try:
-                prompt = await asyncio.to_thread(model.tokenizer.encode_chat, messages, tools)
-                pictures = await asyncio.to_thread(_pictures, model, prompt, body) if model.sees else []
-            except (TemplateRefused, PictureRefused) as error:
-                raise bad(str(error), "messages") from error
-            return await self._answer(request, body, model, prompt, grammar, form, pictures)
-
-    async def _grammar(self, body: ChatRequest, form: Form | None) -> str | None:
-        """What the answer keeps to, if to anything. Raises ApiError for what it cannot keep to."""
+@routes.post("/v1/chat/completions")
+async def _chat(request: web.Request) -> web.StreamResponse:
+    body = await read(request, ChatRequest)
+    with find(request, body.model).use(Language) as model:
+        messages = [message.plain(sees=model.sees) for message in body.messages]
+        form = form_of(model.tokenizer.template_source or "") if body.offered() else None
+        grammar = await _grammar(request, body, form)
+        tools = msgspec.to_builtins(body.offered()) or None  # as templates know them
+        _check_length(model, body, sum(message.characters for message in messages) + len(str(tools)))
         try:
-            grammar, clauses = body.structure(form)
-            if grammar is not None:
-                await self._trials.check(grammar, clauses)
-        except Unfit as error:
-            raise bad(f"{error.place}: {error}"[:LONGEST_SHOWN], error.place, "bad_schema") from error
-        return grammar
+            prompt = await asyncio.to_thread(model.tokenizer.encode_chat, messages, tools)
+            pictures = await asyncio.to_thread(_pictures, model, prompt, body) if model.sees else []
+        except (TemplateRefused, PictureRefused) as error:
+            raise bad(str(error), "messages") from error
+        return await _answer(request, body, model, prompt, grammar, form, pictures)
 
-    async def _completion(self, request: web.Request) -> web.StreamResponse:
-        body = await read(self._pool, request, CompletionRequest)
-        with find(self._pool, request, body.model).use(Language) as model:
-            _check_length(model, body, len(body.text()))
-            prompt = await asyncio.to_thread(model.tokenizer.encode, body.text())
-            if not prompt:
-                raise bad("the prompt is empty", "prompt")
-            return await self._answer(request, body, model, prompt)
 
-    async def _answer(
-        self,
-        request: web.Request,
-        body: GenerationRequest,
-        model: Language,
-        prompt: list[int],
-        grammar: str | None = None,
-        form: Form | None = None,
-        pictures: Sequence[Picture] = (),
-    ) -> web.StreamResponse:
-        context = model.context
-        if len(prompt) >= context:
-            message = f"the prompt has {len(prompt)} tokens, the context has room for {context - 1}"
-            raise bad(message, body.prompt_field, "context_length_exceeded")
-        samplings = body.samplings(context - len(prompt), model.tokenizer.largest_token, grammar)
-        if len(samplings) > model.bound:
-            raise bad(f"n is {len(samplings)}, and this backend takes {model.bound} requests at a time", "n")
-        how = terms(request.headers, model.clock())
-        salt = (body.cache_salt or "").encode()
-        asked = Asked(prompt, samplings, how, body.stops(), salt, form, list(pictures))
-        name = f"{body.answer.id_prefix}-{uuid4().hex}"
-        answer = body.answer(name, int(self._wall()), str(request[SERVED].entry), body.wants_usage())
-        generation = Generation(model, asked)
-        with generation.admitted():
-            request[USAGE] = generation.usage
-            if body.stream:
-                return await _stream(request, answer, generation, model.reporter)
-            pieces: list[list[Piece]] = [[] for _ in samplings]
-            async for piece in generation:
-                pieces[piece.choice].append(piece)
-            return json_response(answer.whole(list(map(joined, pieces)), generation.usage))
+async def _grammar(request: web.Request, body: ChatRequest, form: Form | None) -> str | None:
+    """What the answer keeps to, if to anything. Raises ApiError for what it cannot keep to."""
+    try:
+        grammar, clauses = body.structure(form)
+        if grammar is not None:
+            await request.app[TRIALS].check(grammar, clauses)
+    except Unfit as error:
+        raise bad(f"{error.place}: {error}"[:LONGEST_SHOWN], error.place, "bad_schema") from error
+    return grammar
 
-    async def _models(self, request: web.Request) -> web.Response:
-        served = [each for each in self._pool if each.state is not State.FAILED and is_at(request, each)]
-        ids = dict.fromkeys(name for each in served for name in (each.entry.name, str(each.entry)))
-        return json_response({"object": "list", "data": [self._card(name) for name in ids]})
 
-    async def _model(self, request: web.Request) -> web.Response:
-        name = request.match_info["model"]
-        find(self._pool, request, name)
-        return json_response(self._card(name))
+@routes.post("/v1/completions")
+async def _completion(request: web.Request) -> web.StreamResponse:
+    body = await read(request, CompletionRequest)
+    with find(request, body.model).use(Language) as model:
+        _check_length(model, body, len(body.text()))
+        prompt = await asyncio.to_thread(model.tokenizer.encode, body.text())
+        if not prompt:
+            raise bad("the prompt is empty", "prompt")
+        return await _answer(request, body, model, prompt)
 
-    def _card(self, name: str) -> Json:
-        return {"id": name, "object": "model", "created": self._started_at, "owned_by": "weir"}
+
+async def _answer(
+    request: web.Request,
+    body: GenerationRequest,
+    model: Language,
+    prompt: list[int],
+    grammar: str | None = None,
+    form: Form | None = None,
+    pictures: Sequence[Picture] = (),
+) -> web.StreamResponse:
+    context = model.context
+    if len(prompt) >= context:
+        message = f"the prompt has {len(prompt)} tokens, the context has room for {context - 1}"
+        raise bad(message, body.prompt_field, "context_length_exceeded")
+    samplings = body.samplings(context - len(prompt), model.tokenizer.largest_token, grammar)
+    if len(samplings) > model.bound:
+        raise bad(f"n is {len(samplings)}, and this backend takes {model.bound} requests at a time", "n")
+    how = terms(request.headers, model.clock())
+    salt = (body.cache_salt or "").encode()
+    asked = Asked(prompt, samplings, how, body.stops(), salt, form, list(pictures))
+    name = f"{body.answer.id_prefix}-{uuid4().hex}"
+    answer = body.answer(name, int(request.app[WALL]()), str(request[SERVED].entry), body.wants_usage())
+    generation = Generation(model, asked)
+    with generation.admitted():
+        request[USAGE] = generation.usage
+        if body.stream:
+            return await _stream(request, answer, generation, model.reporter)
+        pieces: list[list[Piece]] = [[] for _ in samplings]
+        async for piece in generation:
+            pieces[piece.choice].append(piece)
+        return json_response(answer.whole(list(map(joined, pieces)), generation.usage))
+
+
+@routes.get("/v1/models")
+async def _models(request: web.Request) -> web.Response:
+    served = [each for each in request.app[POOL] if each.state is not State.FAILED and is_at(request, each)]
+    ids = dict.fromkeys(name for each in served for name in (each.entry.name, str(each.entry)))
+    return json_response({"object": "list", "data": [_card(request, name) for name in ids]})
+
+
+@routes.get("/v1/models/{model}")
+async def _model(request: web.Request) -> web.Response:
+    name = request.match_info["model"]
+    find(request, name)
+    return json_response(_card(request, name))
+
+
+def _card(request: web.Request, name: str) -> Json:
+    return {"id": name, "object": "model", "created": request.app[STARTED_AT], "owned_by": "weir"}
 
 
 def _pictures(model: Language, prompt: list[int], body: ChatRequest) -> list[Picture]:

@@ -239,7 +239,7 @@ async def serve(options: Options, clock: Callable[[], float], wall: Callable[[],
         lambda entry: read(entry, options, clock, wall), registry.announced, options.sleep_after, options.most_awake
     )
     pool = Pool(service, lambda name: entries(options, name), lambda: known(options))
-    api = Api(pool, clock=clock, wall=wall, end=ending.set)
+    api = Api(pool, wall=wall, end=ending.set)
     async with contextlib.AsyncExitStack() as stack:
         if options.etcd is not None:
             registry.client = await stack.enter_async_context(EtcdClient(EtcdSettings(endpoints=(options.etcd,))))

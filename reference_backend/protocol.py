@@ -336,7 +336,7 @@ Request = TypeVar("Request", bound=msgspec.Struct)
 _PLACE = re.compile(r"(?:(?:field|needs) `(\w+)`)?(?: - at (?:`key` in )?`\$\.?([^`]*)`)?$")
 
 
-def decode(body: bytes, form: type[Request]) -> Request:
+def decode(body: bytes | memoryview, form: type[Request]) -> Request:
     """Decode and judge a request. Raises ApiError 400, with the field where there is one to name."""
     try:
         return msgspec.json.decode(body, type=form)

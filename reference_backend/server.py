@@ -18,17 +18,15 @@ from aiohttp import web
 from aiohttp.http import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
-from reference_backend.embeddings import Embeddings
-from reference_backend.images_api import Images
+from reference_backend import embeddings, images_api, open_inference, openai_api
 from reference_backend.in_flight import InFlight
-from reference_backend.incoming import PREFIX, SERVED, is_at, json_response
+from reference_backend.incoming import POOL, PREFIX, SERVED, WALL, is_at, json_response
 from reference_backend.load_report import PATH as LOAD_PATH
-from reference_backend.load_report import in_band, metrics_page
-from reference_backend.open_inference import OpenInference
-from reference_backend.openai_api import OpenAi
+from reference_backend.load_report import form_asked, in_band, metrics_page
 from reference_backend.pool import Pool
 from reference_backend.protocol import ApiError
 from reference_backend.served import Served, State
+from reference_backend.structured import Trials
 
 log = logging.getLogger(__name__)
 LONGEST_SHOWN = 200  # characters of what a stranger sent
@@ -65,26 +63,21 @@ class Connection(web.RequestHandler):
 class Api:
     """The application's parts. `end` is called when somebody asks that the process drain and end."""
 
-    def __init__(
-        self, pool: Pool, *, clock: Callable[[], float], wall: Callable[[], float], end: Callable[[], None]
-    ) -> None:
+    def __init__(self, pool: Pool, *, wall: Callable[[], float], end: Callable[[], None]) -> None:
         self.in_flight = InFlight()
-        self._pool = pool
-        self._openai = OpenAi(pool, wall=wall)
-        self._images = Images(pool, clock=clock, wall=wall)
-        self._open_inference = OpenInference(pool, clock)
-        self._embeddings = Embeddings(pool)
-        self._end = end
+        self._pool, self._wall, self._end = pool, wall, end
 
     def application(self, *middlewares: Middleware) -> web.Application:
         """All paths. `middlewares` stand outside of everything, and see every answer."""
         app = web.Application(middlewares=[*middlewares, self._count, self._rescue])
+        app[POOL], app[WALL] = self._pool, self._wall
+        app[openai_api.TRIALS], app[openai_api.STARTED_AT] = Trials(), int(self._wall())
         app.on_response_prepare.append(self._report_load)
         routes = [
-            *self._openai.routes(),
-            *self._images.routes(),
-            *self._open_inference.routes(),
-            *self._embeddings.routes(),
+            *openai_api.routes,
+            *images_api.routes,
+            *open_inference.routes,
+            *embeddings.routes,
             web.get("/health", self._health),
             web.get("/ping", self._health),
             web.get("/metrics", self._metrics),
@@ -93,7 +86,7 @@ class Api:
             web.get("/v2/health/ready", self._ready),
         ]
         app.router.add_routes([web.post("/drain", self._drain), *routes])
-        app.router.add_routes([_below_prefix(route) for route in routes])
+        app.router.add_routes([_below_prefix(route) for route in routes if isinstance(route, web.RouteDef)])
         return app
 
     @contextlib.asynccontextmanager
@@ -136,8 +129,9 @@ class Api:
             return _refusal(request, ApiError(500, "internal_error", "internal error"))
 
     async def _report_load(self, request: web.Request, response: web.StreamResponse) -> None:
-        sources = [each.model.reporter.source for each in self._meant(request) if each.model is not None]
-        response.headers.update(in_band(request, sources))
+        if form := form_asked(request.headers):
+            sources = [each.model.reporter.source for each in self._meant(request) if each.model is not None]
+            response.headers["endpoint-load-metrics"] = in_band(sources, form)
 
     def _meant(self, request: web.Request) -> list[Served]:
         """The versions that a request is about: its own, or all below its path."""

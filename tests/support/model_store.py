@@ -46,7 +46,7 @@ async def running_store(root: Path, models: Mapping[str, str] | None = None, *ar
         finish_within=0.0,
     )
     pool = Pool(service, lambda name: process.entries(options, name), lambda: process.known(options))
-    api = Api(pool, clock=time.monotonic, wall=time.time, end=lambda: None)
+    api = Api(pool, wall=time.time, end=lambda: None)
     async with pool.running():
         for name in process.names(options):
             await pool.load(name)

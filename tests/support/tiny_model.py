@@ -98,7 +98,7 @@ async def running_api(
         lambda name: [Entry(name, "", DIRECTORY)],
         list,
     )
-    api = Api(pool, clock=clock, wall=lambda: CREATED, end=lambda: None)
+    api = Api(pool, wall=lambda: CREATED, end=lambda: None)
     try:
         async with pool.running():
             [served] = await pool.load("tiny")
