@@ -206,46 +206,47 @@ class Served:
         delay, clock = 0.0, asyncio.get_running_loop().time
         while not self._ending.is_set():
             began = clock()
-            async with contextlib.AsyncExitStack() as published:  # withdrawn when its life is over
-                try:
-                    async with model.running():
-                        announcement = await self._serve(model, published)
-                        if self._ending.is_set() and self.state is State.READY:
-                            await self._drain(model, announcement)
-                except ModelError as error:
-                    if not self._settled.is_set():
-                        raise
-                    self.state, self.failure = State.LOADING, error
-                    log.error("%s cannot be started: %s", self.entry, error)  # noqa: TRY400  the message says it all
+            try:
+                async with model.running():
+                    await self._serve(model)
+            except ModelError as error:
+                if not self._settled.is_set():
+                    raise
+                self.state, self.failure = State.LOADING, error
+                log.error("%s cannot be started: %s", self.entry, error)  # noqa: TRY400  the message says it all
             if self.state is State.LOADING:
                 delay = min(2 * delay if clock() - began < LIVED_WELL else 0.0, LAST_RESTART) or FIRST_RESTART
                 log.error("the process of %s is gone; another one is started in %.1f s", self.entry, delay)
                 await first_of(self._ending.wait(), asyncio.sleep(delay))
 
-    async def _serve(self, model: Model, published: contextlib.AsyncExitStack) -> Announcement | None:
-        """READY => LOADING, or until it is told to end; it may sleep in between. Gives what `published` holds.
+    async def _serve(self, model: Model) -> None:
+        """READY => LOADING, or until told to end, and then DRAINING; it may sleep in between.
 
         Raises ModelError, InvalidRegistration.
         """
-        announcement: Announcement | None = None
-        while True:
-            self.used = next(self._service.uses)
-            self.state, self.failure = State.READY, None  # before anybody hears of it
-            if announcement is None:
-                announcing = self._service.announce(self.entry, self._id, model)
-                announcement = await published.enter_async_context(announcing)
+        self._be_ready()  # before anybody hears of it
+        async with self._service.announce(self.entry, self._id, model) as announcement:
             self._settled.set()
-            log.info("%s is ready", self.entry)
-            await first_of(self._ending.wait(), model.wait_lost(), self._fall_asleep())
-            if self.state is State.ASLEEP:
+            while True:
+                await first_of(self._ending.wait(), model.wait_lost(), self._fall_asleep())
+                if self.state is not State.ASLEEP:
+                    break
                 await model.sleep()
                 await first_of(self._ending.wait(), model.wait_lost(), self._wanted.wait())
+                if self._ending.is_set():
+                    return
+                self.state = State.LOADING
+                await model.wake()
+                self._be_ready()
             if self._ending.is_set():
-                return announcement
-            has_slept, self.state = self.state is State.ASLEEP, State.LOADING
-            if not has_slept:
-                return announcement
-            await model.wake()
+                await self._drain(model, announcement)
+            else:
+                self.state = State.LOADING
+
+    def _be_ready(self) -> None:
+        self.used = next(self._service.uses)
+        self.state, self.failure = State.READY, None
+        log.info("%s is ready", self.entry)
 
     async def _fall_asleep(self) -> None:
         """READY => ASLEEP. In one step with seeing that nobody is there, so that nobody comes in between.

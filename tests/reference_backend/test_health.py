@@ -134,7 +134,7 @@ async def test_it_is_unready_while_it_loads_is_started_again_and_wakes():
 
 @virtual_time
 async def test_drain_goes_in_this_order():
-    """etcd knows => not ready, still taking => refusing, finishing => aborted => gone."""
+    """etcd knows => not ready, still taking => refusing, finishing => withdrawn => aborted => gone."""
     told, loop = [], asyncio.get_running_loop()
     began = loop.time()
 
@@ -156,8 +156,8 @@ async def test_drain_goes_in_this_order():
         (1.0, "drains"),
         (1.0, "draining"),
         (1.5, "closed"),
-        (61.5, "ends"),
         (61.5, "withdrawn"),
+        (61.5, "ends"),
         (61.5, "closed"),
     ]
 

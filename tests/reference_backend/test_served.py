@@ -81,8 +81,10 @@ async def living(told, failures=(), sleep_after=None, refusal=None, etcd_takes=0
         ids.append(id_)
         assert len(set(ids)) == 1
         told.append("announced")
-        yield Announced(told, etcd_takes)
-        told.append("withdrawn")
+        try:
+            yield Announced(told, etcd_takes)
+        finally:
+            told.append("withdrawn")
 
     model = Played(told, failures)
     subject = Served(Entry("adder", "1", None), Service(lambda _entry: model, announce, sleep_after, **how))
@@ -110,7 +112,7 @@ async def test_it_is_announced_when_it_is_loaded_and_drains_before_it_goes():
         with subject.use(Played):
             assert repr(subject) == "<Served adder@1 ready, 1 in flight>"
     assert subject.state is State.CLOSED
-    assert told == ["begins", "announced", "drains", "ends", "withdrawn"]
+    assert told == ["begins", "announced", "drains", "withdrawn", "ends"]
 
 
 @virtual_time
@@ -141,7 +143,7 @@ async def test_what_does_not_end_in_time_is_aborted():
         with subject.use(Played):
             subject.end()
             await asyncio.sleep(60.6)
-            assert told[-2:] == ["ends", "withdrawn"]
+            assert told[-2:] == ["withdrawn", "ends"]
     assert loop.time() - began == pytest.approx(60.6, abs=0.1)
 
 
@@ -153,7 +155,7 @@ async def test_a_process_that_is_gone_is_replaced_and_announced_anew():
         began = loop.time()
         model.lost.set()
         await settle()
-        assert (subject.state, told) == (State.LOADING, ["begins", "announced", "ends", "withdrawn"])
+        assert (subject.state, told) == (State.LOADING, ["begins", "announced", "withdrawn", "ends"])
         with pytest.raises(ApiError, match="is being loaded") as refused, subject.use(Played):
             pass
         assert (refused.value.status, refused.value.headers["retry-after"]) == (503, "1")
@@ -218,7 +220,7 @@ async def test_one_that_nobody_asks_for_sleeps_until_somebody_does():
             pass
         await settle()
         assert (subject.state, told[3:]) == (State.READY, ["wakes"])
-    assert told[4:] == ["drains", "ends", "withdrawn"]
+    assert told[4:] == ["drains", "withdrawn", "ends"]
 
 
 @virtual_time
@@ -233,7 +235,7 @@ async def test_one_that_is_lost_in_its_sleep_or_cannot_wake_is_replaced():
             assert (subject.state, told) == (State.ASLEEP, ["begins", "announced", "sleeps"])
             what()
             await settle()
-            assert (subject.state, told[3:]) == (State.LOADING, ["ends", "withdrawn"])
+            assert (subject.state, told[3:]) == (State.LOADING, ["withdrawn", "ends"])
             told.clear()
             await asyncio.sleep(1.0)
             assert subject.state is State.READY
@@ -250,7 +252,7 @@ async def test_one_that_sleeps_can_be_ended():
     async with living(told, sleep_after=5.0) as (subject, _):
         await asyncio.sleep(6.0)
         assert subject.state is State.ASLEEP
-    assert (subject.state, told) == (State.CLOSED, ["begins", "announced", "sleeps", "ends", "withdrawn"])
+    assert (subject.state, told) == (State.CLOSED, ["begins", "announced", "sleeps", "withdrawn", "ends"])
 
 
 @virtual_time
