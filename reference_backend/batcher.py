@@ -9,19 +9,19 @@ runs, so that the runner finds it ready; less than that stays, because more may 
 dynamic batcher at its default of no delay; `Limits.delay` is its `max_queue_delay_microseconds`.
 
 Invariants, which tests hold: nothing waits while nothing runs (with no delay); every item is answered once; what is
-cancelled or late before its batch is made takes no place in it.
+cancelled before its batch is made takes no place in it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 from reference_backend.admission import FairQueue
-from reference_backend.tensors import ANYHOW, Full, Late, Lost, Terms
+from reference_backend.tensors import ANYHOW, Full, Lost, Terms
 
 UNDER_WAY = 2  # batches: one that runs, one that is ready
 AGE_SECONDS = 10.0  # of waiting that make up for one class
@@ -38,12 +38,11 @@ class Limits:
 
 @dataclass(slots=True, eq=False)
 class Item:
-    """Something to be run, in whose batch is what has the same `key`. `deadline` is in seconds of the same clock."""
+    """Something to be run, in whose batch is what has the same `key`."""
 
     payload: Any
     size: int
     key: Hashable = None
-    deadline: float | None = None
     tenant: str = ""
     priority: int = 1
     arrival: int = 0
@@ -98,10 +97,9 @@ class Batches:
 
         while (item := self._queue.head(now, may_join)) is not None:
             self.withdraw(item)
-            if item.deadline is None or now < item.deadline:
-                self._queue.charge(item.tenant, read=item.size)
-                batch.append(item)
-                room -= item.size
+            self._queue.charge(item.tenant, read=item.size)
+            batch.append(item)
+            room -= item.size
         self.under_way += bool(batch)
         return batch
 
@@ -148,25 +146,19 @@ class Batcher:
             self._timer.cancel()
 
     async def ask(self, parts: Sequence[tuple[Any, int]], key: Hashable = None, terms: Terms = ANYHOW) -> list[Any]:
-        """The answers to payloads, each given with its size. Raises Full, Late, Lost, and whatever `run` raised.
+        """The answers to payloads, each given with its size. Raises Full, Lost, and whatever `run` raised.
 
         They may run in several batches. A cancelled call takes no place in one that is not made yet.
         """
-        now, deadline = self._clock(), terms.deadline
-        if deadline is not None and now >= deadline:
-            raise Late
-        items = [Item(payload, size, key, deadline, terms.tenant, terms.priority) for payload, size in parts]
-        self.batches.add(items, now)
+        items = [Item(payload, size, key, terms.tenant, terms.priority) for payload, size in parts]
+        self.batches.add(items, self._clock())
         loop = asyncio.get_running_loop()
         answers: dict[Item, asyncio.Future[Any]] = {item: loop.create_future() for item in items}
         self._answers |= answers
         self._go()
-        timer = None if deadline is None else loop.call_later(deadline - now, _tell_late, answers.values())
         try:
             return [await answer for answer in answers.values()]
         finally:
-            if timer is not None:
-                timer.cancel()
             for item, answer in answers.items():
                 del self._answers[item]
                 self.batches.withdraw(item)
@@ -214,11 +206,3 @@ class Batcher:
                 answer.set_exception(result)
             else:
                 answer.set_result(result)
-
-
-def _tell_late(answers: Iterable[asyncio.Future[Any]]) -> None:
-    """Whoever awaits answers in their order is told at the first that is not there."""
-    for answer in answers:
-        if not answer.done():
-            answer.set_exception(Late())
-            break

@@ -36,7 +36,6 @@ from reference_backend.tensors import (
     BadTensor,
     Failed,
     Full,
-    Late,
     Lost,
     TensorModel,
     Tensors,
@@ -188,7 +187,7 @@ class Stateless(Apart[Remote]):
             raise bad(str(error), param) from error
         except Full as error:
             raise self._full() from error
-        except (Late, TimeoutError) as error:
+        except TimeoutError as error:
             raise ApiError(504, "deadline", "the deadline passed before there was an answer") from error
         except Lost as error:
             raise protocol.worker_lost() from error

@@ -63,10 +63,6 @@ class Full(Exception):  # noqa: N818  an answer, not a fault
     """As many requests wait as may; nothing was started. Another backend may have the request."""
 
 
-class Late(Exception):  # noqa: N818  an answer, not a fault
-    """The deadline passed before there was an answer."""
-
-
 class Lost(Exception):  # noqa: N818  an answer, not a fault
     """The process that had the request is gone, and what it had computed with it."""
 
@@ -122,9 +118,9 @@ class TensorModel(Protocol):
     async def infer(self, inputs: Tensors, terms: Terms = ANYHOW) -> Tensors:
         """Run it: many calls may be under way at once. Gives every output of `outputs`.
 
-        A cancelled call is one whose client left: it must take no place in a batch that has not begun. What computes
-        leaves the event loop free (a thread): a process whose loop gives no sign is given up. Raises BadTensor, Full,
-        Late; anything else is a fault of the model.
+        A cancelled call is one whose client left or whose deadline passed: it must take no place in a batch that has
+        not begun. What computes leaves the event loop free (a thread): a process whose loop gives no sign is given up.
+        Raises BadTensor, Full; anything else is a fault of the model.
         """
         ...
 

@@ -23,7 +23,7 @@ from reference_backend.batcher import AGE_SECONDS
 from reference_backend.engine.config import ModelError
 from reference_backend.engine.flow import Flow, guided, load_flow
 from reference_backend.repository import Card
-from reference_backend.tensors import ANYHOW, Array, BadTensor, Full, Late, Tensors, TensorSpec, Terms
+from reference_backend.tensors import ANYHOW, Array, BadTensor, Full, Tensors, TensorSpec, Terms
 
 STEPS = 20  # from noise to picture
 GUIDANCE = 2.0
@@ -62,7 +62,7 @@ class Studio:
         return f"<Studio {len(self.painted)} of {self._at_once} being painted, {len(self._waiting)} waiting>"
 
     async def infer(self, inputs: Tensors, terms: Terms = ANYHOW) -> Tensors:
-        """A picture for each prompt and seed. Raises BadTensor, Full, Late."""
+        """A picture for each prompt and seed. Raises BadTensor, Full."""
         prompts, seeds = inputs["prompt"].tolist(), inputs["seed"].tolist()
         if len(prompts) != len(seeds):
             raise BadTensor(f"there are {len(prompts)} of `prompt` and {len(seeds)} of `seed`; each needs its own")
@@ -78,10 +78,7 @@ class Studio:
             self._waiting.push(painting)
         self._wanted.set()
         try:
-            async with asyncio.timeout_at(terms.deadline):
-                painted = [await painting.done for painting in asked]
-        except TimeoutError as error:
-            raise Late from error
+            painted = [await painting.done for painting in asked]
         finally:
             for painting in asked:
                 painting.done.cancel()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reference_backend.batcher import UNDER_WAY, Batcher, Batches, Item, Limits
-from reference_backend.tensors import Full, Late, Lost, Terms
+from reference_backend.tensors import Full, Lost, Terms
 from tests.support.virtual_clock import run, virtual_time
 
 
@@ -108,16 +108,16 @@ def test_too_many_are_refused_whole_but_not_when_nobody_else_waits():
     assert room.waiting == 3
 
 
-def test_what_is_late_or_withdrawn_takes_no_place():
+def test_what_is_withdrawn_takes_no_place():
     room = batches(size=2)
-    first, _ = added(room, "a", "b", now=0.0, deadline=5.0)
-    added(room, "c", "d", now=0.0)
+    first, *_ = added(room, "a", "b", "c")
     room.withdraw(first)
     room.withdraw(first)
-    assert names(room.next(5.0)) == "cd"
+    assert names(room.next(0.0)) == "bc"
     room.over()
-    added(room, "e", deadline=6.0)
-    assert room.next(6.0) == []
+    [last] = added(room, "d")
+    room.withdraw(last)
+    assert room.next(0.0) == []
     assert (room.waiting, room.under_way) == (0, 0)
 
 
@@ -191,22 +191,6 @@ async def test_a_client_that_leaves_takes_no_place_and_gives_its_room_back():
 
 
 @virtual_time
-async def test_a_deadline_is_told_when_it_passes_whatever_runs():
-    runner = Runner(seconds=10.0)
-    async with batcher(runner) as subject, asyncio.TaskGroup() as group:
-        first = group.create_task(ask(subject, "a", terms=Terms(20.0)))
-        await asyncio.sleep(0)
-        for deadline, told_at in ((2.0, 2.0), (1.0, 2.0)):
-            with pytest.raises(Late):
-                await ask(subject, "b", terms=Terms(deadline))
-            assert now() == told_at
-        assert await first == ["a!"]
-        with pytest.raises(Late):  # while it runs
-            await ask(subject, "c", terms=Terms(15.0))
-    assert runner.made == ["a", "c"]
-
-
-@virtual_time
 async def test_only_what_is_at_fault_fails():
     runner = Runner(poison="b")
     async with batcher(runner) as subject, asyncio.TaskGroup() as group:
@@ -217,16 +201,6 @@ async def test_only_what_is_at_fault_fails():
             await ask(subject, "b")
         assert [await task for task in tasks] == [["a!"], ["c!"]]
     assert runner.made == ["x", "bac", "b", "a", "c"]
-
-
-@virtual_time
-async def test_the_runner_s_own_timeout_is_its_fault_and_no_deadline():
-    async def run(_payloads):
-        raise TimeoutError("mine")
-
-    async with batcher(run) as subject:
-        with pytest.raises(TimeoutError, match="mine"):
-            await ask(subject, "a", terms=Terms(9.0))
 
 
 @virtual_time
@@ -258,7 +232,6 @@ arrivals = st.lists(
         st.lists(st.integers(1, 4), min_size=1, max_size=3),  # sizes of the parts
         st.sampled_from("ab"),  # tenant
         st.sampled_from("xy"),  # key
-        st.none() | st.floats(0.1, 5),  # seconds to its deadline
         st.none() | st.floats(0, 4),  # seconds until its client leaves
     ),
     min_size=1,
@@ -284,14 +257,13 @@ async def _check(arrivals, seconds, waiting, size):
         running -= 1
         return [number for number, *_ in payloads]
 
-    async def client(numbers, sizes, tenant, key, deadline, leaves):
+    async def client(numbers, sizes, tenant, key, leaves):
         parts = [((number, part, tenant, key), part) for number, part in zip(numbers, sizes, strict=True)]
         try:
             async with asyncio.timeout(leaves):
-                until = None if deadline is None else now() + deadline
-                answers = await subject.ask(parts, key, Terms(until, tenant))
+                answers = await subject.ask(parts, key, Terms(tenant=tenant))
                 assert answers == list(numbers)
-        except (Full, Late, TimeoutError):
+        except (Full, TimeoutError):
             pass
         finally:
             answered.append(numbers)

@@ -94,6 +94,28 @@ async def test_a_deadline_ends_the_waiting(tmp_path, isolation):
         assert (await refusal(model, GOOD, Terms(time.monotonic() - 1)))[:2] == (504, "deadline")
 
 
+@pytest.mark.parametrize("isolation", ["thread", "process"])
+async def test_what_is_late_or_left_by_its_client_is_ended_in_the_model_too(tmp_path, isolation):
+    async with running(tmp_path, isolation=isolation, settings={"counts": True}) as model, asyncio.timeout(20):
+
+        async def under_way():
+            await asyncio.sleep(0.001)
+            return int((await model.infer(GOOD))["words"][0]) - 1
+
+        leaving = asyncio.ensure_future(model.infer(GOOD | {"left": LEFT * 0}))
+        while await under_way() != 1:
+            pass
+        assert (await refusal(model, GOOD | {"left": LEFT * 0}, Terms(time.monotonic() + 0.05)))[:2] == (
+            504,
+            "deadline",
+        )
+        while await under_way() != 1:
+            pass
+        leaving.cancel()
+        while await under_way():
+            pass
+
+
 @pytest.mark.integration
 async def test_a_failure_of_the_model_costs_that_run_and_a_crash_those_in_flight(tmp_path):
     async with running(tmp_path, isolation="process", settings={"broken": True}) as model:

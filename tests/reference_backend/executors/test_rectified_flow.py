@@ -1,7 +1,6 @@
 """Pictures, step by step: what is painted, who waits, and that neighbours change nothing."""
 
 import asyncio
-import time
 
 import pytest
 
@@ -14,7 +13,7 @@ from reference_backend.engine.flow import guided, load_flow  # noqa: E402
 from reference_backend.engine.request import Priority  # noqa: E402
 from reference_backend.executors.rectified_flow import GUIDANCE, STEPS, opened  # noqa: E402
 from reference_backend.repository import Card  # noqa: E402
-from reference_backend.tensors import BadTensor, Full, Late, Terms  # noqa: E402
+from reference_backend.tensors import BadTensor, Full, Terms  # noqa: E402
 from tests.support.random_flow import random_flow  # noqa: E402
 
 torch.set_num_threads(1)
@@ -122,13 +121,6 @@ async def test_painters_of_one_consumer_keep_nobody_else_waiting(directory):
             group.create_task(paint("light", "light"))
             group.create_task(paint("urgent", "flood", Priority.HIGH))
     assert painted == ["urgent", "light", "flood 1", "flood 2", "flood 3"]
-
-
-async def test_who_is_late_is_told(directory):
-    async with studio(directory, at_once=1) as model:
-        with pytest.raises(Late):
-            await model.infer(asked(("red", 1)), Terms(time.monotonic()))
-        assert len((await model.infer(asked(("red", 1)), Terms(time.monotonic() + 60)))["image"]) == 1
 
 
 @pytest.mark.parametrize(

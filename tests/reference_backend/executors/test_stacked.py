@@ -17,7 +17,7 @@ from reference_backend.executors.stacked import (
     spec_of,
 )
 from reference_backend.repository import Card
-from reference_backend.tensors import BadTensor, Full, Late, TensorSpec, Terms
+from reference_backend.tensors import BadTensor, Full, TensorSpec
 
 X, Y = TensorSpec("x", "FP32", (-1, -1)), TensorSpec("y", "FP32", (-1,))
 SUM = TensorSpec("sum", "FP32", (-1,))
@@ -112,7 +112,7 @@ async def test_without_batches_each_runs_by_itself_whatever_its_first_dimension(
     assert adder.ran == [1, 30]
 
 
-async def test_one_too_many_and_one_too_late_are_told():
+async def test_one_too_many_is_told():
     adder = Adder(wait=True)
     async with stacked(adder, max_waiting=1).running() as model, asyncio.TaskGroup() as group:
         group.create_task(model.infer(request(1)))
@@ -121,8 +121,6 @@ async def test_one_too_many_and_one_too_late_are_told():
         await asyncio.sleep(0)
         with pytest.raises(Full):
             await model.infer(request(1))
-        with pytest.raises(Late):
-            await model.infer(request(1), Terms(0.0))
         adder.go.set()
 
 
