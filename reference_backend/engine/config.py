@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import msgspec
+from msgspec import Meta
 
 VISION_FILE = "vision.safetensors"  # beside the weights of a model that takes pictures, too
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -14,61 +15,63 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "
 Narrow = Literal["int8", "fp8"]  # what weights can be narrowed to, once they are read
 NARROW: tuple[Narrow, ...] = get_args(Narrow)
 
-
-TOO_LARGE = 2**63  # for any size that torch is told
+Size = Annotated[int, Meta(ge=1, le=2**63 - 1)]  # as torch may be told
+Positive = Annotated[float, Meta(gt=0, lt=2.0**63)]
+C = TypeVar("C", bound=msgspec.Struct)
 
 
 class ModelError(Exception):
     """A model directory that cannot be served. The message says which file, what is wrong and what to do."""
 
 
-@dataclass(frozen=True, slots=True)
-class RopeScaling:
+class RopeScaling(msgspec.Struct, frozen=True, rename={"original_context": "original_max_position_embeddings"}):
     """The `llama3` scaling: long wavelengths are stretched by `factor`, short ones kept, the band between blended."""
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_context: int
+    factor: Positive
+    low_freq_factor: Annotated[float, Meta(ge=0)]
+    high_freq_factor: Positive
+    original_context: Size
 
     def __post_init__(self) -> None:
-        sizes = (self.factor, self.high_freq_factor, self.original_context)
-        if not all(0 < size < TOO_LARGE for size in sizes) or not 0 <= self.low_freq_factor < self.high_freq_factor:
-            raise ValueError("rope scaling needs positive numbers, and low_freq_factor below high_freq_factor")
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError("low_freq_factor must be below high_freq_factor")
 
 
-@dataclass(frozen=True, slots=True)
-class ModelConfig:
+NAMES = {
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "context": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "output_bias": "attention_bias",
+    "tied": "tie_word_embeddings",
+}
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, rename=NAMES):
     """What config.json says, reduced to what the forward pass needs."""
 
     architecture: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    context: int
-    norm_eps: float
-    rope_theta: float
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    layers: Size
+    heads: Size
+    kv_heads: Size = 0  # if it is not told: one for each head
+    head_dim: Size = 0  # likewise: all heads together are as wide as the hidden states
+    context: Size
+    norm_eps: Annotated[float, Meta(ge=0, lt=1)] = 1e-6
+    rope_theta: Positive
     rope_scaling: RopeScaling | None
     qkv_bias: bool
-    output_bias: bool
-    mlp_bias: bool
+    output_bias: bool = False
+    mlp_bias: bool = False
     qk_norm: bool
-    tied: bool
+    tied: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "context"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1")
-            if getattr(self, name) >= TOO_LARGE:
-                raise ValueError(f"{name} is too large")
-        if not 0 <= self.norm_eps < 1:
-            raise ValueError(f"rms_norm_eps is {self.norm_eps}; a small positive number is needed")
-        if not 0 < self.rope_theta < math.inf:
-            raise ValueError(f"rope_theta is {self.rope_theta}; a positive number is needed")
+        msgspec.structs.force_setattr(self, "kv_heads", self.kv_heads or self.heads)
+        msgspec.structs.force_setattr(self, "head_dim", self.head_dim or self.hidden_size // self.heads)
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} query heads cannot share {self.kv_heads} key-value heads")
         if self.head_dim < 2 or self.head_dim % 2:
@@ -77,13 +80,13 @@ class ModelConfig:
 
 def read_config(directory: Path) -> ModelConfig:
     """Read config.json. Raises ModelError for what this server cannot run, before any weight is read."""
-    raw = read_json(directory / "config.json")
+    path = directory / "config.json"
+    raw = read_json(path)
     try:
-        return _config(raw)
-    except KeyError as error:
-        raise ModelError(f"{directory / 'config.json'}: {error.args[0]} is missing") from error
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise ModelError(f"{directory / 'config.json'}: {error}") from error
+        told = _judged(raw)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"{path}: {error}") from error
+    return as_told(path, {name: value for name, value in raw.items() if value is not None} | told, ModelConfig)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -99,7 +102,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _config(raw: dict[str, Any]) -> ModelConfig:
+def as_told(path: Path, raw: dict[str, Any], kind: type[C]) -> C:
+    """What a file says, as it should be. Raises ModelError, with the place where it is not."""
+    try:
+        return msgspec.convert(raw, kind)
+    except msgspec.ValidationError as error:
+        raise ModelError(f"{path}: {error}") from error
+
+
+def _judged(raw: dict[str, Any]) -> dict[str, Any]:
+    """What follows from the architecture, and rope settings written either way. Raises for what is not served."""
     architecture = (raw.get("architectures") or ["none named"])[0]
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}")
@@ -112,38 +124,13 @@ def _config(raw: dict[str, Any]) -> ModelConfig:
         raise ValueError(f"hidden_act {raw['hidden_act']} is not supported; supported: silu")
     # Newer files keep theta and scaling together under rope_parameters.
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
-    bias = bool(raw.get("attention_bias", False))
-    return ModelConfig(
-        architecture=architecture,
-        vocab_size=int(raw["vocab_size"]),
-        hidden_size=hidden,
-        intermediate_size=int(raw["intermediate_size"]),
-        layers=int(raw["num_hidden_layers"]),
-        heads=heads,
-        kv_heads=int(raw.get("num_key_value_heads") or heads),
-        head_dim=int(raw.get("head_dim") or hidden // max(heads, 1)),
-        context=int(raw["max_position_embeddings"]),
-        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta", 10_000.0)),
-        rope_scaling=_rope_scaling(rope),
-        qkv_bias=bias or architecture == "Qwen2ForCausalLM",
-        output_bias=bias,
-        mlp_bias=bool(raw.get("mlp_bias", False)),
-        qk_norm=architecture == "Qwen3ForCausalLM",
-        tied=bool(raw.get("tie_word_embeddings", False)),
-    )
-
-
-def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
+    if kind not in ("default", "llama3"):
         raise ValueError(f"rope scaling {kind} is not supported; supported: default, llama3")
-    return RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_context=int(rope["original_max_position_embeddings"]),
-    )
+    return {
+        "architecture": architecture,
+        "rope_theta": rope.get("rope_theta") or raw.get("rope_theta", 10_000.0),
+        "rope_scaling": rope if kind == "llama3" else None,
+        "qkv_bias": raw.get("attention_bias") or architecture == "Qwen2ForCausalLM",
+        "qk_norm": architecture == "Qwen3ForCausalLM",
+    }

@@ -10,32 +10,34 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from reference_backend.engine.config import ModelError, read_json
+from reference_backend.engine.config import Size, as_told, read_json
+from reference_backend.engine.vision import load_into
 
 ARCHITECTURE = "RectifiedFlow"
 
 
-@dataclass(frozen=True, slots=True)
-class FlowConfig:
+class FlowConfig(msgspec.Struct, frozen=True):
     """Sizes of the network: pictures of `side` pixels cut into pieces of `patch`. Word 0 is no word."""
 
-    side: int
-    patch: int
-    hidden_size: int
-    layers: int
-    heads: int
-    longest: int  # words
+    side: Size
+    patch: Size
+    hidden_size: Size
+    layers: Size
+    heads: Size
+    longest: Size  # words
     words: tuple[str, ...]
     synonyms: dict[str, str]
+
+    def __post_init__(self) -> None:
+        if self.side % self.patch or self.hidden_size % (2 * self.heads):
+            raise ValueError("side must be a multiple of patch, hidden_size one of twice heads")
 
     @property
     def pieces(self) -> int:
@@ -53,16 +55,7 @@ class FlowConfig:
 
 def read_flow_config(path: Path) -> FlowConfig:
     """Raises ModelError for a config.json that does not describe such a network."""
-    raw = read_json(path)
-    try:
-        sizes = [int(raw[name]) for name in ("side", "patch", "hidden_size", "layers", "heads", "longest")]
-        words, synonyms = tuple(map(str, raw["words"])), {str(k): str(v) for k, v in raw["synonyms"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ModelError(f"{path}: {error} is missing or is not what it should be") from error
-    if min(sizes) < 1 or sizes[0] % sizes[1] or sizes[2] % (2 * sizes[4]):
-        raise ModelError(f"{path}: side must be a multiple of patch, hidden_size one of twice heads")
-    side, patch, hidden_size, layers, heads, longest = sizes
-    return FlowConfig(side, patch, hidden_size, layers, heads, longest, words, synonyms)
+    return as_told(path, read_json(path), FlowConfig)
 
 
 class Layer(nn.Module):
@@ -129,11 +122,7 @@ class Flow(nn.Module):
 def load_flow(directory: Path, device: torch.device) -> Flow:
     """The network of a directory, ready to paint. Raises ModelError."""
     network = Flow(read_flow_config(directory / "config.json"))
-    path = directory / "model.safetensors"
-    try:
-        network.load_state_dict({name: value.float() for name, value in load_file(path).items()})
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ModelError(f"{path}: cannot be used: {error}") from error
+    load_into(network, directory / "model.safetensors")
     return network.to(device)
 
 

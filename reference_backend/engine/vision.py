@@ -56,11 +56,16 @@ def load_vision(directory: Path, hidden_size: int) -> Vision | None:
     if not path.exists():
         return None
     vision = Vision(hidden_size)
+    load_into(vision, path)
+    return vision
+
+
+def load_into(module: nn.Module, path: Path) -> None:
+    """Give a module the weights of a file, in float32. Raises ModelError."""
     try:
-        vision.load_state_dict({name: value.float() for name, value in load_file(path).items()})
+        module.load_state_dict({name: value.float() for name, value in load_file(path).items()})
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ModelError(f"{path}: cannot be used: {error}") from error
-    return vision
 
 
 class Album:
