@@ -6,6 +6,7 @@ the tensors that say `binary_data_size`), model configuration and the model repo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -18,14 +19,17 @@ from reference_backend.protocol import bad
 from reference_backend.served import Served, State
 from reference_backend.stateless import Stateless, bad_tensor
 from reference_backend.tensor_codec import from_json, from_raw, to_json, to_raw
-from reference_backend.tensors import DATATYPES, Array, Tensors, TensorSpec
+from reference_backend.tensors import DATATYPES, Array, Tensors, TensorSpec, Terms
 
 LARGEST_BODY = 64 * 1024 * 1024
 HEADER_LENGTH = "inference-header-content-length"
 MODEL = "/v2/models/{model}"
 MODEL_VERSION = f"{MODEL}/versions/{{version}}"
-NAME, VERSION = "weir-reference-backend", "0.1.0"
-EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository")
+SERVER = {
+    "name": "weir-reference-backend",
+    "version": "0.1.0",
+    "extensions": ["binary_tensor_data", "model_configuration", "model_repository"],
+}
 # What the index of a repository calls each state.
 INDEX_STATES = {
     State.LOADING: "LOADING",
@@ -74,15 +78,14 @@ async def _infer(request: web.Request) -> web.Response:
     served = _find(request)
     asked, binary = split(await read_body(request, LARGEST_BODY), request.headers.get(HEADER_LENGTH))
     with served.use(Stateless) as model:
-        inputs = read_inputs(asked, binary)
-        wanted = chosen(model, [each.name for each in asked.outputs])
-        outputs = await model.infer(inputs, terms(request.headers, model.clock()))
-        return answer(served, asked, {name: outputs[name] for name in wanted})
+        names = [each.name for each in asked.outputs]
+        outputs = await infer(model, read_inputs(asked, binary), names, terms(request.headers, model.clock()))
+        return answer(served, asked, outputs)
 
 
 @routes.get("/v2")
 async def _server(_request: web.Request) -> web.Response:
-    return json_response({"name": NAME, "version": VERSION, "extensions": EXTENSIONS})
+    return json_response(SERVER)
 
 
 @routes.get(MODEL)
@@ -94,21 +97,20 @@ async def _metadata(request: web.Request) -> web.Response:
 @routes.get(f"{MODEL}/ready")
 @routes.get(f"{MODEL_VERSION}/ready")
 async def _ready(request: web.Request) -> web.Response:
-    served = _find(request)
-    is_ready = served.state is State.READY
-    return json_response({"name": served.entry.name, "ready": is_ready}, 200 if is_ready else 503)
+    told = ready(request.app[POOL], _find(request))
+    return json_response(told, 200 if told["ready"] else 503)
 
 
 @routes.get(f"{MODEL}/config")
 @routes.get(f"{MODEL_VERSION}/config")
 async def _config(request: web.Request) -> web.Response:
-    return json_response(config(_find(request)))
+    return json_response(config(request.app[POOL], _find(request)))
 
 
 @routes.post("/v2/repository/index")
 async def _index(request: web.Request) -> web.Response:
-    body = await read_body(request, LARGEST_BODY)
-    return json_response(index(request.app[POOL], only_ready=bool(body) and protocol.decode(body, IndexRequest).ready))
+    asked = protocol.decode(await read_body(request, LARGEST_BODY) or b"{}", IndexRequest)
+    return json_response(index(request.app[POOL], only_ready=asked.ready))
 
 
 @routes.post("/v2/repository/models/{model}/load")
@@ -171,14 +173,15 @@ def check_parameters(parameters: Json) -> None:
             raise bad(f"parameter {name} is not supported by this server", name, "unsupported_parameter")
 
 
-def chosen(model: Stateless, names: list[str]) -> list[str]:
-    """The outputs that a request wants: those it names, or all. Raises ApiError 400."""
+async def infer(model: Stateless, inputs: Tensors, names: list[str], terms: Terms) -> Tensors:
+    """Run a model. Gives the outputs that a request names, or all. Raises ApiError."""
     there = [spec.name for spec in model.outputs]
     for name in names:
         if name not in there:
             message = f"output {name[: protocol.LONGEST_SHOWN]!r} is none of this model's: {', '.join(there)}"
             raise bad(message, "outputs")
-    return list(dict.fromkeys(names)) or there
+    outputs = await model.infer(inputs, terms)
+    return {name: outputs[name] for name in names or there}
 
 
 def answer(served: Served, asked: InferRequest, outputs: Tensors) -> web.Response:
@@ -210,9 +213,9 @@ def answer(served: Served, asked: InferRequest, outputs: Tensors) -> web.Respons
 
 
 def metadata(pool: Pool, served: Served) -> Json:
-    """What a model is, in the protocol's form."""
-    model, name = served.model, served.entry.name
-    inputs, outputs = (model.inputs, model.outputs) if isinstance(model, Stateless) else ((), ())
+    """What a model is."""
+    name = served.entry.name
+    inputs, outputs = specs(served)
     return {
         "name": name,
         "versions": [each.entry.version for each in pool if each.entry.name == name and each.entry.version],
@@ -222,27 +225,35 @@ def metadata(pool: Pool, served: Served) -> Json:
     }
 
 
-def platform(served: Served) -> str:
-    """Who runs a model."""
-    return f"weir_{served.model.card.executor}" if isinstance(served.model, Stateless) else "weir_language"
+def ready(_pool: Pool, served: Served) -> Json:
+    """Whether it can answer at once."""
+    return {"name": served.entry.name, "ready": served.state is State.READY}
 
 
-def config(served: Served) -> Json:
+def config(_pool: Pool, served: Served) -> Json:
     """A model's configuration, in Triton's form as far as any model has it."""
-    model = served.model
-    inputs, outputs = (model.inputs, model.outputs) if isinstance(model, Stateless) else ((), ())
+    inputs, outputs = (
+        [{"name": spec.name, "data_type": config_type(spec.datatype), "dims": spec.shape} for spec in each]
+        for each in specs(served)
+    )
     return {
         "name": served.entry.name,
         "platform": platform(served),
         "backend": "weir",
         "max_batch_size": 0,  # the shapes say it all, the first dimension too
-        "input": [_config_tensor(spec) for spec in inputs],
-        "output": [_config_tensor(spec) for spec in outputs],
+        "input": inputs,
+        "output": outputs,
     }
 
 
-def _config_tensor(spec: TensorSpec) -> Json:
-    return {"name": spec.name, "data_type": config_type(spec.datatype), "dims": spec.shape}
+def specs(served: Served) -> tuple[Sequence[TensorSpec], Sequence[TensorSpec]]:
+    """What a model takes and gives: none where it is of language."""
+    return (served.model.inputs, served.model.outputs) if isinstance(served.model, Stateless) else ((), ())
+
+
+def platform(served: Served) -> str:
+    """Who runs a model."""
+    return f"weir_{served.model.card.executor}" if isinstance(served.model, Stateless) else "weir_language"
 
 
 def config_type(datatype: str) -> str:

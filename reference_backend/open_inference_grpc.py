@@ -17,7 +17,9 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import msgspec
 import numpy as np
+from google.protobuf import json_format
 from google.protobuf.message import DecodeError
 from grpc.aio import ServicerContext
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -29,10 +31,10 @@ from reference_backend import open_inference
 from reference_backend.in_flight import InFlight
 from reference_backend.incoming import terms
 from reference_backend.load_report import form_asked, named_metrics, orca
-from reference_backend.open_inference import LARGEST_BODY, check_parameters, chosen
+from reference_backend.open_inference import LARGEST_BODY, Json, check_parameters, index, infer
 from reference_backend.pool import Pool
 from reference_backend.protocol import ApiError, bad
-from reference_backend.served import Served, State
+from reference_backend.served import Served
 from reference_backend.stateless import Stateless, bad_tensor
 from reference_backend.tensor_codec import CONTENTS, from_list, from_raw, to_raw
 from reference_backend.tensors import DATATYPES, Array, Tensors
@@ -50,6 +52,8 @@ OPTIONS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.so_reuseport", 0),
 ]
+Act = Callable[[Any, ServicerContext], Awaitable[object]]
+Tell = Callable[[Any, Mapping[str, str]], Json]
 OF_CONNECTION = ("connection",)  # headers that say something of a connection of HTTP/1.1
 log = logging.getLogger(__name__)
 
@@ -75,20 +79,18 @@ async def listening(pool: Pool, in_flight: InFlight, clock: Callable[[], float],
         await server.stop(None)
 
 
-async def tell_health(pool: Pool, healthy: Any) -> None:
+async def tell_health(pool: Pool, healthy: health.aio.HealthServicer) -> None:
     """Keep gRPC's health as the pool is, for ever."""
-    serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
-    told: dict[str, int] = {}
+    status = health_pb2.HealthCheckResponse
+    known: set[str] = set()
     while True:
         seen = pool.changes
-        now = dict.fromkeys(told, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
-        now |= {"": pool.state.is_useful, SERVICE: pool.state.is_useful}
-        now |= {f"model/{served.entry}": served.state.is_useful for served in pool}
-        for name, state in now.items():
-            status = (serving if state else not_serving) if isinstance(state, bool) else state
-            if told.get(name) != status:
-                told[name] = status
-                await healthy.set(name, status)
+        states = {"": pool.state, SERVICE: pool.state} | {f"model/{served.entry}": served.state for served in pool}
+        for name in known - states.keys():
+            await healthy.set(name, status.SERVICE_UNKNOWN)
+        for name, state in states.items():
+            await healthy.set(name, status.SERVING if state.is_useful else status.NOT_SERVING)
+        known |= states.keys()
         await pool.wait_change(seen)
 
 
@@ -101,37 +103,40 @@ class Servicer:
         self._clock = clock
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """All of them. Messages are decoded here, so that what cannot be is the client's fault and not ours."""
-        unary = {
-            "ServerLive": (pb.ServerLiveRequest, self._live),
-            "ServerReady": (pb.ServerReadyRequest, self._ready),
-            "ServerMetadata": (pb.ServerMetadataRequest, self._server),
-            "ModelReady": (pb.ModelReadyRequest, self._model_ready),
-            "ModelMetadata": (pb.ModelMetadataRequest, self._metadata),
-            "ModelConfig": (pb.ModelConfigRequest, self._config),
-            "ModelInfer": (pb.ModelInferRequest, self._infer),
-            "RepositoryIndex": (pb.RepositoryIndexRequest, self._index),
-            "RepositoryModelLoad": (pb.RepositoryModelLoadRequest, self._load),
-            "RepositoryModelUnload": (pb.RepositoryModelUnloadRequest, self._unload),
+        """All of them."""
+        told: dict[str, Tell] = {
+            "ServerLive": lambda _asked, _metadata: {"live": all(each.is_alive for each in self._pool)},
+            "ServerReady": lambda _asked, _metadata: {"ready": self._pool.state.is_useful},
+            "ServerMetadata": lambda _asked, _metadata: open_inference.SERVER,
+            "ModelReady": self._of_model(open_inference.ready),
+            "ModelMetadata": self._of_model(open_inference.metadata),
+            "ModelConfig": self._of_model(lambda pool, served: {"config": open_inference.config(pool, served)}),
+            "RepositoryIndex": lambda asked, _metadata: {"models": index(self._pool, only_ready=asked.ready)},
+        }
+        unary = {name: _telling(name, tell) for name, tell in told.items()}
+        unary |= {
+            "ModelInfer": self._infer,
+            "RepositoryModelLoad": self._load,
+            "RepositoryModelUnload": self._unload,
         }
         methods = {
             name: grpc.unary_unary_rpc_method_handler(
-                self._unary(kind, act), response_serializer=lambda message: message.SerializeToString()
+                self._unary(name, act), response_serializer=lambda message: message.SerializeToString()
             )
-            for name, (kind, act) in unary.items()
+            for name, act in unary.items()
         }
         methods["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
             self._stream, response_serializer=pb.ModelStreamInferResponse.SerializeToString
         )
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
-    def _unary(
-        self, kind: type[Any], act: Callable[[Any, ServicerContext], Awaitable[object]]
-    ) -> Callable[[bytes, ServicerContext], Awaitable[object]]:
+    def _unary(self, name: str, act: Act) -> Callable[[bytes, ServicerContext], Awaitable[object]]:
+        """Messages are decoded here, so that what cannot be is the client's fault and not ours."""
+
         async def answer(message: bytes, context: ServicerContext) -> object:
             try:
                 with self._in_flight:
-                    return await act(_decoded(kind, message), context)
+                    return await act(_decoded(name, message), context)
             except ApiError as error:
                 refusal = error
             except Exception:  # a bug of ours: the client learns that, the log learns which
@@ -144,46 +149,17 @@ class Servicer:
 
         return answer
 
-    async def _live(self, _asked: object, _context: ServicerContext) -> object:
-        return pb.ServerLiveResponse(live=all(each.is_alive for each in self._pool))
-
-    async def _ready(self, _asked: object, _context: ServicerContext) -> object:
-        return pb.ServerReadyResponse(ready=self._pool.state.is_useful)
-
-    async def _server(self, _asked: object, _context: ServicerContext) -> object:
-        return pb.ServerMetadataResponse(
-            name=open_inference.NAME, version=open_inference.VERSION, extensions=open_inference.EXTENSIONS
-        )
-
-    async def _model_ready(self, asked: pb.ModelReadyRequest, context: ServicerContext) -> object:
-        return pb.ModelReadyResponse(
-            ready=self._find(asked.name, asked.version, metadata_of(context)).state is State.READY
-        )
-
-    async def _metadata(self, asked: pb.ModelMetadataRequest, context: ServicerContext) -> object:
-        told = open_inference.metadata(self._pool, self._find(asked.name, asked.version, metadata_of(context)))
-        for side in ("inputs", "outputs"):
-            told[side] = [
-                pb.ModelMetadataResponse.TensorMetadata(name=spec.name, datatype=spec.datatype, shape=spec.shape)
-                for spec in told[side]
-            ]
-        return pb.ModelMetadataResponse(**told)
-
-    async def _config(self, asked: pb.ModelConfigRequest, context: ServicerContext) -> object:
-        told = open_inference.config(self._find(asked.name, asked.version, metadata_of(context)))
-        told["input"] = [pb.ModelInput(**each) for each in told["input"]]
-        told["output"] = [pb.ModelOutput(**each) for each in told["output"]]
-        return pb.ModelConfigResponse(config=pb.ModelConfig(**told))
+    def _of_model(self, tell: Callable[[Pool, Served], Json]) -> Tell:
+        return lambda asked, metadata: tell(self._pool, self._find(asked.name, asked.version, metadata))
 
     async def _infer(self, asked: pb.ModelInferRequest, context: ServicerContext) -> pb.ModelInferResponse:
         metadata = metadata_of(context)
         served = self._find(asked.model_name, asked.model_version, metadata)
         try:
             with served.use(Stateless) as model:
-                wanted = chosen(model, [each.name for each in asked.outputs])
-                wanted_how = terms(metadata, self._clock(), context.time_remaining())
-                outputs = await model.infer(read_inputs(asked), wanted_how)
-                return answer(served, asked, {name: outputs[name] for name in wanted})
+                how = terms(metadata, self._clock(), context.time_remaining())
+                outputs = await infer(model, read_inputs(asked), [each.name for each in asked.outputs], how)
+                return answer(served, asked, outputs)
         finally:
             _report_load(served, metadata, context)
 
@@ -192,15 +168,10 @@ class Servicer:
         async for message in messages:
             try:
                 with self._in_flight:
-                    asked = _decoded(pb.ModelInferRequest, message)
+                    asked = _decoded("ModelInfer", message)
                     yield pb.ModelStreamInferResponse(infer_response=await self._infer(asked, context))
             except ApiError as error:
                 yield pb.ModelStreamInferResponse(error_message=error.message)
-
-    async def _index(self, asked: pb.RepositoryIndexRequest, _context: ServicerContext) -> object:
-        told = open_inference.index(self._pool, only_ready=asked.ready)
-        models = [pb.RepositoryIndexResponse.ModelIndex(**each) for each in told]
-        return pb.RepositoryIndexResponse(models=models)
 
     async def _load(self, asked: pb.RepositoryModelLoadRequest, _context: ServicerContext) -> object:
         await open_inference.load(self._pool, asked.model_name)
@@ -221,11 +192,22 @@ class Servicer:
         return served
 
 
-def _decoded(kind: type[Any], message: bytes) -> Any:
+def _decoded(name: str, message: bytes) -> Any:
+    """What a call of that name asks. Raises ApiError 400."""
     try:
-        return kind.FromString(message)
+        return getattr(pb, f"{name}Request").FromString(message)
     except DecodeError as error:
-        raise bad(f"the message is no {kind.DESCRIPTOR.name}") from error
+        raise bad(f"the message is no {name}Request") from error
+
+
+def _telling(name: str, tell: Tell) -> Act:
+    """What HTTP tells in JSON, in the message of a call of that name."""
+
+    async def answer(asked: Any, context: ServicerContext) -> object:
+        told = msgspec.json.encode(tell(asked, metadata_of(context)))
+        return json_format.Parse(told, getattr(pb, f"{name}Response")(), ignore_unknown_fields=True)
+
+    return answer
 
 
 def metadata_of(context: ServicerContext) -> Mapping[str, str]:

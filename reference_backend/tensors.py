@@ -36,22 +36,10 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 Tensors = Mapping[str, Array]
 
-# Datatypes of the Open Inference Protocol. BF16 is left out: numpy has no such type.
-DTYPES: dict[str, np.dtype[Any]] = {
-    "BOOL": np.dtype(np.bool_),
-    "UINT8": np.dtype(np.uint8),
-    "UINT16": np.dtype(np.uint16),
-    "UINT32": np.dtype(np.uint32),
-    "UINT64": np.dtype(np.uint64),
-    "INT8": np.dtype(np.int8),
-    "INT16": np.dtype(np.int16),
-    "INT32": np.dtype(np.int32),
-    "INT64": np.dtype(np.int64),
-    "FP16": np.dtype(np.float16),
-    "FP32": np.dtype(np.float32),
-    "FP64": np.dtype(np.float64),
-    "BYTES": np.dtype(np.object_),
-}
+# Datatypes of the Open Inference Protocol: numbers are named as in numpy, but for FP. BF16 is left out, numpy has none.
+_NUMBERS = "BOOL UINT8 UINT16 UINT32 UINT64 INT8 INT16 INT32 INT64 FP16 FP32 FP64"
+DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name.lower().replace("fp", "float")) for name in _NUMBERS.split()}
+DTYPES["BYTES"] = np.dtype(np.object_)
 DATATYPES = {dtype: name for name, dtype in DTYPES.items()}
 
 

@@ -5,8 +5,8 @@ Threads do not spin while they wait: on a machine that others use too, spinning 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +15,13 @@ import onnxruntime
 
 from reference_backend.engine.config import ModelError
 from reference_backend.executors import stacked
-from reference_backend.executors.stacked import Program, Stacked, first_line, spec_of
-from reference_backend.repository import Card
-from reference_backend.tensors import Array, BadTensor, TensorSpec
+from reference_backend.executors.stacked import Program, first_line, spec_of
+from reference_backend.tensors import DTYPES, Array, BadTensor, TensorSpec
 
-DATATYPES = {
-    "tensor(bool)": "BOOL",
-    "tensor(uint8)": "UINT8",
-    "tensor(uint16)": "UINT16",
-    "tensor(uint32)": "UINT32",
-    "tensor(uint64)": "UINT64",
-    "tensor(int8)": "INT8",
-    "tensor(int16)": "INT16",
-    "tensor(int32)": "INT32",
-    "tensor(int64)": "INT64",
-    "tensor(float16)": "FP16",
-    "tensor(float)": "FP32",
-    "tensor(double)": "FP64",
-    "tensor(string)": "BYTES",
-}
+DATATYPES = {f"tensor({dtype.name})": name for name, dtype in DTYPES.items()}
+DATATYPES |= {"tensor(float)": "FP32", "tensor(double)": "FP64", "tensor(string)": "BYTES"}
 PROVIDERS = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")  # fastest first
 FATAL_ONLY = 4  # what it would log is in the exceptions
-
-
-def opened(directory: Path, card: Card) -> AbstractAsyncContextManager[Stacked]:
-    """The model in the card's file. Raises ModelError."""
-    return stacked.opened(load, directory, card)
 
 
 def load(path: Path, threads: int) -> Program:
@@ -57,6 +38,9 @@ def load(path: Path, threads: int) -> Program:
         return [_to_bytes(array, spec) for spec, array in zip(outputs, session.run(names, feeds), strict=True)]
 
     return Program(inputs, outputs, compute)
+
+
+opened = functools.partial(stacked.opened, load)
 
 
 def load_session(path: Path, threads: int) -> Any:

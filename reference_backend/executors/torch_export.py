@@ -10,9 +10,9 @@ shows how).
 
 from __future__ import annotations
 
+import functools
 import zipfile
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +20,10 @@ import torch
 
 from reference_backend.engine.config import ModelError
 from reference_backend.executors import stacked
-from reference_backend.executors.stacked import Program, Stacked, first_line, spec_of
-from reference_backend.repository import Card
-from reference_backend.tensors import Array, TensorSpec
+from reference_backend.executors.stacked import Program, first_line, spec_of
+from reference_backend.tensors import DTYPES, Array, TensorSpec
 
-DATATYPES = {
-    torch.bool: "BOOL",
-    torch.uint8: "UINT8",
-    torch.int8: "INT8",
-    torch.int16: "INT16",
-    torch.int32: "INT32",
-    torch.int64: "INT64",
-    torch.float16: "FP16",
-    torch.float32: "FP32",
-    torch.float64: "FP64",
-}
-
-
-def opened(directory: Path, card: Card) -> AbstractAsyncContextManager[Stacked]:
-    """The model in the card's file. Raises ModelError."""
-    return stacked.opened(load, directory, card)
+DATATYPES = {getattr(torch, dtype.name): name for name, dtype in DTYPES.items() if hasattr(torch, dtype.name)}
 
 
 def load(path: Path, threads: int) -> Program:
@@ -58,6 +42,9 @@ def load(path: Path, threads: int) -> Program:
         return [tensor.cpu().numpy() for tensor in ((found,) if isinstance(found, torch.Tensor) else found)]
 
     return Program(_specs(taken, path), _specs(given, path, "output"), compute)
+
+
+opened = functools.partial(stacked.opened, load)
 
 
 def load_program(path: Path) -> Any:
