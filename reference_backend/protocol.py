@@ -17,7 +17,7 @@ from reference_backend.answers import Answer, ChatAnswer, Json
 from reference_backend.engine.request import PICTURE_TOKENS, Sampling
 from reference_backend.structured import Clause, ResponseFormat, clause_of
 from reference_backend.tokenizer import PICTURE_TOKEN, Message
-from reference_backend.tools import MOST_TOOLS, EarlierCall, Form, Tool, ToolNamed, call_grammar, schema_of
+from reference_backend.tools import MOST_TOOLS, EarlierCall, Form, Tool, call_grammar, schema_of
 
 LONGEST_SHOWN = 200  # characters of a client's own text in a message of ours
 PICTURE = PICTURE_TOKEN * PICTURE_TOKENS  # what stands for a picture in a text
@@ -244,7 +244,7 @@ class ChatRequest(GenerationRequest, kw_only=True):
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], msgspec.Meta(max_length=MOST_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ToolNamed | None = None
+    tool_choice: Literal["none", "auto", "required"] | Tool | None = None
     parallel_tool_calls: bool | None = None
 
     def __post_init__(self) -> None:
@@ -268,7 +268,7 @@ class ChatRequest(GenerationRequest, kw_only=True):
     @property
     def named(self) -> str | None:
         """The one tool that is to be called."""
-        return self.tool_choice.function.name if isinstance(self.tool_choice, ToolNamed) else None
+        return self.tool_choice.function.name if isinstance(self.tool_choice, Tool) else None
 
     def offered(self) -> list[Tool]:
         """The tools that the model may call."""

@@ -34,17 +34,6 @@ class Tool(msgspec.Struct):
     function: Function
 
 
-class Named(msgspec.Struct):
-    name: str
-
-
-class ToolNamed(msgspec.Struct):
-    """A tool choice that asks for one tool."""
-
-    type: Literal["function"]
-    function: Named
-
-
 class Called(msgspec.Struct):
     """A function in an earlier message of the assistant. The arguments are JSON in a string."""
 
@@ -148,14 +137,17 @@ class CallPiece:
 
 
 class CallReader:
-    """Tells calls from text in what a model writes in a form, piece by piece."""
+    """Tells calls from text in what a model writes in a form, piece by piece.
+
+    The grammar keeps new lines out of strings: what closes a call closes nothing else.
+    """
 
     def __init__(self, form: Form, new_id: Callable[[], str]) -> None:
-        self._form = form
-        self._new_id = new_id
+        self._form, self._new_id = form, new_id
+        # Where a call is the whole answer only the last one of such braces closes it: nothing is known to be behind it.
+        self._closing = form.closing if form.tag is not None else form.closing + "\0"
         self._held = ""
-        self._object: _Object | None = None  # the arguments that are being read
-        self._text_came = False
+        self._is_in_call = self._text_came = False
         self.calls = 0
 
     def feed(self, text: str) -> tuple[str, list[CallPiece]]:
@@ -163,21 +155,21 @@ class CallReader:
         self._held += text
         before, pieces = self._certain_text(), []
         while True:
-            if self._object is None:
+            if not self._is_in_call:
                 head = self._form.head.search(self._held)
                 if head is None or (self._text_came and self._form.tag is None):
-                    break
+                    return before, pieces
                 self._held = self._held[head.end() :]
                 pieces.append(CallPiece(self.calls, "", self._new_id(), head[1]))
-                self.calls, self._object = self.calls + 1, _Object()
-            end = self._object.end_in(self._held)
-            if arguments := self._held[:end]:
-                pieces.append(CallPiece(self.calls - 1, arguments))
-            self._held = self._held[len(arguments) :]
-            if end is None:
-                break
-            self._object = None
-        return before, pieces
+                self.calls, self._is_in_call = self.calls + 1, True
+            end = self._held.find(self._closing)
+            certain = end if end >= 0 else len(self._held) - overlap(self._held, self._closing)
+            if certain:
+                pieces.append(CallPiece(self.calls - 1, self._held[:certain]))
+            self._held = self._held[certain:]
+            if end < 0:
+                return before, pieces
+            self._held, self._is_in_call = self._held[len(self._closing) :], False
 
     def finish(self) -> str:
         """The text that was held back. A call that did not get as far as its name is no text."""
@@ -197,28 +189,3 @@ class CallReader:
         text, self._held = self._held[:certain], self._held[certain:]
         self._text_came = self._text_came or bool(text)
         return text
-
-
-class _Object:
-    """Sees where a JSON object ends that comes in pieces."""
-
-    def __init__(self) -> None:
-        self._depth = 0
-        self._in_string = self._is_escaped = False
-
-    def end_in(self, text: str) -> int | None:
-        """Take the next piece; give where in it the object ends, if it does."""
-        for at, character in enumerate(text):
-            if self._is_escaped:
-                self._is_escaped = False
-            elif self._in_string:
-                self._is_escaped, self._in_string = character == "\\", character != '"'
-            elif character == '"':
-                self._in_string = True
-            elif character in "{[":
-                self._depth += 1
-            elif character in "}]":
-                self._depth -= 1
-                if not self._depth:
-                    return at + 1
-        return None

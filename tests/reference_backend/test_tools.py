@@ -164,5 +164,5 @@ def test_what_is_certain_is_told_at_once():
     assert reader.feed("b><tool_call>") == ("<b>", [])
     [begun] = reader.feed('\n{"name": "f", "arguments": ')[1]
     assert (begun.index, begun.id, begun.name, begun.arguments) == (0, "id", "f", "")
-    assert [piece.arguments for piece in reader.feed('{"a": "}')[1]] == ['{"a": "}']
-    assert [piece.arguments for piece in reader.feed('"}}\n</tool')[1]] == ['"}']
+    assert [piece.arguments for piece in reader.feed('{"a": "}')[1]] == ['{"a": "']  # it could be the call's
+    assert [piece.arguments for piece in reader.feed('"}}\n</tool')[1]] == ['}"}']
