@@ -14,6 +14,8 @@ from reference_backend.repository import Entry, Kind
 from reference_backend.tokenizer import Tokenizer
 from reference_backend.worker import Worker
 
+LoadFormat = Literal["safetensors", "dummy"]
+
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
@@ -25,7 +27,7 @@ class Sizes:
     cache_tokens: int | None
     quantize: Narrow | None
     ranks: int
-    load_format: Literal["safetensors", "dummy"]
+    load_format: LoadFormat
 
 
 class Language(Worker):

@@ -64,6 +64,9 @@ class LoadReport(msgspec.Struct, frozen=True):
         return bool(self.running or self.waiting)
 
 
+SHARED = [name for name in Load.__struct_fields__ if name in LoadReport.__struct_fields__]
+
+
 class Source(Protocol):
     """What has a load: the server's end of a worker."""
 
@@ -99,18 +102,12 @@ class Reporter:
     def report(self) -> LoadReport:
         """The load now."""
         source, load = self.source, self.source.load()
+        told_as_it_is = {name: getattr(load, name) for name in SHARED}
         return LoadReport(
             seq=source.changes,
             t=self._wall(),
-            waiting=load.waiting,
-            waiting_tokens=load.waiting_tokens,
-            running=load.running,
             max_running=load.slots,
             free_slots=max(0, source.bound - load.running - load.waiting),
-            kv_used=load.kv_used,
-            kv_blocks=load.kv_blocks,
-            block_size=load.block_size,
-            cached_blocks=load.cached_blocks,
             prefill_backlog_tokens=load.backlog_tokens,
             step_ms_ewma=_ms(load.step_seconds),
             prefill_tok_s=round(load.prefill_rate, 1),
@@ -119,9 +116,9 @@ class Reporter:
             ttft_ms_p50=_median_ms(self._firsts),
             tpot_ms_p50=_median_ms(self._gaps),
             hit_rate=round(load.cached_tokens / load.prompt_tokens, 4) if load.prompt_tokens else 0.0,
-            preemptions=load.preemptions,
             rejects=self.rejects,
             draining=self.draining,
+            **told_as_it_is,
         )
 
     async def reports(self) -> AsyncIterator[LoadReport]:

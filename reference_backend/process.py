@@ -17,6 +17,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated, get_args, get_type_hints
 from urllib.parse import urlsplit
 
 import uvloop
@@ -27,8 +28,8 @@ from discovery.endpoint import InvalidRegistration, ModelEntry, Registration
 from discovery.etcd import EtcdClient, EtcdSettings
 from observability.tracing import SpanExporter, otlp_export
 from reference_backend import open_inference_grpc, repository
-from reference_backend.engine.config import NARROW, ModelError
-from reference_backend.language import Language, Sizes
+from reference_backend.engine.config import NARROW, ModelError, Narrow
+from reference_backend.language import Language, LoadFormat, Sizes
 from reference_backend.load_report import PATH as LOAD_PATH
 from reference_backend.pool import Pool
 from reference_backend.repository import Entry
@@ -59,87 +60,15 @@ examples:
 """
 
 
+SERVE = "a model of the repository, and its versions: all, latest (default), latest-N, or like 1,3"
+MOST_AWAKE = "versions that do not sleep; of more, the one used least recently does"
+CACHE_TOKENS = "tokens that all requests together may keep (default: what is needed, or fits a quarter of the memory)"
+TENSOR_PARALLEL = "processes, or GPUs, that share a model"
+How = dict  # what argparse is told of an option
+
+
 class CannotStartError(Exception):
     """Something that is needed is not there; the message says what and what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """The command line, judged."""
-
-    model: Path | None
-    version: str
-    repository: Path | None
-    serve: dict[str, str]  # names of models, and which of their versions
-    sleep_after: float | None
-    most_awake: int | None
-    service: str | None
-    host: str
-    port: int
-    grpc_port: int
-    etcd: str | None
-    announce_url: str | None
-    sizes: Sizes
-    otlp: str | None
-
-
-def parse(arguments: Sequence[str]) -> Options:
-    """Read the command line. Exits with 2 and a line that says why when it is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m reference_backend",
-        description="Serve models over the OpenAI API and the Open Inference Protocol.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", type=_directory, metavar="NAME_OR_PATH", help="`tiny`, or a model's directory")
-    source.add_argument("--repository", type=Path, metavar="DIR", help="serve the models in DIR/NAME/VERSION/")
-    _add_models(parser.add_argument)
-    _add_addresses(parser.add_argument)
-    _add_sizes(parser.add_argument)
-    given = parser.parse_args(arguments)
-    if given.etcd and not given.announce_url and given.host in WILDCARDS:
-        parser.error(f"gateways cannot reach {given.host}: say with --announce-url where this backend is")
-    if given.repository is None and given.serve:
-        parser.error("--serve names models of a --repository")
-    if given.repository is not None and given.version:
-        parser.error("the versions of a repository are its directories; choose with --serve NAME@VERSION")
-    asked = vars(given)
-    sizes = Sizes(**{each.name: asked.pop(each.name) for each in fields(Sizes)})
-    return Options(sizes=sizes, **asked | {"serve": dict(given.serve)})
-
-
-def _add_models(add: Callable[..., argparse.Action]) -> None:
-    which = "a model of the repository, and its versions: all, latest (default), latest-N, or like 1,3"
-    asleep = "versions that do not sleep; of more, the one used least recently does"
-    add("--version", default="", metavar="V", help="version of --model to register (default: none)")
-    add("--serve", action="append", default=[], type=_serve, metavar="NAME[@WHICH]", help=which)
-    add("--sleep-after", type=_number(1), metavar="SECONDS", help="let a model sleep that nobody asked for so long")
-    add("--most-awake", type=_number(1), metavar="N", help=asleep)
-
-
-def _add_addresses(add: Callable[..., argparse.Action]) -> None:
-    elsewhere = "where gateways reach this backend, if elsewhere"
-    add("--service", help="service to register under (default: the model's name)")
-    add("--etcd", type=_url, metavar="URL", help="register there (default: do not register)")
-    add("--announce-url", type=_url, metavar="URL", help=elsewhere)
-    add("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
-    add("--port", type=_number(0, 65535), default=0, help="port to listen on (default: any free one)")
-    add("--grpc-port", type=_number(0, 65535), default=0, help="port for gRPC (default: any free one)")
-    add("--otlp", type=_url, metavar="URL", help="collector for traces (default: none)")
-
-
-def _add_sizes(add: Callable[..., argparse.Action]) -> None:
-    kept = "tokens that all requests together may keep (default: what is needed, or fits a quarter of the memory)"
-    share = "processes, or GPUs, that share a model"
-    formats = ("safetensors", "dummy")
-    add("--max-running", type=_number(1), default=16, help="requests in one batch (default %(default)s)")
-    add("--max-waiting", type=_number(0), default=16, help="requests that may wait (default %(default)s)")
-    add("--context", type=_number(1), help="tokens per request (default: the model's, at most 8192)")
-    add("--cache-tokens", type=_number(1), help=kept)
-    add("--quantize", choices=NARROW, help="keep weights in eight bits (default: as they are)")
-    add("--tensor-parallel", dest="ranks", type=_number(1), default=1, metavar="N", help=share)
-    add("--load-format", choices=formats, default=formats[0], help="dummy: random weights")
 
 
 def _directory(model: str) -> Path:
@@ -178,6 +107,64 @@ def _url(text: str) -> str:
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"{text!r} is not a URL like http://127.0.0.1:2379")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The command line, judged: each field is an option, which argparse is told of by the words behind its type."""
+
+    model: Annotated[Path | None, How(type=_directory, metavar="NAME_OR_PATH", help="`tiny`, or a model's directory")]
+    repository: Annotated[Path | None, How(type=Path, metavar="DIR", help="serve the models in DIR/NAME/VERSION/")]
+    version: Annotated[str, How(default="", metavar="V", help="version of --model to register (default: none)")]
+    serve: Annotated[dict[str, str], How(action="append", default=[], type=_serve, metavar="NAME[@WHICH]", help=SERVE)]
+    sleep_after: Annotated[
+        float | None, How(type=_number(1), metavar="SECONDS", help="let a model sleep that nobody asked for so long")
+    ]
+    most_awake: Annotated[int | None, How(type=_number(1), metavar="N", help=MOST_AWAKE)]
+    service: Annotated[str | None, How(help="service to register under (default: the model's name)")]
+    etcd: Annotated[str | None, How(type=_url, metavar="URL", help="register there (default: do not register)")]
+    announce_url: Annotated[
+        str | None, How(type=_url, metavar="URL", help="where gateways reach this backend, if elsewhere")
+    ]
+    host: Annotated[str, How(default="127.0.0.1", help="address to listen on (default %(default)s)")]
+    port: Annotated[int, How(type=_number(0, 65535), default=0, help="port to listen on (default: any free one)")]
+    grpc_port: Annotated[int, How(type=_number(0, 65535), default=0, help="port for gRPC (default: any free one)")]
+    otlp: Annotated[str | None, How(type=_url, metavar="URL", help="collector for traces (default: none)")]
+    max_running: Annotated[int, How(type=_number(1), default=16, help="requests in one batch (default %(default)s)")]
+    max_waiting: Annotated[int, How(type=_number(0), default=16, help="requests that may wait (default %(default)s)")]
+    context: Annotated[int | None, How(type=_number(1), help="tokens per request (default: the model's, at most 8192)")]
+    cache_tokens: Annotated[int | None, How(type=_number(1), help=CACHE_TOKENS)]
+    quantize: Annotated[Narrow | None, How(choices=NARROW, help="keep weights in eight bits (default: as they are)")]
+    ranks: Annotated[int, How(flag="--tensor-parallel", type=_number(1), default=1, metavar="N", help=TENSOR_PARALLEL)]
+    load_format: Annotated[
+        LoadFormat, How(choices=get_args(LoadFormat), default="safetensors", help="dummy: random weights")
+    ]
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(**{each.name: getattr(self, each.name) for each in fields(Sizes)})
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """Read the command line. Exits with 2 and a line that says why when it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m reference_backend",
+        description="Serve models over the OpenAI API and the Open Inference Protocol.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    for name, hint in get_type_hints(Options, include_extras=True).items():
+        how = {"flag": f"--{name.replace('_', '-')}"} | hint.__metadata__[0]
+        (source if name in ("model", "repository") else parser).add_argument(how.pop("flag"), dest=name, **how)
+    given = parser.parse_args(arguments)
+    if given.etcd and not given.announce_url and given.host in WILDCARDS:
+        parser.error(f"gateways cannot reach {given.host}: say with --announce-url where this backend is")
+    if given.repository is None and given.serve:
+        parser.error("--serve names models of a --repository")
+    if given.repository is not None and given.version:
+        parser.error("the versions of a repository are its directories; choose with --serve NAME@VERSION")
+    return Options(**vars(given) | {"serve": dict(given.serve)})
 
 
 def entries(options: Options, name: str) -> list[Entry]:

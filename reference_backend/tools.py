@@ -153,7 +153,8 @@ class CallReader:
     def feed(self, text: str) -> tuple[str, list[CallPiece]]:
         """Take what was written; give the text and the pieces of calls that are certain by now."""
         self._held += text
-        before, pieces = self._certain_text(), []
+        before = self._certain_text()
+        pieces: list[CallPiece] = []
         while True:
             if not self._is_in_call:
                 head = self._form.head.search(self._held)
