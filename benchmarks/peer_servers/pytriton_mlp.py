@@ -1,6 +1,8 @@
 """Triton Inference Server through PyTriton with the small network, batches of up to 64. PORT MODEL.onnx"""
 
+import os
 import sys
+import sysconfig
 
 import numpy as np
 import onnxruntime
@@ -20,8 +22,12 @@ def infer(x):
 
 if __name__ == "__main__":
     port = int(sys.argv[1])
-    config = TritonConfig(http_address="127.0.0.1", http_port=port, grpc_port=port + 1, metrics_port=port + 2)
-    with Triton(config=config) as triton:
+    # What it starts has Python inside: of this very version, or the standard library here would not fit it.
+    os.environ["LD_LIBRARY_PATH"] = sysconfig.get_config_var("LIBDIR")
+    config = TritonConfig(
+        http_address="127.0.0.1", http_port=port, grpc_address="127.0.0.1", grpc_port=port + 1, metrics_port=port + 2
+    )
+    with Triton(config=config, workspace="triton") as triton:
         triton.bind(
             model_name="mlp",
             infer_func=infer,
