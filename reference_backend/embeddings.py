@@ -16,7 +16,7 @@ from aiohttp import web
 from reference_backend.answers import Json, Usage
 from reference_backend.incoming import find, json_response, read, terms
 from reference_backend.openai_api import USAGE
-from reference_backend.protocol import ApiError, bad
+from reference_backend.refusals import ApiError, bad
 from reference_backend.stateless import Embedding
 from reference_backend.tensors import Array, Tensors
 

@@ -16,7 +16,7 @@ from uuid import uuid4
 
 import msgspec
 
-from reference_backend import protocol
+from reference_backend import refusals
 from reference_backend.answers import Piece, TokenLogprob, Usage, finish_reason
 from reference_backend.engine.request import Delta, Finish, Picture, Sampling
 from reference_backend.language import Language
@@ -25,7 +25,7 @@ from reference_backend.tokenizer import TextStream, Tokenizer
 from reference_backend.tools import CallPiece, CallReader, Form
 from reference_backend.worker import WorkerAway, WorkerBusy
 
-REFUSALS = {"failed": protocol.engine_failed, "grammar": protocol.grammar_failed, "lost": protocol.worker_lost}
+REFUSALS = {"failed": refusals.engine_failed, "grammar": refusals.grammar_failed, "lost": refusals.worker_lost}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +70,9 @@ class Generation:
             yield
         except WorkerBusy as error:
             self._model.reporter.rejects += 1
-            raise protocol.queue_full() from error
+            raise refusals.queue_full() from error
         except WorkerAway as error:
-            raise protocol.loading() from error
+            raise refusals.loading() from error
         finally:
             for ticket in self._tickets:
                 self._model.abort(ticket)
@@ -112,7 +112,7 @@ class Generation:
             if piece is None:
                 continue
             if delta.finish == "deadline" and not (self._is_begun or piece.text):
-                raise protocol.ApiError(504, "deadline", "the deadline passed before the answer began")
+                raise refusals.ApiError(504, "deadline", "the deadline passed before the answer began")
             if piece.finish is not None:
                 del self._open[index]
                 self._model.abort(self._tickets[index])

@@ -15,7 +15,7 @@ from aiohttp import web
 
 from reference_backend.images import png
 from reference_backend.incoming import WALL, find, json_response, read, terms
-from reference_backend.protocol import LONGEST_SHOWN, bad
+from reference_backend.refusals import LONGEST_SHOWN, bad
 from reference_backend.stateless import Painter
 
 LARGEST_BODY = 64 * 1024

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 import msgspec
 from aiohttp import StreamReader, web
 
-from reference_backend import protocol
+from reference_backend import protocol, refusals
 from reference_backend.engine.request import Priority
 from reference_backend.pool import Pool
-from reference_backend.protocol import ApiError, bad
+from reference_backend.refusals import ApiError, bad
 from reference_backend.served import Served
 from reference_backend.tensors import Terms
 
@@ -36,7 +36,7 @@ async def read(request: web.Request, form: type[protocol.Request], largest: int 
 async def read_body(request: web.Request, largest: int) -> bytes:
     """The whole body. Raises ApiError 408, 413, 415; 503 where nothing new is taken any more."""
     if request.app[POOL].is_closed:
-        raise protocol.draining()
+        raise refusals.draining()
     if request.headers.get("content-encoding", "identity") != "identity":
         raise ApiError(415, "unsupported_encoding", "compressed request bodies are not supported")
     content = request.content

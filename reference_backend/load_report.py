@@ -23,7 +23,7 @@ import msgspec
 from aiohttp import web
 
 from reference_backend.engine.request import Load
-from reference_backend.protocol import ApiError
+from reference_backend.refusals import ApiError
 
 PATH = "/load/stream"
 APART_SECONDS = 0.02

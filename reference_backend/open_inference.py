@@ -12,10 +12,10 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from reference_backend import protocol
+from reference_backend import protocol, refusals
 from reference_backend.incoming import POOL, find, json_response, read_body, terms
 from reference_backend.pool import Pool
-from reference_backend.protocol import bad
+from reference_backend.refusals import bad
 from reference_backend.served import Served, State
 from reference_backend.stateless import Stateless, bad_tensor
 from reference_backend.tensor_codec import from_json, from_raw, to_json, to_raw
@@ -178,7 +178,7 @@ async def infer(model: Stateless, inputs: Tensors, names: list[str], terms: Term
     there = [spec.name for spec in model.outputs]
     for name in names:
         if name not in there:
-            message = f"output {name[: protocol.LONGEST_SHOWN]!r} is none of this model's: {', '.join(there)}"
+            message = f"output {name[: refusals.LONGEST_SHOWN]!r} is none of this model's: {', '.join(there)}"
             raise bad(message, "outputs")
     outputs = await model.infer(inputs, terms)
     return {name: outputs[name] for name in names or there}

@@ -33,7 +33,7 @@ from reference_backend.incoming import terms
 from reference_backend.load_report import form_asked, named_metrics, orca
 from reference_backend.open_inference import LARGEST_BODY, Json, check_parameters, index, infer
 from reference_backend.pool import Pool
-from reference_backend.protocol import ApiError, bad
+from reference_backend.refusals import ApiError, bad
 from reference_backend.served import Served
 from reference_backend.stateless import Stateless, bad_tensor
 from reference_backend.tensor_codec import CONTENTS, from_list, from_raw, to_raw

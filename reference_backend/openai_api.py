@@ -18,14 +18,14 @@ from aiohttp import web
 from reference_backend.answers import DONE, Answer, Json, Piece, Usage, events, joined
 from reference_backend.engine.request import PICTURE_SIDE, Picture
 from reference_backend.generation import Asked, Generation
-from reference_backend.images import PictureRefused, placed, read_picture
+from reference_backend.images import placed, read_picture
 from reference_backend.incoming import POOL, SERVED, WALL, find, is_at, json_response, read, terms
 from reference_backend.language import Language
 from reference_backend.load_report import Reporter
-from reference_backend.protocol import LONGEST_SHOWN, ApiError, ChatRequest, CompletionRequest, GenerationRequest, bad
+from reference_backend.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from reference_backend.refusals import ApiError, bad
 from reference_backend.served import State
-from reference_backend.structured import Trials, Unfit
-from reference_backend.tokenizer import TemplateRefused
+from reference_backend.structured import Trials
 from reference_backend.tools import Form, form_of
 
 MOST_PICTURES = 16  # in one request: to decode one can take 50 ms
@@ -44,26 +44,14 @@ async def _chat(request: web.Request) -> web.StreamResponse:
     with find(request, body.model).use(Language) as model:
         messages = [message.plain(sees=model.sees) for message in body.messages]
         form = form_of(model.tokenizer.template_source or "") if body.offered() else None
-        grammar = await _grammar(request, body, form)
-        tools = msgspec.to_builtins(body.offered()) or None  # as templates know them
-        _check_length(model, body, sum(message.characters for message in messages) + len(str(tools)))
-        try:
-            prompt = await asyncio.to_thread(model.tokenizer.encode_chat, messages, tools)
-            pictures = await asyncio.to_thread(_pictures, model, prompt, body) if model.sees else []
-        except (TemplateRefused, PictureRefused) as error:
-            raise bad(str(error), "messages") from error
-        return await _answer(request, body, model, prompt, grammar, form, pictures)
-
-
-async def _grammar(request: web.Request, body: ChatRequest, form: Form | None) -> str | None:
-    """What the answer keeps to, if to anything. Raises ApiError for what it cannot keep to."""
-    try:
         grammar, clauses = body.structure(form)
         if grammar is not None:
             await request.app[TRIALS].check(grammar, clauses)
-    except Unfit as error:
-        raise bad(f"{error.place}: {error}"[:LONGEST_SHOWN], error.place, "bad_schema") from error
-    return grammar
+        tools = msgspec.to_builtins(body.offered()) or None  # as templates know them
+        _check_length(model, body, sum(message.characters for message in messages) + len(str(tools)))
+        prompt = await asyncio.to_thread(model.tokenizer.encode_chat, messages, tools)
+        pictures = await asyncio.to_thread(_pictures, model, prompt, body) if model.sees else []
+        return await _answer(request, body, model, prompt, grammar, form, pictures)
 
 
 @routes.post("/v1/completions")
@@ -128,11 +116,12 @@ def _card(request: web.Request, name: str) -> Json:
 
 
 def _pictures(model: Language, prompt: list[int], body: ChatRequest) -> list[Picture]:
-    """What a prompt shows. Raises PictureRefused."""
-    urls = [url for message in body.messages for url in message.pictures()]
+    """What a prompt shows. Raises ApiError 400."""
+    urls = body.pictures()
     if len(urls) > MOST_PICTURES:
-        raise PictureRefused(f"the messages have {len(urls)} pictures; at most {MOST_PICTURES} are read")
-    return placed(prompt, model.tokenizer.picture_token, [read_picture(url, PICTURE_SIDE) for url in urls])
+        raise bad(f"the messages have {len(urls)} pictures; at most {MOST_PICTURES} are read", "messages")
+    shown = [read_picture(url, PICTURE_SIDE, place) for place, url in urls.items()]
+    return placed(prompt, model.tokenizer.picture_token, shown)
 
 
 def _check_length(model: Language, body: GenerationRequest, characters: int) -> None:

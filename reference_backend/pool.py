@@ -11,9 +11,9 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 
-from reference_backend import protocol
+from reference_backend import refusals
 from reference_backend.changing import Changing
-from reference_backend.protocol import LONGEST_SHOWN, ApiError
+from reference_backend.refusals import LONGEST_SHOWN, ApiError
 from reference_backend.repository import Entry, split_id
 from reference_backend.served import Served, Service, State
 
@@ -66,7 +66,7 @@ class Pool(Changing):
             if served.entry.name == name and version in (None, served.entry.version) and own in (None, version)
         ]
         if not found and self.is_ending:
-            raise protocol.draining()
+            raise refusals.draining()
         if not found:
             known = ", ".join(repr(str(served.entry)) for served in self) or "none"
             asked = model if own is not None or version is None else f"{model}@{version}"
@@ -98,7 +98,7 @@ class Pool(Changing):
         Whoever stops waiting does not stop it. Raises ApiError: 404 when there is no such model, 503 at the end.
         """
         if self.is_ending or self._tasks is None:
-            raise protocol.draining()
+            raise refusals.draining()
         if name not in self._loads:
             entries = self._find_wanted(name)
             if not entries:

@@ -1,4 +1,4 @@
-"""What clients send on the OpenAI paths, decoded and judged, and the errors that they get.
+"""What clients send on the OpenAI paths, decoded and judged.
 
 Nothing here does I/O. A request is decoded once into a struct; whatever is wrong with it becomes an `ApiError` that
 names the field. A field that would change the answer and that this server does not know how to honour is refused, not
@@ -13,13 +13,13 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 
-from reference_backend.answers import Answer, ChatAnswer, Json
+from reference_backend.answers import Answer, ChatAnswer
 from reference_backend.engine.request import PICTURE_TOKENS, Sampling
+from reference_backend.refusals import LONGEST_SHOWN, bad
 from reference_backend.structured import Clause, ResponseFormat, clause_of
 from reference_backend.tokenizer import PICTURE_TOKEN, Message
 from reference_backend.tools import MOST_TOOLS, EarlierCall, Form, Tool, call_grammar, schema_of
 
-LONGEST_SHOWN = 200  # characters of a client's own text in a message of ours
 PICTURE = PICTURE_TOKEN * PICTURE_TOKENS  # what stands for a picture in a text
 SEED_STEP = 0x9E3779B97F4A7C15  # the golden ratio of 64 bits: seeds that clients count up do not meet
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
@@ -31,63 +31,6 @@ Choices = Annotated[int, msgspec.Meta(ge=1, le=128)]
 Bias = Annotated[float, msgspec.Meta(ge=-100, le=100)]
 Stop = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
 Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
-
-
-class ApiError(Exception):
-    """An answer in the error form of the OpenAI API. `headers` go out with it."""
-
-    def __init__(
-        self, status: int, code: str, message: str, *, param: str | None = None, headers: dict[str, str] | None = None
-    ) -> None:
-        super().__init__(message)
-        self.status, self.code, self.message, self.param = status, code, message, param
-        self.headers = headers or {}
-
-    def body(self) -> Json:
-        """The error as the client reads it."""
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        if self.status == 429:
-            kind = "rate_limit_error"
-        return {"error": {"message": self.message, "type": kind, "code": self.code, "param": self.param}}
-
-
-def bad(message: str, param: str | None = None, code: str = "bad_request") -> ApiError:
-    """A request that is wrong, and in which field."""
-    return ApiError(400, code, message, param=param)
-
-
-def not_started(status: int, code: str, message: str) -> ApiError:
-    """A refusal before any work: whoever balances over several backends may send the request to another one."""
-    return ApiError(status, code, message, headers={"retry-after": "1", "x-backend-not-started": "true"})
-
-
-def queue_full() -> ApiError:
-    return not_started(429, "queue_full", "this backend has no room for another request now")
-
-
-def loading() -> ApiError:
-    return not_started(503, "loading", "this backend's model is being loaded")
-
-
-def draining() -> ApiError:
-    """The connection is closed, too, so that a client's next request finds another backend."""
-    refusal = not_started(503, "draining", "this backend is ending and takes no new requests")
-    refusal.headers |= {"x-draining": "true", "connection": "close"}
-    return refusal
-
-
-def worker_lost() -> ApiError:
-    """No byte has gone out, and whatever was computed is gone: another backend may have the request."""
-    return not_started(503, "engine_restarted", "the model's process ended while it worked on this request")
-
-
-def engine_failed() -> ApiError:
-    return ApiError(500, "engine_failed", "the model failed while it worked on this request")
-
-
-def grammar_failed() -> ApiError:
-    message = "the schema led to more work for each token than this server gives to one request; make it simpler"
-    return bad(message, code="schema_too_complex")
 
 
 class StreamOptions(msgspec.Struct):
@@ -147,10 +90,6 @@ class ChatMessage(msgspec.Struct):
             [call.plain() for call in self.tool_calls or ()],
             self.tool_call_id,
         )
-
-    def pictures(self) -> list[str]:
-        """URLs of the pictures in it."""
-        return [part.picture for part in self.parts if part.picture is not None]
 
 
 class Unsupported(msgspec.Struct, kw_only=True):
@@ -274,10 +213,19 @@ class ChatRequest(GenerationRequest, kw_only=True):
         """The tools that the model may call."""
         return [] if self.tool_choice == "none" else self.tools or []
 
+    def pictures(self) -> dict[str, str]:
+        """URLs of the pictures, by their places."""
+        return {
+            f"messages[{number}].content[{index}].image_url.url": part.picture
+            for number, message in enumerate(self.messages)
+            for index, part in enumerate(message.parts)
+            if part.picture is not None
+        }
+
     def structure(self, form: Form | None) -> tuple[str | None, list[Clause]]:
         """The grammar that the answer keeps to, for a model that calls tools in this form, and what it is made of.
 
-        Raises Unfit for what is too deep, ApiError where the model calls no tools.
+        Raises ApiError 400 for what is too deep, or where the model calls no tools.
         """
         content = clause_of(self.response_format)
         clauses = [] if content is None else [content]

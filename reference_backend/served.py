@@ -29,11 +29,11 @@ from typing import Protocol, TypeVar
 
 from discovery.announce import Announcement
 from discovery.endpoint import InvalidRegistration
-from reference_backend import protocol
+from reference_backend import refusals
 from reference_backend.engine.config import ModelError
 from reference_backend.in_flight import InFlight
 from reference_backend.load_report import Reporter
-from reference_backend.protocol import ApiError
+from reference_backend.refusals import ApiError
 from reference_backend.repository import Entry, Kind
 
 ACCEPT_WHILE_DRAINING = 0.5  # seconds: about twice what a watcher needs to hear of it
@@ -148,13 +148,13 @@ class Served:
     def use(self, kind: type[M]) -> Iterator[M]:
         """Have it for one request. Raises ApiError: 503 where it is not ready, 400 where it is of another kind."""
         if self.state is State.CLOSED:
-            raise protocol.draining()
+            raise refusals.draining()
         if self.state is State.FAILED:
             message = f"model {self.entry} could not be loaded; the index of the repository says why"
-            raise protocol.not_started(503, "unavailable", message)
+            raise refusals.not_started(503, "unavailable", message)
         if self.state not in (State.READY, State.DRAINING) or self.model is None:
             self._wanted.set()
-            raise protocol.loading()
+            raise refusals.loading()
         if not isinstance(self.model, kind):
             message = f"model {self.entry} is of the kind {self.model.kind!r}, which this path is not for"
             raise ApiError(400, "wrong_kind", message, param="model")

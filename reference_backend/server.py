@@ -24,7 +24,7 @@ from reference_backend.incoming import POOL, PREFIX, SERVED, WALL, is_at, json_r
 from reference_backend.load_report import PATH as LOAD_PATH
 from reference_backend.load_report import form_asked, in_band, metrics_page
 from reference_backend.pool import Pool
-from reference_backend.protocol import ApiError
+from reference_backend.refusals import ApiError
 from reference_backend.served import Served, State
 from reference_backend.structured import Trials
 

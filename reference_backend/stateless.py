@@ -11,12 +11,12 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import ClassVar
 
-from reference_backend import protocol
+from reference_backend import refusals
 from reference_backend.engine.config import ModelError
 from reference_backend.engine.request import Load
 from reference_backend.link import BEAT_SECONDS, Apart, Link, linked, spawned
 from reference_backend.load_report import Reporter
-from reference_backend.protocol import ApiError, bad
+from reference_backend.refusals import ApiError, bad
 from reference_backend.repository import Card, Entry, Kind
 from reference_backend.tensor_frames import (
     ERRORS,
@@ -174,7 +174,7 @@ class Stateless(Apart[Remote]):
         """Run the model. Raises ApiError, which says that `param` is at fault where the model takes no such input."""
         check(inputs, self.inputs)
         if self._model is None:
-            raise protocol.loading()
+            raise refusals.loading()
         if self._in_flight >= self.bound:
             raise self._full()
         began = self.clock()
@@ -190,9 +190,9 @@ class Stateless(Apart[Remote]):
         except TimeoutError as error:
             raise ApiError(504, "deadline", "the deadline passed before there was an answer") from error
         except Lost as error:
-            raise protocol.worker_lost() from error
+            raise refusals.worker_lost() from error
         except Failed as error:
-            raise protocol.engine_failed() from error
+            raise refusals.engine_failed() from error
         finally:
             self._in_flight -= 1
             self.change()
@@ -201,7 +201,7 @@ class Stateless(Apart[Remote]):
 
     def _full(self) -> ApiError:
         self.reporter.rejects += 1
-        return protocol.queue_full()
+        return refusals.queue_full()
 
 
 class Embedding(Stateless):
@@ -237,4 +237,4 @@ def _check_one(array: Array, spec: TensorSpec) -> None:
 
 
 def bad_tensor(name: str, what: str) -> ApiError:
-    return bad(f"input {name[: protocol.LONGEST_SHOWN]!r} {what}", "inputs")
+    return bad(f"input {name[: refusals.LONGEST_SHOWN]!r} {what}", "inputs")

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import msgspec
 
 from reference_backend.engine.grammar import TOO_DEEP, fault, json_grammar
+from reference_backend.refusals import unfit
 
 TRIAL_SECONDS = 0.25  # of the processor: as long as the engine may have to wait for the same grammar
 TRIAL_BYTES = 1 << 30  # of address space
@@ -62,11 +63,11 @@ class Clause(msgspec.Struct, frozen=True):
 
     @property
     def grammar(self) -> str:
-        """An expression of the notation. Raises Unfit for what nobody would write."""
+        """An expression of the notation. Raises ApiError 400 for what nobody would write."""
         try:
             return json_grammar(self.schema, is_strict=self.is_strict)
         except RecursionError as error:
-            raise Unfit(self.place, TOO_DEEP) from error
+            raise unfit(self.place, TOO_DEEP) from error
 
 
 def clause_of(wanted: ResponseFormat | None) -> Clause | None:
@@ -77,14 +78,6 @@ def clause_of(wanted: ResponseFormat | None) -> Clause | None:
         named = wanted.json_schema
         return Clause("response_format.json_schema.schema", named.schema, is_strict=bool(named.strict))
     return None
-
-
-class Unfit(Exception):  # noqa: N818  the client's fault, and an answer
-    """A grammar that is not to be used: `place` in the request, and why."""
-
-    def __init__(self, place: str, reason: str) -> None:
-        super().__init__(reason)
-        self.place = place
 
 
 class _Task(msgspec.Struct):
@@ -100,10 +93,10 @@ class Trials:
         self._room = asyncio.Semaphore(TRIALS_AT_ONCE)
 
     async def check(self, grammar: str, clauses: list[Clause]) -> None:
-        """Raises Unfit for a grammar, made of these clauses, that is wrong or would cost too much."""
+        """Raises ApiError 400 for a grammar, made of these clauses, that is wrong or would cost too much."""
         if len(grammar) > LARGEST_GRAMMAR:
             largest = max(clauses, key=lambda clause: len(clause.grammar))
-            raise Unfit(largest.place, f"schemas may have {LARGEST_GRAMMAR} characters in all")
+            raise unfit(largest.place, f"schemas may have {LARGEST_GRAMMAR} characters in all")
         if grammar not in self._good:
             async with self._room:
                 await self._try(msgspec.json.encode(_Task(grammar, clauses)), clauses[0].place)
@@ -132,7 +125,7 @@ class Trials:
         *_, last = [msgspec.json.decode(line, type=tuple[str, str]) for line in told.splitlines()] or [
             (place, TOO_MUCH)
         ]
-        raise Unfit(*last)
+        raise unfit(*last)
 
 
 def faults(task: _Task, rng: Random) -> Iterator[tuple[str, str]]:

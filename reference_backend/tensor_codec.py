@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from reference_backend.protocol import bad
+from reference_backend.refusals import bad
 from reference_backend.stateless import bad_tensor
 from reference_backend.tensors import DTYPES, Array
 

@@ -16,6 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
 from reference_backend.engine.config import ModelError, read_json
+from reference_backend.refusals import bad
 
 File = TypeVar("File")
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder shows for half a UTF-8 sequence
@@ -24,12 +25,6 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder shows for half a UTF-
 LONGEST_UNFINISHED_TOKENS = 6
 
 COMPOSED = 4  # characters that Unicode normalisation may make one of
-
-
-class TemplateRefused(Exception):  # noqa: N818  an answer, not a fault
-    """The model's chat template does not take these messages; the message says why, in the template's own words."""
-
-
 PICTURE_TOKEN = "<|image_pad|>"  # noqa: S105  stands for a piece of a picture, as in Qwen's models
 
 
@@ -78,14 +73,14 @@ class Tokenizer:
         return list(self._tokenizer.encode(text).ids)
 
     def encode_chat(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
-        """A conversation up to where the assistant speaks, who may call these tools. Raises TemplateRefused."""
+        """A conversation up to where the assistant speaks, who may call these tools. Raises ApiError 400."""
         if self._template is None:
-            raise TemplateRefused("this model has no chat template; use /v1/completions")
+            raise bad("this model has no chat template; use /v1/completions", "messages")
         turns = msgspec.to_builtins(messages)
         try:
             text = self._template.render(messages=turns, tools=tools, add_generation_prompt=True, **self._special)
         except (jinja2.TemplateError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
-            raise TemplateRefused(f"the model's chat template does not take these messages: {error}") from error
+            raise bad(f"the model's chat template does not take these messages: {error}", "messages") from error
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: list[int]) -> str:

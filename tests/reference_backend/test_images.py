@@ -11,7 +11,8 @@ import pytest
 Image = pytest.importorskip("PIL.Image", reason="pillow is not installed (pip install 'weir[backend]')")
 
 from reference_backend.engine.request import Picture  # noqa: E402
-from reference_backend.images import LARGEST_BYTES, PictureRefused, placed, png, read_picture  # noqa: E402
+from reference_backend.images import LARGEST_BYTES, placed, png, read_picture  # noqa: E402
+from reference_backend.refusals import ApiError  # noqa: E402
 
 
 def data_url(content, kind="png"):
@@ -29,22 +30,22 @@ PNG, JPEG = encoded(NOISE), encoded(NOISE, "JPEG")
 
 
 def test_a_png_of_the_right_size_comes_through_unchanged():
-    assert read_picture(data_url(PNG), 32) == NOISE.tobytes()
+    assert read_picture(data_url(PNG), 32, "") == NOISE.tobytes()
 
 
 def test_a_magnified_picture_is_the_small_one_again():
-    assert read_picture(f"data:image/png;base64,{png(NOISE.tobytes(), 32, 256)}", 32) == NOISE.tobytes()
+    assert read_picture(f"data:image/png;base64,{png(NOISE.tobytes(), 32, 256)}", 32, "") == NOISE.tobytes()
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16", "CMYK"])
 def test_any_mode_and_size_is_read(mode):
     image = Image.new(mode, (50, 20))
     form = "JPEG" if mode == "CMYK" else "PNG"
-    assert len(read_picture(data_url(encoded(image, form)), 32)) == 32 * 32 * 3
+    assert len(read_picture(data_url(encoded(image, form)), 32, "")) == 32 * 32 * 3
 
 
 def test_a_jpeg_is_about_what_was_drawn():
-    red = read_picture(data_url(encoded(Image.new("RGB", (64, 64), (250, 10, 10)), "JPEG")), 32)
+    red = read_picture(data_url(encoded(Image.new("RGB", (64, 64), (250, 10, 10)), "JPEG")), 32, "")
     assert red[0] > 240
     assert max(red[1:3]) < 30
 
@@ -84,8 +85,9 @@ def header(width, height):
     ids=range(17),
 )  # fmt: skip
 def test_what_is_refused_says_why(url, message):
-    with pytest.raises(PictureRefused, match=message):
-        read_picture(url, 32)
+    with pytest.raises(ApiError, match=message) as refusal:
+        read_picture(url, 32, "its place")
+    assert (refusal.value.status, refusal.value.param) == (400, "its place")
 
 
 @pytest.mark.parametrize("content", [PNG, JPEG], ids=["png", "jpeg"])
@@ -97,8 +99,8 @@ def test_whatever_is_done_to_a_file_it_is_read_or_refused(content):
         for _ in range(rng.randrange(1, 6)):
             broken[rng.randrange(len(broken))] = rng.randrange(256)
         try:
-            outcomes.add(len(read_picture(data_url(bytes(broken[: rng.randrange(1, 2 * len(broken))])), 32)))
-        except PictureRefused:
+            outcomes.add(len(read_picture(data_url(bytes(broken[: rng.randrange(1, 2 * len(broken))])), 32, "")))
+        except ApiError:
             outcomes.add(None)
     assert outcomes <= {None, 3072}
     assert None in outcomes
@@ -118,5 +120,5 @@ def test_pictures_stand_where_their_tokens_are():
 
 @pytest.mark.parametrize("prompt", [[7], [7] * 15, [7] * 17, [1]])
 def test_tokens_for_pictures_that_the_text_brings_along_are_refused(prompt):
-    with pytest.raises(PictureRefused, match="stand for pictures"):
+    with pytest.raises(ApiError, match="stand for pictures"):
         placed(prompt, 7, [b"a"])

@@ -10,7 +10,7 @@ from open_inference import SERVICE
 from open_inference import inference_pb2 as pb
 from reference_backend.engine.request import Priority
 from reference_backend.incoming import terms
-from reference_backend.protocol import ApiError
+from reference_backend.refusals import ApiError
 from reference_backend.tensors import ANYHOW, Terms
 from tests.support.model_store import running_store
 

@@ -7,7 +7,7 @@ import pytest
 
 from reference_backend.engine.config import ModelError
 from reference_backend.pool import Pool
-from reference_backend.protocol import ApiError
+from reference_backend.refusals import ApiError
 from reference_backend.repository import Entry
 from reference_backend.served import Service, State
 from tests.reference_backend.test_served import Played

@@ -5,9 +5,10 @@ import json
 import msgspec
 import pytest
 
-from reference_backend import protocol
+from reference_backend import refusals
 from reference_backend.engine.request import Sampling
-from reference_backend.protocol import ApiError, ChatRequest, CompletionRequest, decode
+from reference_backend.protocol import ChatRequest, CompletionRequest, decode
+from reference_backend.refusals import ApiError
 from reference_backend.tools import QWEN
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -131,7 +132,7 @@ def test_a_bad_request_names_its_field(body, param, message):
     error = refusal.value.body()["error"]
     assert (refusal.value.status, error["type"], error["param"]) == (400, "invalid_request_error", param)
     assert message in error["message"]
-    assert len(error["message"]) <= protocol.LONGEST_SHOWN
+    assert len(error["message"]) <= refusals.LONGEST_SHOWN
     msgspec.json.encode(refusal.value.body())
 
 
@@ -184,9 +185,9 @@ def test_an_image_is_refused_by_name():
 def test_a_model_that_sees_gets_tokens_in_the_place_of_a_picture():
     picture = {"type": "image_url", "image_url": {"url": "data:a", "detail": "low"}}
     parts = [{"type": "text", "text": "See: "}, picture, {"type": "text", "text": "?"}]
-    message = decode(chat(messages=[{"role": "user", "content": parts}]), ChatRequest).messages[0]
-    assert message.plain(sees=True).content == "See: " + "<|image_pad|>" * 16 + "?"
-    assert message.pictures() == ["data:a"]
+    request = decode(chat(messages=[*HELLO, {"role": "user", "content": parts}]), ChatRequest)
+    assert request.messages[1].plain(sees=True).content == "See: " + "<|image_pad|>" * 16 + "?"
+    assert request.pictures() == {"messages[1].content[1].image_url.url": "data:a"}
 
 
 @pytest.mark.parametrize("part", [{"type": "input_audio"}, {"type": "video_url", "text": "a"}])
@@ -294,13 +295,3 @@ def test_tools_for_a_model_that_knows_none_are_refused():
 def test_completions_ask_for_logprobs_by_number(asked, alternatives):
     body = json.dumps({"model": "tiny", "prompt": "a"} | asked).encode()
     assert decode(body, CompletionRequest).samplings(10, 9)[0].logprobs == alternatives
-
-
-@pytest.mark.parametrize(
-    ("status", "kind"), [(400, "invalid_request_error"), (429, "rate_limit_error"), (503, "server_error")]
-)
-def test_errors_have_the_form_of_openai(status, kind):
-    error = ApiError(status, "some_code", "What was wrong.", param="model")
-    assert error.body() == {
-        "error": {"message": "What was wrong.", "type": kind, "code": "some_code", "param": "model"}
-    }

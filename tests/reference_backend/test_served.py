@@ -9,7 +9,7 @@ from discovery.endpoint import InvalidRegistration
 from reference_backend.engine.config import ModelError
 from reference_backend.engine.request import Load
 from reference_backend.load_report import Reporter
-from reference_backend.protocol import ApiError
+from reference_backend.refusals import ApiError
 from reference_backend.repository import Entry
 from reference_backend.served import Served, Service, State
 from tests.support.virtual_clock import virtual_time

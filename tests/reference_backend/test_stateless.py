@@ -12,7 +12,7 @@ import pytest
 from reference_backend import link
 from reference_backend import stateless as subject
 from reference_backend.engine.config import ModelError
-from reference_backend.protocol import ApiError
+from reference_backend.refusals import ApiError
 from reference_backend.repository import Card, Entry
 from reference_backend.stateless import Embedding, Stateless
 from reference_backend.tensors import ANYHOW, Terms

@@ -7,7 +7,8 @@ import msgspec
 import pytest
 
 from reference_backend import structured
-from reference_backend.structured import Clause, JsonSchema, ResponseFormat, Trials, Unfit, clause_of, faults
+from reference_backend.refusals import ApiError
+from reference_backend.structured import Clause, JsonSchema, ResponseFormat, Trials, clause_of, faults
 from reference_backend.tools import QWEN, Function, call_grammar, schema_of
 
 BAD = {"type": "strnig"}
@@ -101,9 +102,9 @@ def test_clauses_that_are_good_alone_and_not_together_are_told_too():
     [(TOO_DEEP, "it is nested too deep"), ({"const": "x" * 200_000}, "may have 131072 characters")],
 )
 async def test_what_nobody_would_write_is_not_even_tried(schema, reason):
-    with pytest.raises(Unfit, match=reason) as refusal:
+    with pytest.raises(ApiError, match=reason) as refusal:
         await Trials().check(clause(schema).grammar, [clause({}), clause(schema, place="b")])
-    assert refusal.value.place == ("b" if schema is not TOO_DEEP else "schema")
+    assert refusal.value.param == ("b" if schema is not TOO_DEEP else "schema")
 
 
 HOSTILE = {"allOf": [{"type": "string", "pattern": f"(a|b)*a(a|b){{{n}}}"} for n in range(2, 30)]}  # takes for ever
@@ -122,8 +123,8 @@ async def test_schemas_are_tried_in_processes_that_are_ended(monkeypatch):
         wanted = clause(schema)
         try:
             await trials.check(f"start: {wanted.grammar}", [wanted])
-        except Unfit as error:
-            return error.place, str(error)
+        except ApiError as error:
+            return error.param, str(error).removeprefix(f"{error.param}: ")
 
     assert await asyncio.gather(*(refused(schema) for schema, _ in TRIED)) == [expected for _, expected in TRIED]
 

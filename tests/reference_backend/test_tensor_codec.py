@@ -4,7 +4,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from reference_backend.protocol import ApiError
+from reference_backend.refusals import ApiError
 from reference_backend.tensor_codec import from_json, from_list, from_raw, to_json, to_raw
 from reference_backend.tensors import DATATYPES, DTYPES
 

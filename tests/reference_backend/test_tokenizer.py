@@ -11,7 +11,8 @@ from tokenizers import Tokenizer as FastTokenizer  # noqa: E402
 from tokenizers import decoders, models  # noqa: E402
 
 from reference_backend.engine.config import ModelError  # noqa: E402
-from reference_backend.tokenizer import Message, TemplateRefused, TextStream, Tokenizer  # noqa: E402
+from reference_backend.refusals import ApiError  # noqa: E402
+from reference_backend.tokenizer import Message, TextStream, Tokenizer  # noqa: E402
 from tests.support.tiny_model import DIRECTORY  # noqa: E402
 
 TINY = Tokenizer(DIRECTORY)
@@ -152,7 +153,7 @@ def test_a_template_in_its_own_file_comes_first(tmp_path):
     ],
 )
 def test_a_template_that_refuses_says_why(tmp_path, template, message):
-    with pytest.raises(TemplateRefused, match=message):
+    with pytest.raises(ApiError, match=message):
         Tokenizer(model_directory(tmp_path, template)).encode_chat([Message("user", "Hi")])
 
 
