@@ -28,7 +28,7 @@ class Pool(Changing):
         self, service: Service, find_wanted: Callable[[str], Sequence[Entry]], known: Callable[[], Sequence[Entry]]
     ) -> None:
         super().__init__()
-        self.is_ending = False
+        self.is_started = self.is_ending = False
         self.known = known
         self._service = service
         self._find_wanted = find_wanted
@@ -50,9 +50,14 @@ class Pool(Changing):
 
     @property
     def state(self) -> State:
-        """READY when every version is (one that sleeps is woken by whoever asks), else the state of one that is not."""
+        """READY when every version is (one that sleeps is woken by whoever asks), else the state of one that is not.
+
+        LOADING until all that is wanted from the start has been: nothing is no version that is not ready.
+        """
         if self.is_closed:
             return State.CLOSED
+        if not (self.is_started or self.is_ending):
+            return State.LOADING
         states = [served.state for served in self if not served.state.is_useful]
         return states[0] if states else State.READY
 
@@ -91,6 +96,13 @@ class Pool(Changing):
                 self._change()
                 for served in self:
                     served.end()
+
+    async def start(self, names: Iterable[str]) -> list[Served]:
+        """Load what is to be served from the start, one model after another. Raises ApiError as `load` does."""
+        served = [each for name in names for each in await self.load(name)]
+        self.is_started = True
+        self._change()
+        return served
 
     async def load(self, name: str) -> list[Served]:
         """Load a model's wanted versions, or load them anew. Gives those that are served then, or cannot be.

@@ -260,7 +260,7 @@ def read(entry: Entry, options: Options, clock: Callable[[], float], wall: Calla
 
 async def load(pool: Pool, wanted: Sequence[str], url: str) -> Exception | None:
     """Load what is there at the start, and say so. Gives a failure when there was nothing but failures."""
-    served = [each for name in wanted for each in await pool.load(name)]
+    served = await pool.start(wanted)
     failures = [each.failure for each in served if each.failure is not None]
     ready = ", ".join(str(each.entry) for each in served if each.state is State.READY)
     if failures and not ready:

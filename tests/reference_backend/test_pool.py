@@ -58,8 +58,7 @@ class Slow(Played):
 async def test_names_mean_versions():
     store = Store(chat=["1", "2", "10"], embed=[""])
     async with store.pool.running():
-        for name in ("chat", "embed"):
-            await store.pool.load(name)
+        await store.pool.start(("chat", "embed"))
         pool = store.pool
         assert str(pool.find("chat").entry) == "chat@10"
         assert str(pool.find("chat@2").entry) == "chat@2"
@@ -83,6 +82,25 @@ async def test_names_mean_versions():
         assert pool.state is State.LOADING
         newest.state = State.ASLEEP
         assert pool.state is State.READY
+
+
+@virtual_time
+async def test_it_is_loading_until_all_that_is_wanted_from_the_start_is_there():
+    store = Store(a=["1"], b=["1"])
+    store.broken = {"b@1"}
+    async with store.pool.running():
+        told = {store.pool.state}
+        starting = asyncio.ensure_future(store.pool.start("ab"))
+        while not starting.done():
+            told.add(store.pool.state)
+            await asyncio.sleep(0)
+        assert told == {State.LOADING}
+        assert [str(served.entry) for served in await starting] == ["a@1", "b@1"]
+        assert store.pool.state is State.FAILED
+        store.pool.unload("b")
+        store.broken.clear()
+        await store.pool.load("b")
+        assert store.pool.state is State.READY
 
 
 @virtual_time
@@ -167,8 +185,7 @@ async def test_unloading_drains_and_forgets():
 async def test_of_more_than_may_be_awake_the_least_recently_used_sleeps():
     store = Store(most_awake=2, a=["1"], b=["1"], c=["1"])
     async with store.pool.running():
-        for name in "abc":
-            await store.pool.load(name)
+        await store.pool.start("abc")
         await asyncio.sleep(0.01)
         assert store.states() == {"a@1": "asleep", "b@1": "ready", "c@1": "ready"}
         with store.pool.find("b").use(Played):

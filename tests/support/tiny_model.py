@@ -101,7 +101,7 @@ async def running_api(
     api = Api(pool, wall=lambda: CREATED, end=lambda: None)
     try:
         async with pool.running():
-            [served] = await pool.load("tiny")
+            [served] = await pool.start(["tiny"])
             async with api.listening("127.0.0.1", 0, *middlewares) as port:
                 yield Running(f"http://127.0.0.1:{port}", api, served, language, engine)
     finally:
