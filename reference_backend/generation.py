@@ -23,7 +23,6 @@ from reference_backend.language import Language
 from reference_backend.tensors import Terms
 from reference_backend.tokenizer import TextStream, Tokenizer
 from reference_backend.tools import CallPiece, CallReader, Form
-from reference_backend.worker import WorkerAway, WorkerBusy
 
 REFUSALS = {"failed": refusals.engine_failed, "grammar": refusals.grammar_failed, "lost": refusals.worker_lost}
 
@@ -68,11 +67,6 @@ class Generation:
                     )
                 )
             yield
-        except WorkerBusy as error:
-            self._model.reporter.rejects += 1
-            raise refusals.queue_full() from error
-        except WorkerAway as error:
-            raise refusals.loading() from error
         finally:
             for ticket in self._tickets:
                 self._model.abort(ticket)

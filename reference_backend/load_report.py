@@ -76,6 +76,9 @@ class Source(Protocol):
     @property
     def changes(self) -> int: ...
 
+    @property
+    def rejects(self) -> int: ...
+
     def load(self) -> Load: ...
 
     async def wait_change(self, seen: int) -> None: ...
@@ -85,7 +88,6 @@ class Reporter:
     """Makes reports of what the worker says and the server sees."""
 
     def __init__(self, source: Source, wall: Callable[[], float]) -> None:
-        self.rejects = 0
         self.draining = False
         self.source = source
         self._wall = wall
@@ -116,7 +118,7 @@ class Reporter:
             ttft_ms_p50=_median_ms(self._firsts),
             tpot_ms_p50=_median_ms(self._gaps),
             hit_rate=round(load.cached_tokens / load.prompt_tokens, 4) if load.prompt_tokens else 0.0,
-            rejects=self.rejects,
+            rejects=source.rejects,
             draining=self.draining,
             **told_as_it_is,
         )

@@ -122,6 +122,7 @@ class Stateless(Apart[Remote]):
         self.reporter = Reporter(self, wall)
         self._entry = entry
         self.clock = clock
+        self.rejects = 0  # requests that there was no room for
         self._in_flight = 0
         self._model: TensorModel | None = None
         self._life = contextlib.AsyncExitStack()
@@ -200,7 +201,7 @@ class Stateless(Apart[Remote]):
         return outputs
 
     def _full(self) -> ApiError:
-        self.reporter.rejects += 1
+        self.rejects += 1
         return refusals.queue_full()
 
 

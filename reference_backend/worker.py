@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Callable
 
 import msgspec
 
+from reference_backend import refusals
 from reference_backend.admission import has_room
 from reference_backend.engine.config import ModelError
 from reference_backend.engine.frames import Abort, Ask, Ready, Sleep, Start, Turn, Wake, decode_for_server
@@ -26,14 +27,6 @@ from reference_backend.link import SILENT_SECONDS, Apart, Link, linked, spawned
 
 STEPS_TO_WAIT, LONGEST_TO_WAIT = 20, 4  # steps, and steps full of prompts: where they take longer, it is given up then
 UNKNOWN_SECONDS = 60.0  # before it has taken a step: then it is given up
-
-
-class WorkerBusy(Exception):  # noqa: N818  an answer, not a fault
-    """As many requests are in flight as may be; nothing was started."""
-
-
-class WorkerAway(Exception):  # noqa: N818  an answer, not a fault
-    """There is no worker at this moment; nothing was started."""
 
 
 class _Link(Link[Ready]):
@@ -97,6 +90,7 @@ class Worker(Apart[_Link]):
         self.bound = bound
         self.clock = clock
         self.context = 0
+        self.rejects = 0  # requests that there was no room for
         self._start = start
         self._tickets = 0
 
@@ -134,12 +128,13 @@ class Worker(Apart[_Link]):
     ) -> int:
         """Hand over a request whose prompt and `max_tokens` fit the context. Returns its ticket.
 
-        Raises WorkerAway, WorkerBusy.
+        Raises ApiError 429 when as many are in flight as may be, 503 when there is no process.
         """
         if self.link is None or self.link.lost.is_set():
-            raise WorkerAway
+            raise refusals.loading()
         if not has_room(tenant, [consumer for _, consumer in self.link.waiting_for.values()], self.bound):
-            raise WorkerBusy
+            self.rejects += 1
+            raise refusals.queue_full()
         self._tickets += 1
         self.link.send(Ask(self._tickets, prompt, sampling, deadline, priority, tenant, salt, pictures or []))
         self.link.waiting_for[self._tickets] = deliver, tenant  # last: what cannot be sent must hold no place

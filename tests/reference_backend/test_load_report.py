@@ -46,8 +46,8 @@ def reporter(load=BUSY, draining=False):
 
 
 def test_a_report_has_what_the_worker_says_and_what_the_server_has_seen():
-    _, subject = reporter(draining=True)
-    subject.rejects = 5
+    worker, subject = reporter(draining=True)
+    worker.rejects = 5
     subject.answered(0.2, 0.5, 4)  # three gaps of 0.1 s
     subject.answered(0.4, 0.4, 1)  # no gap
     report = subject.report()

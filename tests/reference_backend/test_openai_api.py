@@ -369,7 +369,7 @@ async def test_a_full_backend_refuses_at_once_and_reports_its_load():
         first.cancel()
     assert (status, json.loads(content)["error"]["code"]) == (429, "queue_full")
     assert (headers["x-backend-not-started"], headers["retry-after"]) == ("true", "1")
-    assert backend.language.reporter.rejects == 1
+    assert backend.language.rejects == 1
     report = json.loads(headers["endpoint-load-metrics"].removeprefix("JSON "))["named_metrics"]
     assert report == {"num_requests_running": 0, "num_requests_waiting": 1, "kv_cache_usage_perc": 0.0, "seq": 1}
 

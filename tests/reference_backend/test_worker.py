@@ -26,7 +26,8 @@ from reference_backend.engine.frames import (  # noqa: E402
     framed,
 )
 from reference_backend.engine.request import Delta, Load, Sampling  # noqa: E402
-from reference_backend.worker import Worker, WorkerAway, WorkerBusy, patience  # noqa: E402
+from reference_backend.refusals import ApiError  # noqa: E402
+from reference_backend.worker import Worker, patience  # noqa: E402
 from tests.support.tiny_model import DIRECTORY  # noqa: E402
 
 START = Start(str(DIRECTORY), [], 2, 64, None)
@@ -107,7 +108,7 @@ async def test_tokens_come_to_whoever_asked():
 async def test_one_too_many_is_refused_without_asking():
     async with linked(bound=2) as (worker, process):
         tickets = submit(worker), submit(worker)
-        with pytest.raises(WorkerBusy):
+        with pytest.raises(ApiError, match="no room"):
             submit(worker)
         worker.abort(tickets[0])
         submit(worker)
@@ -120,10 +121,10 @@ async def test_who_has_less_is_taken_beside_one_that_fills_it_until_it_has_as_mu
         flood = submit(worker, tenant="flood"), submit(worker, told.append, tenant="flood")
         submit(worker, tenant="light")
         for tenant in ("flood", "light", "third"):
-            with pytest.raises(WorkerBusy):
+            with pytest.raises(ApiError, match="no room"):
                 submit(worker, tenant=tenant)
         worker.abort(flood[0])
-        with pytest.raises(WorkerBusy):
+        with pytest.raises(ApiError, match="no room"):
             submit(worker, tenant="flood")
         process.say(Turn([(flood[1], Delta(6, "stop"))], Load(1, 0, 0.5)))
         await until(lambda: told)
@@ -150,14 +151,14 @@ async def test_who_is_in_flight_when_it_goes_is_told_and_nobody_comes_in():
         await worker.wait_lost()
         assert arrived == [Delta(None, "lost")]
         assert not worker.is_ready
-        with pytest.raises(WorkerAway):
+        with pytest.raises(ApiError, match="being loaded"):
             submit(worker)
         assert worker.load() == Load(0, 0, 0.0)
 
 
 async def test_before_and_after_its_life_nobody_is_taken():
     worker = Worker(START, 2, time.monotonic)
-    with pytest.raises(WorkerAway):
+    with pytest.raises(ApiError, match="being loaded"):
         submit(worker)
     assert repr(worker) == "<Worker away, 0 of 2 in flight>"
     worker.abort(7)
