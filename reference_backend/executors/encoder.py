@@ -15,7 +15,7 @@ import contextlib
 import importlib.util
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -65,16 +65,25 @@ class EncoderSettings(Settings, frozen=True, forbid_unknown_fields=True):
 
 @contextlib.asynccontextmanager
 async def opened(directory: Path, card: Card) -> AsyncIterator[Encoder]:
-    """The encoder of a Hugging Face directory. Raises ModelError."""
+    """The encoder of a Hugging Face directory, in service after a first run. Raises ModelError.
+
+    All arithmetic is one thread's, from reading the weights on. A second one that calls torch has threads of its own
+    from OpenMP, and as soon as there are more of them than cores, libgomp lets none wait awake for the next operation:
+    a run takes half as long again.
+    """
     settings = read_settings(directory, card, EncoderSettings)
     if card.kind != "embedding" or card.max_batch != 1:
         raise ModelError(
             f'{directory / "model.toml"}: executor "encoder" is of the kind "embedding", and its batches are bounded '
             "by batch_tokens under [settings], not by max_batch"
         )
-    model = Encoder(model_directory(directory, settings), card, settings)
-    async with model.running():
-        yield model
+    files = model_directory(directory, settings)
+    limits = Limits(settings.batch_tokens, card.max_waiting, settings.delay_us / 1e6)
+    with ThreadPoolExecutor(1, "model", torch.set_num_threads, (settings.threads,)) as thread:
+        network = await asyncio.get_running_loop().run_in_executor(thread, read_network, files)
+        model = Encoder(network, load_tokenizer(files), thread, limits)
+        async with model.running():
+            yield model
 
 
 def model_directory(directory: Path, settings: EncoderSettings) -> Path:
@@ -96,29 +105,21 @@ def model_directory(directory: Path, settings: EncoderSettings) -> Path:
 class Encoder:
     """A TensorModel of the kind `embedding`."""
 
-    def __init__(self, directory: Path, card: Card, settings: EncoderSettings) -> None:
-        torch.set_num_threads(settings.threads)
-        self._network = read_network(directory)
-        self._tokenizer = load_tokenizer(directory)
+    def __init__(self, network: Network, tokenizer: Tokenizer, thread: Executor, limits: Limits) -> None:
+        self._network, self._tokenizer, self._thread = network, tokenizer, thread
         self.inputs = INPUTS
-        self.outputs = (
-            TensorSpec("embedding", "FP32", (-1, self._network.size)),
-            TensorSpec("tokens", "INT64", (-1,)),
-        )
-        self._thread = ThreadPoolExecutor(1, "model")
-        limits = Limits(settings.batch_tokens, card.max_waiting, settings.delay_us / 1e6)
+        self.outputs = (TensorSpec("embedding", "FP32", (-1, network.size)), TensorSpec("tokens", "INT64", (-1,)))
         self._batcher = Batcher(self._run, limits, time.monotonic)  # noqa: TID251  the interface's clock
 
     @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator[Encoder]:
+    async def running(self) -> AsyncIterator[None]:
         """In service, after a first run. Raises ModelError when that gives no numbers."""
-        with self._thread:
-            async with self._batcher:
-                try:
-                    await self.infer({"text": np.array([b"warm"], dtype=np.object_)})
-                except ArithmeticError as error:
-                    raise ModelError(f"a first run fails: {error}") from error
-                yield self
+        async with self._batcher:
+            try:
+                await self.infer({"text": np.array([b"warm"], dtype=np.object_)})
+            except ArithmeticError as error:
+                raise ModelError(f"a first run fails: {error}") from error
+            yield
 
     async def infer(self, inputs: Tensors, terms: Terms = ANYHOW) -> Tensors:
         """As the interface has it: a vector and the count of tokens for each text."""
@@ -157,12 +158,12 @@ class Encoder:
         return [encoding.ids for encoding in await asyncio.to_thread(self._tokenizer.encode_batch, decoded)]
 
     async def _run(self, rows: list[list[int]]) -> list[Array]:
-        tokens = torch.tensor([token for row in rows for token in row])
-        lengths = [len(row) for row in rows]
-        return list(await asyncio.get_running_loop().run_in_executor(self._thread, self._embed, tokens, lengths))
+        return list(await asyncio.get_running_loop().run_in_executor(self._thread, self._embed, rows))
 
-    def _embed(self, tokens: Tensor, lengths: list[int]) -> Array:
+    def _embed(self, rows: list[list[int]]) -> Array:
+        lengths = [len(row) for row in rows]
         with torch.inference_mode():
+            tokens = torch.tensor([token for row in rows for token in row])
             return mean_of_each(self._network.encode(tokens, lengths), lengths).numpy()
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed (pip install
 import reference_backend  # noqa: E402
 from reference_backend.engine.config import ModelError  # noqa: E402
 from reference_backend.executors import encoder as subject  # noqa: E402
-from reference_backend.executors.encoder import Encoder, EncoderSettings, opened  # noqa: E402
+from reference_backend.executors.encoder import opened  # noqa: E402
 from reference_backend.repository import Card, Entry  # noqa: E402
 from reference_backend.tensors import BadTensor  # noqa: E402
 
@@ -125,11 +126,29 @@ async def test_states_that_are_no_numbers_are_the_model_s_fault(monkeypatch):
             await model.infer(texts("a"))
 
 
+async def test_one_thread_reads_the_model_and_computes(monkeypatch):
+    """Two that call torch have more threads of OpenMP together than there are cores, and each run takes longer."""
+    threads = []
+
+    def called_in(function):
+        return lambda *given: threads.append(threading.get_ident()) or function(*given)
+
+    def traced(directory, read=subject.read_network):
+        network = read(directory)
+        return replace(network, encode=called_in(network.encode))
+
+    monkeypatch.setattr(subject, "read_network", called_in(traced))
+    async with opened_own("tiny-embedding") as model:
+        await model.infer(texts("a"))
+    assert len(threads) == 3, "the model is read, runs once to begin with, and runs for a text"
+    assert len({*threads, threading.get_ident()}) == 2, "this thread and one other"
+
+
 async def test_short_texts_do_not_wait_for_a_batch_of_long_ones_to_be_full():
     """Each text waits by itself: two of one request run in two batches where one has no room for both."""
     async with opened_own("tiny-embedding", batch_tokens=8) as model:
         ran, embed = [], model._embed
-        model._embed = lambda tokens, lengths: ran.append(lengths) or embed(tokens, lengths)
+        model._embed = lambda rows: ran.append([len(row) for row in rows]) or embed(rows)
         await asyncio.gather(model.infer(ids([1] * 9, [2])), model.infer(ids([3])))
     assert ran == [[9], [1, 1]]
 
@@ -152,19 +171,20 @@ async def test_a_card_that_gives_no_encoder_is_told(tmp_path, fields, message):
             raise AssertionError("there is no model")
 
 
-def test_a_decoder_s_broken_files_are_told(tmp_path):
+async def test_a_decoder_s_broken_files_are_told(tmp_path):
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (tmp_path / name).write_bytes((MODELS / "tiny" / name).read_bytes())
-    card = Card("embedding", "encoder")
-    Encoder(tmp_path, card, EncoderSettings())
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ModelError, match="tokenizer.json: cannot be used as a tokenizer"):
-        Encoder(tmp_path, card, EncoderSettings())
     config = (tmp_path / "config.json").read_text()
-    for change, message in (
-        (('"num_hidden_layers": 4', '"num_hidden_layers": 5'), r"model\.layers\.4\..*is missing"),
-        (('"intermediate_size": ', '"intermediate_size": 1'), "give no model: "),
+    for name, content, message in (
+        ("config.json", config.replace('hidden_layers": 4', 'hidden_layers": 5'), r"model\.layers\.4\..*is missing"),
+        ("config.json", config.replace('"intermediate_size": ', '"intermediate_size": 1'), "give no model: "),
+        ("tokenizer.json", "{}", "tokenizer.json: cannot be used as a tokenizer"),
     ):
-        (tmp_path / "config.json").write_text(config.replace(*change))
+        whole = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(content)
         with pytest.raises(ModelError, match=message):
-            subject.read_decoder(tmp_path)
+            async with opened(tmp_path, Card("embedding", "encoder")):
+                raise AssertionError("there is no model")
+        (tmp_path / name).write_text(whole)
+    async with opened(tmp_path, Card("embedding", "encoder")) as model:
+        assert (await vectors(model, "a")).shape == (1, model.outputs[0].shape[1])
