@@ -21,6 +21,8 @@ from torch.nn import functional
 
 from reference_backend.engine.config import ModelError, read_json
 
+FEW_ROWS = 128
+
 
 @dataclass(frozen=True, slots=True)
 class BertConfig:
@@ -38,16 +40,32 @@ class BertConfig:
             raise ValueError("num_attention_heads must divide hidden_size")
 
 
+class Shared(nn.Linear):
+    """A linear layer that several threads share also where there are few rows, which MKL does not see to by itself.
+
+    The columns are then several products, two for each thread: the least time of 16 to 128 rows on two cores (AVX2).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        threads = torch.get_num_threads()
+        parts = 2 * threads
+        if threads == 1 or len(x) > FEW_ROWS or self.out_features % parts:
+            return super().forward(x)
+        weights = self.weight.view(parts, -1, self.in_features).transpose(1, 2)
+        products = torch.baddbmm(self.bias.view(parts, 1, -1), x.expand(parts, *x.shape), weights)
+        return products.transpose(0, 1).flatten(1)
+
+
 class Layer(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         size = config.hidden_size
         self.head_size = size // config.num_attention_heads
-        self.qkv = nn.Linear(size, 3 * size)
-        self.out = nn.Linear(size, size)
+        self.qkv = Shared(size, 3 * size)
+        self.out = Shared(size, size)
         self.attention_norm = nn.LayerNorm(size, config.layer_norm_eps)
-        self.up = nn.Linear(size, config.intermediate_size)
-        self.down = nn.Linear(config.intermediate_size, size)
+        self.up = Shared(size, config.intermediate_size)
+        self.down = Shared(config.intermediate_size, size)
         self.norm = nn.LayerNorm(size, config.layer_norm_eps)
 
     def forward(self, x: Tensor, lengths: list[int]) -> Tensor:

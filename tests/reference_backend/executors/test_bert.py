@@ -1,4 +1,4 @@
-"""The encoder against transformers' BertModel, packed against alone, and broken directories."""
+"""With one thread and with two: the encoder against transformers' BertModel, packed against alone, and broken directories."""
 
 import json
 import shutil
@@ -10,10 +10,23 @@ torch = pytest.importorskip("torch", reason="torch is not installed (pip install
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from reference_backend.engine.config import ModelError  # noqa: E402
-from reference_backend.executors.bert import load_bert, mean_of_each  # noqa: E402
+from reference_backend.executors.bert import FEW_ROWS, Shared, load_bert, mean_of_each  # noqa: E402
 
-torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent.parent / "golden" / "bert"
+
+
+@pytest.fixture(params=[1, 2], autouse=True)
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 8), (FEW_ROWS, 8), (FEW_ROWS + 1, 8), (3, 6)])
+def test_what_threads_share_is_what_one_computes(rows, columns):
+    layer, x = Shared(5, columns).requires_grad_(requires_grad=False), torch.randn(rows, 5)
+    torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
 
 
 def test_states_are_those_of_transformers():
