@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from reference_backend.engine.graphs import sent
 from reference_backend.engine.native import Native
-from reference_backend.engine.operations import Fused, Operations, Rotary, Small
+from reference_backend.engine.operations import Fused, OnCpu, Operations, Rotary
 
 # Layer, what its projection gives as [tokens, heads + 2 * kv_heads, head_dim] (and may be overwritten), the gains of
 # its heads, positions; what was seen comes back as [tokens, heads * head_dim].
@@ -246,7 +246,7 @@ def _splits(programs: int, keys: int) -> int:
 
 def attention_for(operations: Operations) -> Callable[[PagedCache, Tensor, Step, int], Attend]:
     """The way to look that goes with the other operations."""
-    if isinstance(operations, Small):
+    if isinstance(operations, OnCpu):
         return partial(in_c, operations.native)
     return fused if isinstance(operations, Fused) else gathered
 

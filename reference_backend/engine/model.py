@@ -30,7 +30,7 @@ from torch.nn import functional
 
 from reference_backend.engine.attention import Attend
 from reference_backend.engine.config import ModelConfig, ModelError, Narrow, read_config, read_json
-from reference_backend.engine.operations import Linear, Operations, Plain, Rotary, operations_for
+from reference_backend.engine.operations import Linear, Operations, Rotary, operations_for
 from reference_backend.engine.quant import narrowed
 from reference_backend.engine.ranks import ALONE, Ranks
 from reference_backend.engine.vision import Vision, load_vision
@@ -88,7 +88,8 @@ class Llama:
         head = self._embedding if config.tied else weights["lm_head.weight"].to(device, dtype)
         mine = head[ranks.share(config.vocab_size)]
         missing = -(-config.vocab_size // ranks.size) - mine.shape[0]
-        self._head = functional.pad(mine, (0, 0, 0, missing)).t() if missing else mine.t()
+        mine = functional.pad(mine, (0, 0, 0, missing)) if missing else mine
+        self._head = Linear(self.operations.kept(mine), None)
         self._final_norm = self._scale(weights["model.norm.weight"]).to(device, dtype)
         self._layers = [self._layer(weights, f"model.layers.{index}.") for index in range(config.layers)]
         positions = torch.arange(config.context, dtype=torch.float32)
@@ -103,7 +104,7 @@ class Llama:
     @property
     def weights(self) -> list[Tensor]:
         """What it has on its device, but for the smallest."""
-        ends = [self._embedding, self._head, self._final_norm, self._turns]
+        ends = [self._embedding, self._head.matrix, self._final_norm, self._turns]
         matrices = [each for linear in self.linears for each in (linear.matrix, linear.bias, linear.scale)]
         norms = [layer.qk_norm for layer in self._layers]
         vision = [] if self.vision is None else list(self.vision.parameters())
@@ -126,7 +127,7 @@ class Llama:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores in float32, whatever the weights are kept in."""
-        return self._ranks.side_by_side((hidden @ self._head).float())[:, : self.config.vocab_size]
+        return self._ranks.side_by_side(self.operations.linear(hidden, self._head).float())[:, : self.config.vocab_size]
 
     def _layer(self, weights: Weights, prefix: str) -> Layer:
         config, ranks = self.config, self._ranks
@@ -175,9 +176,7 @@ class Llama:
             matrix = matrix.to(self.device, self.dtype)
         else:
             matrix, scale = narrowed(matrix.to(self.device), self._quantize)
-        # Contiguous as [in, out] on a CPU, where torch is faster so with few rows.
-        matrix = matrix.t().contiguous() if isinstance(self.operations, Plain) else matrix.contiguous().t()
-        return Linear(matrix, None if bias is None else bias.to(self.device, self.dtype), scale)
+        return Linear(self.operations.kept(matrix), None if bias is None else bias.to(self.device, self.dtype), scale)
 
 
 def _paired(rows: Tensor, heads: int) -> Tensor:

@@ -1,7 +1,7 @@
 """What a layer is made of, in three ways: torch's own operations, and those that each do the work of several.
 
 `Plain` runs anywhere and is what the others are compared with. `Fused` runs on a GPU that Triton can write for,
-`Small` on one thread of a CPU that there is a C compiler for. Which of them a model gets is decided once, by
+`OnCpu` on a CPU that there is a C compiler for. Which of them a model gets is decided once, by
 `operations_for`.
 
 Matrices that are kept in eight bits have a scale for each output: y = (x W) * scale. With few rows of x a kernel widens
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from reference_backend.engine.config import ModelConfig
-from reference_backend.engine.native import Native, NativeError, native
+from reference_backend.engine.native import PANEL, Native, NativeError, native
 from reference_backend.engine.quant import narrow_product
 from reference_backend.engine.ranks import Ranks
 
@@ -33,7 +33,7 @@ MOST_ROWS = 128  # of x, for the kernel to take a product of eight bits: beyond,
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """y = x W + b; the matrix is kept as [in, out]. One of eight bits has a scale [out]."""
+    """y = x W + b. The matrix is as `Operations.kept` gives it; one of eight bits has a scale [out]."""
 
     matrix: Tensor
     bias: Tensor | None
@@ -73,6 +73,9 @@ class Operations(Protocol):
 
     ranks: Ranks
 
+    def kept(self, matrix: Tensor) -> Tensor:
+        """A matrix [out, in] as its products want it: [in, out], or in panels."""
+
     def norm(self, x: Tensor) -> Tensor:
         """X over its length; the root of the width is in the weights behind."""
 
@@ -91,6 +94,9 @@ class Plain:
         self.ranks = ranks
         self._root = torch.tensor(math.sqrt(config.norm_eps * config.hidden_size), device=device)
 
+    def kept(self, matrix: Tensor) -> Tensor:
+        return matrix.t().contiguous()  # torch is faster so with few rows
+
     def norm(self, x: Tensor) -> Tensor:
         return _over_norm(x, self._root)
 
@@ -103,14 +109,17 @@ class Plain:
     def onto(self, residual: Tensor, x: Tensor, linear: Linear) -> tuple[Tensor, Tensor]:
         if self.ranks.rank:  # the first one adds what must be added once
             total = self.linear(x, Linear(linear.matrix, None, linear.scale))
-        elif linear.scale is not None:
-            total = self.linear(x, linear).add_(residual)
         else:
-            total = torch.addmm(residual, x, linear.matrix)
-            if linear.bias is not None:
-                total.add_(linear.bias)
+            total = self.added(residual, x, linear)
         self.ranks.add_up(total)
         return total, self.norm(total)
+
+    def added(self, residual: Tensor, x: Tensor, linear: Linear) -> Tensor:
+        """The product added to the residual."""
+        if linear.scale is not None:
+            return self.linear(x, linear).add_(residual)
+        total = torch.addmm(residual, x, linear.matrix)
+        return total if linear.bias is None else total.add_(linear.bias)
 
     def silu_times(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
@@ -124,13 +133,29 @@ def _over_norm(x: Tensor, root: Tensor) -> Tensor:
     return (x / norms.hypot_(root)).to(x.dtype)
 
 
-class Small(Plain):
+class OnCpu(Plain):
     """Plain, but for what is written in C."""
 
     def __init__(self, config: ModelConfig, ranks: Ranks, native: Native) -> None:
         super().__init__(config, torch.device("cpu"), ranks)
         self.native = native
         self._epsilon = config.norm_eps * config.hidden_size
+
+    def kept(self, matrix: Tensor) -> Tensor:
+        if matrix.dtype != torch.float32 or matrix.shape[0] % PANEL:
+            return super().kept(matrix)
+        return matrix.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
+
+    def linear(self, x: Tensor, linear: Linear) -> Tensor:
+        if linear.matrix.dim() == 2:
+            return super().linear(x, linear)
+        return self.native.product(x, linear.matrix, linear.bias)
+
+    def added(self, residual: Tensor, x: Tensor, linear: Linear) -> Tensor:
+        if linear.matrix.dim() == 2:
+            return super().added(residual, x, linear)
+        total = self.native.product(x, linear.matrix, residual)
+        return total if linear.bias is None else total.add_(linear.bias)
 
     def norm(self, x: Tensor) -> Tensor:
         return self.native.norm(x, self._epsilon)
@@ -150,6 +175,9 @@ class Fused:
         self._kernels = kernels
         self._epsilon = config.norm_eps * config.hidden_size
         self._has_fp8 = not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 9)
+
+    def kept(self, matrix: Tensor) -> Tensor:
+        return matrix.contiguous().t()
 
     def norm(self, x: Tensor) -> Tensor:
         return self._kernels.norm(x, self._epsilon)
@@ -207,8 +235,8 @@ def operations_for(config: ModelConfig, device: torch.device, dtype: torch.dtype
     try:
         if device.type == "cuda":
             return Fused(config, ranks)
-        if dtype == torch.float32 and torch.get_num_threads() == 1:
-            return Small(config, ranks, native())
+        if dtype == torch.float32:
+            return OnCpu(config, ranks, native())
     except ImportError:
         pass  # a torch without Triton
     except NativeError as error:

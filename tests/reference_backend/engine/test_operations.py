@@ -15,7 +15,7 @@ from reference_backend.engine.engine import Engine, Settings  # noqa: E402
 from reference_backend.engine.graphs import recording  # noqa: E402
 from reference_backend.engine.model import Llama, load_model  # noqa: E402
 from reference_backend.engine.native import native  # noqa: E402
-from reference_backend.engine.operations import Fused, Linear, Plain, Small, operations_for  # noqa: E402
+from reference_backend.engine.operations import Fused, Linear, OnCpu, Plain, operations_for  # noqa: E402
 from reference_backend.engine.quant import narrowed  # noqa: E402
 from reference_backend.engine.ranks import ALONE  # noqa: E402
 from reference_backend.engine.request import Sampling, Sequence  # noqa: E402
@@ -25,14 +25,6 @@ torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent.parent / "golden"
 CPU = torch.device("cpu")
 CONFIG = read_config(GOLDEN / "llama")
-
-
-@pytest.fixture
-def threads_of_torch():
-    """Sets how many there are, until the test is over."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -87,12 +79,8 @@ def test_an_engine_of_kernels_says_the_same(name, quantize):
     assert texts(fused(name, quantize), prepare) == texts(plain)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "threads", "kind"),
-    [(torch.float32, 1, Small), (torch.float32, 2, Plain), (torch.bfloat16, 1, Plain)],
-)
-def test_without_a_gpu_one_thread_has_what_is_written_in_c(dtype, threads, kind, has_compiler, threads_of_torch):
-    threads_of_torch(threads)
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.float32, OnCpu), (torch.bfloat16, Plain)])
+def test_without_a_gpu_there_is_what_is_written_in_c(dtype, kind, has_compiler):
     assert type(operations_for(CONFIG, CPU, dtype, ALONE)) is kind
 
 
@@ -112,28 +100,32 @@ def test_an_engine_in_c_says_the_same(name, has_compiler):
     config, plain = read_config(GOLDEN / name), Plain(read_config(GOLDEN / name), CPU, ALONE)
     models = [
         Llama(config, weights(name), CPU, torch.float32, operations=each)
-        for each in (Small(config, ALONE, native()), plain)
+        for each in (OnCpu(config, ALONE, native()), plain)
     ]
     assert texts(models[0]) == texts(models[1])
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("kind", [None, *NARROW])
-def test_plain_products_are_what_the_matrix_means(kind, has_bias):
+@pytest.mark.parametrize("out", [64, 40])  # in whole panels, and not
+@pytest.mark.parametrize("rows", [1, 3, 50])
+@pytest.mark.parametrize("make", [lambda: Plain(CONFIG, CPU, ALONE), lambda: OnCpu(CONFIG, ALONE, native())])
+def test_products_on_a_cpu_are_what_the_matrix_means(make, rows, out, kind, has_bias, has_compiler):
     """With and without eight bits, a bias and a residual."""
     generator = torch.Generator().manual_seed(1)
-    x, matrix, residual = (torch.randn(shape, generator=generator) for shape in [(3, 24), (32, 24), (3, 32)])
-    bias = torch.randn(32, generator=generator) if has_bias else None
+    x, matrix, residual = (torch.randn(shape, generator=generator) for shape in [(rows, 24), (out, 24), (rows, out)])
+    bias = torch.randn(out, generator=generator) if has_bias else None
     meant, scale = matrix, None
     if kind is not None:
         matrix, scale = narrowed(matrix, kind)
         meant = matrix.float() * scale[:, None]
-    linear, plain = Linear(matrix.t(), bias, scale), Plain(CONFIG, CPU, ALONE)
+    subject = make()
+    linear = Linear(subject.kept(matrix), bias, scale)
     expected = x @ meant.t() + (0 if bias is None else bias)
-    torch.testing.assert_close(plain.linear(x, linear), expected)
-    total, normed = plain.onto(residual, x, linear)
-    torch.testing.assert_close(total, residual + expected)
-    torch.testing.assert_close(normed, plain.norm(total))
+    torch.testing.assert_close(subject.linear(x, linear), expected, rtol=1e-5, atol=1e-5)
+    total, normed = subject.onto(residual, x, linear)
+    torch.testing.assert_close(total, residual + expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(normed, subject.norm(total))
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
