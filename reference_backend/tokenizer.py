@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jinja2
 import msgspec
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
-from reference_backend.engine.config import ModelError, read_json
+from reference_backend.engine.config import ModelError, as_told, read_json
 from reference_backend.refusals import bad
 
-File = TypeVar("File")
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder shows for half a UTF-8 sequence
 # No character has more than four bytes, so what is still broken after so many tokens will stay broken. Two more,
 # because a token may also straddle two characters.
@@ -46,7 +45,8 @@ class Tokenizer:
     """The tokenizer of a model directory. Raises ModelError when the directory does not hold a usable one."""
 
     def __init__(self, directory: Path) -> None:
-        settings = _read(directory / "tokenizer_config.json", _Settings)
+        path = directory / "tokenizer_config.json"
+        settings = as_told(path, read_json(path), _Settings)
         self._tokenizer = _load(directory / "tokenizer.json")
         self._special = {
             name: token if isinstance(token, str) else token.content
@@ -93,7 +93,7 @@ class Tokenizer:
     def _end_tokens(self, directory: Path) -> frozenset[int]:
         """What ends an answer: generation_config.json knows best, then config.json, then the tokenizer."""
         for path in (directory / "generation_config.json", directory / "config.json"):
-            ends = _read(path, _Ends).eos_token_id if path.exists() else None
+            ends = as_told(path, read_json(path), _Ends).eos_token_id if path.exists() else None
             if ends is not None:
                 return frozenset(ends if isinstance(ends, list) else [ends])
         named = self._tokenizer.token_to_id(self._special.get("eos_token", ""))
@@ -128,13 +128,6 @@ class _Settings(msgspec.Struct):
 
 class _Ends(msgspec.Struct):
     eos_token_id: int | list[int] | None = None
-
-
-def _read(path: Path, form: type[File]) -> File:
-    try:
-        return msgspec.convert(read_json(path), form)
-    except msgspec.ValidationError as error:
-        raise ModelError(f"{path}: {error}") from error
 
 
 def _template_source(directory: Path, settings: _Settings) -> str | None:
