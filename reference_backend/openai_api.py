@@ -42,7 +42,7 @@ routes = web.RouteTableDef()
 async def _chat(request: web.Request) -> web.StreamResponse:
     body = await read(request, ChatRequest)
     with find(request, body.model).use(Language) as model:
-        messages = [message.plain(sees=model.sees) for message in body.messages]
+        messages = body.turns(sees=model.sees)
         form = form_of(model.tokenizer.template_source or "") if body.offered() else None
         grammar, clauses = body.structure(form)
         if grammar is not None:

@@ -8,6 +8,7 @@ ignored; fields that it has never heard of are ignored, as OpenAI's own clients 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -74,16 +75,8 @@ class ChatMessage(msgspec.Struct):
     def parts(self) -> list[Part]:
         return self.content if isinstance(self.content, list) else [Part("text", self.content or "")]
 
-    def plain(self, *, sees: bool) -> Message:
-        """The message as templates know it: one text, and `developer` under its older name.
-
-        Where a picture is, tokens that stand for it. Raises ApiError 400 for what the model cannot read.
-        """
-        for part in self.parts:
-            if part.type != "text" and not (sees and part.picture is not None):
-                readable = "text and image_url" if sees else "text"
-                message = f"this model reads {readable} parts only, not {part.type[:LONGEST_SHOWN]!r}"
-                raise bad(message, "messages", "unsupported_content")
+    def plain(self) -> Message:
+        """The message as templates know it: one text, with tokens that stand for pictures; no `developer`."""
         return Message(
             "system" if self.role == "developer" else self.role,
             "".join(PICTURE if part.picture is not None else part.text or "" for part in self.parts),
@@ -213,14 +206,23 @@ class ChatRequest(GenerationRequest, kw_only=True):
         """The tools that the model may call."""
         return [] if self.tool_choice == "none" else self.tools or []
 
+    def turns(self, *, sees: bool) -> list[Message]:
+        """The messages as templates know them. Raises ApiError 400 for what the model cannot read."""
+        for place, part in self._parts():
+            if part.type != "text" and not (sees and part.picture is not None):
+                readable = "text and image_url" if sees else "text"
+                message = f"this model reads {readable} parts only, not {part.type[:LONGEST_SHOWN]!r}"
+                raise bad(message, f"{place}.type", "unsupported_content")
+        return [message.plain() for message in self.messages]
+
     def pictures(self) -> dict[str, str]:
         """URLs of the pictures, by their places."""
-        return {
-            f"messages[{number}].content[{index}].image_url.url": part.picture
-            for number, message in enumerate(self.messages)
-            for index, part in enumerate(message.parts)
-            if part.picture is not None
-        }
+        return {f"{place}.image_url.url": part.picture for place, part in self._parts() if part.picture is not None}
+
+    def _parts(self) -> Iterator[tuple[str, Part]]:
+        for number, message in enumerate(self.messages):
+            for index, part in enumerate(message.parts):
+                yield f"messages[{number}].content[{index}]", part
 
     def structure(self, form: Form | None) -> tuple[str | None, list[Clause]]:
         """The grammar that the answer keeps to, for a model that calls tools in this form, and what it is made of.

@@ -171,30 +171,31 @@ def test_one_prompt_is_completed(prompt, is_good):
 def test_messages_become_plain_text():
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
     request = decode(chat(messages=[{"role": "developer", "content": parts}]), ChatRequest)
-    plain = request.messages[0].plain(sees=False)
+    [plain] = request.turns(sees=False)
     assert (plain.role, plain.content) == ("system", "Hello")
 
 
 def test_an_image_is_refused_by_name():
     content = [{"type": "image_url", "image_url": {"url": "data:"}}]
     request = decode(chat(messages=[{"role": "user", "content": content}]), ChatRequest)
-    with pytest.raises(ApiError, match="text parts only, not 'image_url'"):
-        request.messages[0].plain(sees=False)
+    with pytest.raises(ApiError, match="text parts only, not 'image_url'") as refusal:
+        request.turns(sees=False)
+    assert (refusal.value.param, refusal.value.code) == ("messages[0].content[0].type", "unsupported_content")
 
 
 def test_a_model_that_sees_gets_tokens_in_the_place_of_a_picture():
     picture = {"type": "image_url", "image_url": {"url": "data:a", "detail": "low"}}
     parts = [{"type": "text", "text": "See: "}, picture, {"type": "text", "text": "?"}]
     request = decode(chat(messages=[*HELLO, {"role": "user", "content": parts}]), ChatRequest)
-    assert request.messages[1].plain(sees=True).content == "See: " + "<|image_pad|>" * 16 + "?"
+    assert request.turns(sees=True)[1].content == "See: " + "<|image_pad|>" * 16 + "?"
     assert request.pictures() == {"messages[1].content[1].image_url.url": "data:a"}
 
 
 @pytest.mark.parametrize("part", [{"type": "input_audio"}, {"type": "video_url", "text": "a"}])
 def test_what_even_a_model_that_sees_cannot_read_is_refused(part):
-    message = decode(chat(messages=[{"role": "user", "content": [part]}]), ChatRequest).messages[0]
+    request = decode(parts(part), ChatRequest)
     with pytest.raises(ApiError, match=f"text and image_url parts only, not '{part['type']}'"):
-        message.plain(sees=True)
+        request.turns(sees=True)
 
 
 @pytest.mark.parametrize(
@@ -258,8 +259,7 @@ def test_earlier_calls_and_their_results_are_plain_for_templates():
         {"role": "assistant", "content": None, "tool_calls": [call, broken]},
         {"role": "tool", "tool_call_id": "c1", "content": "2"},
     ]
-    messages = decode(chat(messages=sent), ChatRequest).messages
-    asked, told = msgspec.to_builtins([each.plain(sees=False) for each in messages])
+    asked, told = msgspec.to_builtins(decode(chat(messages=sent), ChatRequest).turns(sees=False))
     assert asked["content"] == ""
     assert [each["function"]["arguments"] for each in asked["tool_calls"]] == [{"a": [1]}, "{a"]
     assert told == {"role": "tool", "content": "2", "tool_call_id": "c1"}
