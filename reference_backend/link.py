@@ -157,16 +157,10 @@ async def spawned(module: str) -> AsyncIterator[socket.socket]:
     Raises ModelError when the system has no process to give.
     """
     ours, theirs = socket.socketpair()
+    command, nothing = (sys.executable, "-m", module, str(theirs.fileno())), asyncio.subprocess.DEVNULL
     with ours, theirs:
         try:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                module,
-                str(theirs.fileno()),
-                pass_fds=[theirs.fileno()],
-                stdin=asyncio.subprocess.DEVNULL,
-            )
+            process = await asyncio.create_subprocess_exec(*command, pass_fds=[theirs.fileno()], stdin=nothing)
         except OSError as error:
             raise ModelError(f"no process can be started for the model: {error}") from error
         theirs.close()

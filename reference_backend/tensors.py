@@ -19,7 +19,7 @@ BYTES is an array of Python `bytes` objects (numpy dtype object); text in it is 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -113,12 +113,9 @@ class TensorModel(Protocol):
         ...
 
 
-class Opened(Protocol):
-    """The function `opened` of an executor's module."""
-
-    def __call__(self, directory: Path, card: Card) -> AbstractAsyncContextManager[TensorModel]:
-        """The model of a version's directory, warm from when it is entered. Raises ModelError on entering."""
-        ...
+# The function `opened` of an executor's module: the model of a version's directory, warm from when it is entered.
+# Raises ModelError on entering.
+Opened = Callable[[Path, "Card"], AbstractAsyncContextManager[TensorModel]]
 
 
 def executor(name: str) -> Opened:

@@ -28,7 +28,6 @@ from reference_backend.tensors import ANYHOW, DTYPES, Array, BadTensor, Tensors,
 
 ANY_SIZE = 8  # what stands for a dimension of any size in the first run
 
-Compute = Callable[[Tensors], Mapping[str, Array]]
 Form = TypeVar("Form")
 
 
@@ -60,12 +59,7 @@ async def opened(load: Callable[[Path, int], Program], directory: Path, card: Ca
     program = load(path, settings.threads)
     inputs = checked_specs(card.inputs, program.inputs, "inputs", path)
     outputs = checked_specs(card.outputs, program.outputs, "outputs", path)
-
-    def compute(tensors: Tensors) -> dict[str, Array]:
-        found = program.compute([tensors[spec.name] for spec in inputs])
-        return {spec.name: array for spec, array in zip(outputs, found, strict=True)}
-
-    async with Stacked(compute, inputs, outputs, card, settings).running() as model:
+    async with Stacked(Program(inputs, outputs, program.compute), card, settings).running() as model:
         yield model
 
 
@@ -90,22 +84,17 @@ def file_of(directory: Path, card: Card) -> Path:
 
 
 class Stacked:
-    """A TensorModel. `compute` runs in a thread of its own, one batch after another."""
+    """A TensorModel. The program runs in a thread of its own, one batch after another."""
 
-    def __init__(
-        self,
-        compute: Compute,
-        inputs: Sequence[TensorSpec],
-        outputs: Sequence[TensorSpec],
-        card: Card,
-        settings: Settings,
-    ) -> None:
-        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
-        self._compute, self._finite = compute, settings.finite
+    def __init__(self, program: Program, card: Card, settings: Settings) -> None:
+        self.inputs, self.outputs = tuple(program.inputs), tuple(program.outputs)
+        self._program, self._finite = program, settings.finite
         self._rows = card.max_batch if card.max_batch > 1 else None
-        if self._rows is not None and any(spec.shape[:1] != (-1,) for spec in (*self.inputs, *self.outputs)):
-            names = ", ".join(spec.name for spec in (*self.inputs, *self.outputs) if spec.shape[:1] != (-1,))
-            raise ModelError(f"max_batch = {self._rows} needs a first dimension of -1, which {names} has not")
+        fixed = [spec.name for spec in (*self.inputs, *self.outputs) if spec.shape[:1] != (-1,)]
+        if self._rows is not None and fixed:
+            raise ModelError(
+                f"max_batch = {self._rows} needs a first dimension of -1, which {', '.join(fixed)} has not"
+            )
         self._thread = ThreadPoolExecutor(1, "model")
         limits = Limits(self._rows or 1, card.max_waiting, settings.delay_us / 1e6)
         self._batcher = Batcher(self._run, limits, time.monotonic)  # noqa: TID251  the interface's clock
@@ -115,10 +104,8 @@ class Stacked:
         """In service, after a run of one row and one of as many as may be. Raises ModelError when that fails."""
         try:
             for rows in sorted({1, self._rows or 1}):
-                outputs = await asyncio.to_thread(
-                    self._compute, {spec.name: _example(spec, rows) for spec in self.inputs}
-                )
-                self._check_outputs(outputs, rows)
+                examples = {spec.name: _example(spec, rows) for spec in self.inputs}
+                self._check_outputs(await asyncio.to_thread(self._compute, examples), rows)
         except Exception as error:
             raise ModelError(f"a first run of {rows} row(s) fails: {first_line(error)}") from error
         with self._thread:
@@ -157,8 +144,7 @@ class Stacked:
         stacked = first
         if others:
             stacked = {name: np.concatenate([request[name] for request in requests]) for name in first}
-        run = asyncio.get_running_loop().run_in_executor(self._thread, self._compute, stacked)
-        outputs = await run
+        outputs = await asyncio.get_running_loop().run_in_executor(self._thread, self._compute, stacked)
         if self._rows is None:
             self._check_outputs(outputs, None)
             return [outputs]
@@ -169,6 +155,10 @@ class Stacked:
             {name: array[end - count : end] for name, array in outputs.items()}
             for count, end in zip(counts, ends, strict=True)
         ]
+
+    def _compute(self, tensors: Tensors) -> dict[str, Array]:
+        found = self._program.compute([tensors[spec.name] for spec in self.inputs])
+        return {spec.name: array for spec, array in zip(self.outputs, found, strict=True)}
 
     def _check_outputs(self, outputs: Mapping[str, Array], rows: int | None) -> None:
         """Raises ValueError for what is not as the specs say: they are read from files that may lie."""

@@ -8,6 +8,7 @@ import pytest
 
 from reference_backend.engine.config import ModelError
 from reference_backend.executors.stacked import (
+    Program,
     Settings,
     Stacked,
     checked_specs,
@@ -47,7 +48,12 @@ def card(**fields):
 
 
 def stacked(compute, settings=None, inputs=(X, Y), outputs=(SUM,), **fields):
-    return Stacked(compute, inputs, outputs, card(**fields), settings or Settings())
+    """`compute` takes and gives tensors by name."""
+
+    def in_order(arrays):
+        return compute(dict(zip("xy", arrays, strict=True))).values()
+
+    return Stacked(Program(inputs, outputs, in_order), card(**fields), settings or Settings())
 
 
 def request(rows, width=2, value=1.0):
