@@ -21,3 +21,21 @@ class Changing:
         while self.changes == seen:
             self._news.clear()
             await self._news.wait()
+
+
+class InFlight(Changing):
+    """How many requests are being answered: `with` it, one more. Only that none is left is a change."""
+
+    count = 0
+
+    def __enter__(self) -> None:
+        self.count += 1
+
+    def __exit__(self, *_error: object) -> None:
+        self.count -= 1
+        if not self.count:
+            self.change()
+
+    async def wait_idle(self) -> None:
+        while self.count:
+            await self.wait_change(self.changes)

@@ -28,7 +28,7 @@ from open_inference import SERVICE
 from open_inference import inference_pb2 as pb
 from open_inference.orca_load_report_pb2 import OrcaLoadReport
 from reference_backend import open_inference
-from reference_backend.in_flight import InFlight
+from reference_backend.changing import InFlight
 from reference_backend.incoming import terms
 from reference_backend.load_report import form_asked, named_metrics, orca
 from reference_backend.open_inference import LARGEST_BODY, Json, check_parameters, index, infer

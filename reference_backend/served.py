@@ -30,8 +30,8 @@ from typing import Protocol, TypeVar
 from discovery.announce import Announcement
 from discovery.endpoint import InvalidRegistration
 from reference_backend import refusals
+from reference_backend.changing import InFlight
 from reference_backend.engine.config import ModelError
-from reference_backend.in_flight import InFlight
 from reference_backend.load_report import Reporter
 from reference_backend.refusals import ApiError
 from reference_backend.repository import Entry, Kind

@@ -19,7 +19,7 @@ from aiohttp.http import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
 from reference_backend import embeddings, images_api, open_inference, openai_api
-from reference_backend.in_flight import InFlight
+from reference_backend.changing import InFlight
 from reference_backend.incoming import POOL, PREFIX, SERVED, WALL, is_at, json_response
 from reference_backend.load_report import PATH as LOAD_PATH
 from reference_backend.load_report import form_asked, in_band, metrics_page

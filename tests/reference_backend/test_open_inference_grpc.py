@@ -17,7 +17,7 @@ from open_inference import SERVICE
 from open_inference import inference_pb2 as pb
 from open_inference.orca_load_report_pb2 import OrcaLoadReport
 from reference_backend import open_inference_grpc
-from reference_backend.in_flight import InFlight
+from reference_backend.changing import InFlight
 from reference_backend.served import State
 from tests.support.grpc_backend import PREFACE, data, frame, headers
 from tests.support.model_store import ADDER, put, running_store
