@@ -82,6 +82,8 @@ class Studio:
         finally:
             for painting in asked:
                 painting.done.cancel()
+                if painting in self._waiting:
+                    self._waiting.remove(painting)
         return {"image": np.stack(painted) if painted else np.zeros((0, *self.outputs[0].shape[1:]), np.uint8)}
 
     async def paint(self) -> None:
@@ -100,9 +102,8 @@ class Studio:
         now = asyncio.get_running_loop().time()
         while len(self.painted) < self._at_once and (painting := self._waiting.head(now)) is not None:
             self._waiting.remove(painting)
-            if not painting.done.done():
-                self._waiting.charge(painting.tenant, read=1)
-                self.painted.append(painting)
+            self._waiting.charge(painting.tenant, read=1)
+            self.painted.append(painting)
 
     def _words(self, prompt: bytes) -> list[int]:
         config = self._network.config

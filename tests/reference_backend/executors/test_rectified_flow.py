@@ -91,6 +91,9 @@ async def test_no_more_are_painted_than_fit_and_what_waits_is_bounded(directory)
         assert repr(model) == "<Studio 1 of 1 being painted, 2 waiting>"
         with pytest.raises(Full):
             await model.infer(asked(("red", 1)))
+        requests.pop().cancel()
+        await asyncio.sleep(0)
+        requests.append(asyncio.ensure_future(model.infer(asked(("red", 3)))))  # in the place of who has left
         await asyncio.gather(*requests)
         assert repr(model) == "<Studio 0 of 1 being painted, 0 waiting>"
 
