@@ -59,12 +59,11 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.asynccontextmanager
-async def listening(pool: Pool, in_flight: InFlight, clock: Callable[[], float], address: str) -> AsyncIterator[int]:
+async def listening(pool: Pool, in_flight: InFlight, address: str) -> AsyncIterator[int]:
     """The listener, and its port. What is still in flight at the end is cut. Raises OSError."""
-    servicer = Servicer(pool, in_flight, clock)
     healthy = health.aio.HealthServicer()
     server = grpc.aio.server(options=OPTIONS)
-    server.add_generic_rpc_handlers((servicer.handlers(),))
+    server.add_generic_rpc_handlers((Servicer(pool, in_flight).handlers(),))
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     try:
         port = server.add_insecure_port(address)
@@ -97,10 +96,9 @@ async def tell_health(pool: Pool, healthy: health.aio.HealthServicer) -> None:
 class Servicer:
     """The service's methods, by name."""
 
-    def __init__(self, pool: Pool, in_flight: InFlight, clock: Callable[[], float]) -> None:
+    def __init__(self, pool: Pool, in_flight: InFlight) -> None:
         self._pool = pool
         self._in_flight = in_flight
-        self._clock = clock
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """All of them."""
@@ -157,7 +155,7 @@ class Servicer:
         served = self._find(asked.model_name, asked.model_version, metadata)
         try:
             with served.use(Stateless) as model:
-                how = terms(metadata, self._clock(), context.time_remaining())
+                how = terms(metadata, model.clock(), context.time_remaining())
                 outputs = await infer(model, read_inputs(asked), [each.name for each in asked.outputs], how)
                 return answer(served, asked, outputs)
         finally:

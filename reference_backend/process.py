@@ -235,7 +235,7 @@ async def serve(options: Options, clock: Callable[[], float], wall: Callable[[],
             listening = api.listening(options.host, options.port, *_tracing(stack, options, wall))
             registry.url = f"http://{host}:{await stack.enter_async_context(listening)}"
         with _can_listen(options, options.grpc_port, "--grpc-port"):
-            grpc = open_inference_grpc.listening(pool, api.in_flight, clock, f"{host}:{options.grpc_port}")
+            grpc = open_inference_grpc.listening(pool, api.in_flight, f"{host}:{options.grpc_port}")
             registry.grpc_port = await stack.enter_async_context(grpc)
         async with pool.running():
             loading = asyncio.ensure_future(load(pool, wanted, registry.url))

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import struct
-import time
 
 import grpc
 import grpc.aio
@@ -268,5 +267,5 @@ async def test_health_is_checked_and_watched(tmp_path):
 async def test_a_port_that_is_taken_is_told(tmp_path):
     async with running_store(tmp_path) as store:
         with pytest.raises(OSError, match="cannot bind"):
-            async with open_inference_grpc.listening(store.pool, InFlight(), time.monotonic, store.grpc):
+            async with open_inference_grpc.listening(store.pool, InFlight(), store.grpc):
                 raise AssertionError("it is taken")

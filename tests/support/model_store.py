@@ -49,6 +49,6 @@ async def running_store(root: Path, models: Mapping[str, str] | None = None, *ar
     api = Api(pool, wall=time.time, end=lambda: None)
     async with pool.running():
         await pool.start(process.names(options))
-        grpc = open_inference_grpc.listening(pool, api.in_flight, time.monotonic, "127.0.0.1:0")
+        grpc = open_inference_grpc.listening(pool, api.in_flight, "127.0.0.1:0")
         async with api.listening("127.0.0.1", 0) as port, grpc as grpc_port:
             yield Store(root, f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}", pool)
