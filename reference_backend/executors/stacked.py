@@ -102,13 +102,14 @@ class Stacked:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Stacked]:
         """In service, after a run of one row and one of as many as may be. Raises ModelError when that fails."""
-        try:
-            for rows in sorted({1, self._rows or 1}):
-                examples = {spec.name: _example(spec, rows) for spec in self.inputs}
-                self._check_outputs(await asyncio.to_thread(self._compute, examples), rows)
-        except Exception as error:
-            raise ModelError(f"a first run of {rows} row(s) fails: {first_line(error)}") from error
-        with self._thread:
+        loop = asyncio.get_running_loop()
+        with self._thread:  # that computes, and no other does: see encoder.py
+            try:
+                for rows in sorted({1, self._rows or 1}):
+                    examples = {spec.name: _example(spec, rows) for spec in self.inputs}
+                    self._check_outputs(await loop.run_in_executor(self._thread, self._compute, examples), rows)
+            except Exception as error:
+                raise ModelError(f"a first run of {rows} row(s) fails: {first_line(error)}") from error
             async with self._batcher:
                 yield self
 

@@ -75,6 +75,14 @@ async def test_requests_that_wait_run_as_one_and_each_gets_its_rows():
     assert other_shape.result()["sum"].tolist() == [5.0, 6.0]
 
 
+async def test_one_thread_computes_from_the_first_run_on():
+    adder, threads = Adder(), []
+    async with stacked(lambda tensors: threads.append(threading.get_ident()) or adder(tensors)).running() as model:
+        await model.infer(request(2))
+    assert adder.ran == [1, 8, 2]
+    assert len({*threads, threading.get_ident()}) == 2, "this thread and one other"
+
+
 async def test_a_full_batch_is_stacked_while_the_one_before_it_runs(monkeypatch):
     made = []
 
