@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from statistics import median
 from typing import Protocol
 
@@ -70,14 +70,9 @@ SHARED = [name for name in Load.__struct_fields__ if name in LoadReport.__struct
 class Source(Protocol):
     """What has a load: the server's end of a worker."""
 
-    @property
-    def bound(self) -> int: ...
-
-    @property
-    def changes(self) -> int: ...
-
-    @property
-    def rejects(self) -> int: ...
+    bound: int  # requests at a time
+    changes: int
+    rejects: int
 
     def load(self) -> Load: ...
 
@@ -161,8 +156,9 @@ def form_asked(headers: Mapping[str, str]) -> str:
     return form if form in ("json", "text") else ""
 
 
-def in_band(sources: Sequence[Source], form: str) -> str:
+def in_band(told: Iterable[Reporter], form: str) -> str:
     """The value of `endpoint-load-metrics` in an answer that is about these: the sums, and the fullest cache."""
+    sources = [each.source for each in told]
     loads = [source.load() for source in sources]
     fullest = max((load.kv_usage for load in loads), default=0.0)
     load = Load(sum(each.running for each in loads), sum(each.waiting for each in loads), fullest)
@@ -199,10 +195,10 @@ METRICS = (
 )
 
 
-def metrics_page(told: Sequence[tuple[str, Load, LoadReport]]) -> str:
+def metrics_page(told: Mapping[str, Reporter]) -> str:
     """Load and report of each model in the text format of Prometheus. Counters begin again with each worker."""
-    models = [f'model_name="{_escaped(model)}"' for model, _, _ in told]
-    loads, reports = [load for _, load, _ in told], [report for _, _, report in told]
+    models = [f'model_name="{_escaped(model)}"' for model in told]
+    loads, reports = [each.source.load() for each in told.values()], [each.report() for each in told.values()]
 
     def family(name: str, kind: str, meaning: str, labels: list[str], values: list[float]) -> str:
         samples = (f"{name}{{{label}}} {value}\n" for label, value in zip(labels, values, strict=True))

@@ -22,7 +22,7 @@ from reference_backend import embeddings, images_api, open_inference, openai_api
 from reference_backend.changing import InFlight
 from reference_backend.incoming import POOL, PREFIX, SERVED, WALL, is_at, json_response
 from reference_backend.load_report import PATH as LOAD_PATH
-from reference_backend.load_report import form_asked, in_band, metrics_page
+from reference_backend.load_report import Reporter, form_asked, in_band, metrics_page
 from reference_backend.pool import Pool
 from reference_backend.refusals import ApiError
 from reference_backend.served import Served, State
@@ -130,12 +130,14 @@ class Api:
 
     async def _report_load(self, request: web.Request, response: web.StreamResponse) -> None:
         if form := form_asked(request.headers):
-            sources = [each.model.reporter.source for each in self._meant(request) if each.model is not None]
-            response.headers["endpoint-load-metrics"] = in_band(sources, form)
+            response.headers["endpoint-load-metrics"] = in_band(self._reporters(request).values(), form)
 
     def _meant(self, request: web.Request) -> list[Served]:
         """The versions that a request is about: its own, or all below its path."""
         return [request[SERVED]] if SERVED in request else [each for each in self._pool if is_at(request, each)]
+
+    def _reporters(self, request: web.Request) -> dict[str, Reporter]:
+        return {str(each.entry): each.model.reporter for each in self._meant(request) if each.model is not None}
 
     def _state(self, request: web.Request) -> State:
         if "name" not in request.match_info:
@@ -148,21 +150,15 @@ class Api:
         return json_response({"status": state.value}, status=200 if state.is_useful else 503)
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        text = metrics_page(
-            [
-                (str(each.entry), each.model.reporter.source.load(), each.model.reporter.report())
-                for each in self._meant(request)
-                if each.model is not None
-            ]
-        )
+        text = metrics_page(self._reporters(request))
         return web.Response(text=text, headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _push_load(self, request: web.Request) -> web.StreamResponse:
-        models = [each.model for each in self._meant(request) if each.model is not None]
-        if len(models) != 1:
-            message = f"{len(models)} models are served here; ask for one at {PREFIX}{LOAD_PATH}"
+        reporters = self._reporters(request)
+        if len(reporters) != 1:
+            message = f"{len(reporters)} models are served here; ask for one at {PREFIX}{LOAD_PATH}"
             raise ApiError(404, "not_found", message)
-        return await models[0].reporter.stream(request)
+        return await next(iter(reporters.values())).stream(request)
 
     async def _live(self, request: web.Request) -> web.Response:
         is_live = all(each.is_alive for each in self._meant(request))

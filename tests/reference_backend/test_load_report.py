@@ -104,7 +104,7 @@ async def first(count, reports):
 
 def test_metrics_can_be_scraped():
     _, subject = reporter()
-    page = metrics_page([('a "b"\\c', BUSY, subject.report())])
+    page = metrics_page({'a "b"\\c': subject})
     families = {family.name: family for family in text_string_to_metric_families(page)}
     values = {sample.name: sample.value for family in families.values() for sample in family.samples}
     assert {name: value for name, value in values.items() if name.startswith("vllm:")} == {
