@@ -24,12 +24,11 @@ from reference_backend.incoming import POOL, PREFIX, SERVED, WALL, is_at, json_r
 from reference_backend.load_report import PATH as LOAD_PATH
 from reference_backend.load_report import Reporter, form_asked, in_band, metrics_page
 from reference_backend.pool import Pool
-from reference_backend.refusals import ApiError
+from reference_backend.refusals import LONGEST_SHOWN, ApiError, bad
 from reference_backend.served import Served, State
 from reference_backend.structured import Trials
 
 log = logging.getLogger(__name__)
-LONGEST_SHOWN = 200  # characters of what a stranger sent
 # Decompressed, a body could grow a thousandfold before anybody has looked at it, or break where nobody expects it.
 HTTP: dict[str, Any] = {"logger": log, "access_log": None, "auto_decompress": False}
 INFERENCE_PATH = re.compile(r"(/models/[^/]+/[^/]+)?/v2(/|$)")
@@ -43,12 +42,12 @@ class Connection(web.RequestHandler):
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
-        """What is no HTTP is the fault of whoever sent it: a line in the log, and no traceback."""
-        if not isinstance(exc, HttpProcessingError):
+        """What is no HTTP, or not even text, is the fault of whoever sent it: a line in the log, and no traceback."""
+        if not isinstance(exc, HttpProcessingError | UnicodeError | ConnectionError):
             return super().handle_error(request, status, exc, message)
-        why = f"the request cannot be read: {' '.join(exc.message.split())}"[:LONGEST_SHOWN]
+        why = f"the request cannot be read: {' '.join((message or str(exc)).split())}"[:LONGEST_SHOWN]
         log.info("from %s: %s", request.remote, why)
-        refusal = _refusal(request, ApiError(status, "bad_request", why))
+        refusal = _refusal(request, bad(why))
         refusal.force_close()
         return refusal
 

@@ -46,6 +46,7 @@ HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\n"
         (HEAD + b"x: " + b"y" * 10_000 + b"\r\n\r\n", 400, "cannot be read: Got more than 8190 bytes"),
         (HEAD + b"transfer-encoding: chunked\r\n\r\nzz\r\n", 400, "cannot be read: Invalid character in chunk size"),
         (HEAD + b"content-length: -1\r\n\r\n", 400, "cannot be read: Invalid character in Content-Length"),
+        (HEAD + b"expect: \xff\r\ncontent-length: 0\r\n\r\n", 400, "cannot be read: 'utf-8' codec can't encode"),
         (chat_request(None, "expect: tea"), 417, "only 100-continue is known"),
         (chat_request(None, "expect: tea", path="/v1/nowhere"), 417, "only 100-continue is known"),
     ],
