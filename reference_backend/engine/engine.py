@@ -21,11 +21,13 @@ from reference_backend.engine.graphs import Prepare
 from reference_backend.engine.kv_cache import BlockPool
 from reference_backend.engine.model import Llama
 from reference_backend.engine.pace import NEW, Pace, predicted_reading_end
-from reference_backend.engine.request import Delta, Load, Published, Sequence
-from reference_backend.engine.runner import Launched, Result, Runner
+from reference_backend.engine.request import Delta, Load, Logprobs, Published, Sequence
+from reference_backend.engine.runner import Launched, Runner
 from reference_backend.engine.scheduler import Scheduler, Work
 
 SEEDS = 1 << 62
+STEP_SECONDS = 0.1  # of a step that reads prompts beside those who generate
+AGE_SECONDS = 10.0  # a request that waits rises by a class each time
 log = logging.getLogger(__name__)
 
 
@@ -35,7 +37,7 @@ class Settings:
 
     `cache_tokens` is the room for keys and values, shared by all sequences; at least one of `context` tokens fits.
     `step_tokens` bounds a step, and with it the time that a long prompt holds up the others; where so many take longer
-    than `step_seconds`, fewer are read beside those who generate.
+    than STEP_SECONDS, fewer are read beside those who generate.
     """
 
     slots: int
@@ -43,8 +45,6 @@ class Settings:
     cache_tokens: int
     block_size: int = 16
     step_tokens: int = 256
-    step_seconds: float = 0.1
-    age_seconds: float = 10.0  # a request that waits rises by a class each time
 
     @property
     def blocks(self) -> int:
@@ -84,11 +84,11 @@ class Engine:
         )
         self.scheduler = Scheduler(
             BlockPool(settings.blocks, settings.block_size),
-            FairQueue(settings.age_seconds),
+            FairQueue(AGE_SECONDS),
             slots=settings.slots,
             step_tokens=settings.step_tokens,
         )
-        self._pace = Pace(settings.step_seconds)
+        self._pace = Pace(STEP_SECONDS)
         self._plan: list[Work] = []  # of the last step
         self._queue_seconds = 0.0  # before a request is admitted: an average in which a new one counts NEW
         self._unread: Launched | None = None
@@ -98,10 +98,6 @@ class Engine:
     def __repr__(self) -> str:
         load = self.load()
         return f"<Engine {load.running} running of {self.settings.slots}, {load.waiting} waiting>"
-
-    @property
-    def context(self) -> int:
-        return self.settings.context
 
     @property
     def is_busy(self) -> bool:
@@ -182,9 +178,12 @@ class Engine:
     def _read(self, published: Published) -> None:
         """Take note of what the step that is not read yet has drawn, if there is one."""
         unread, self._unread = self._unread, None
-        if unread is not None:
-            for result in unread.results():
-                published += self._commit(result)
+        for sequence, token, logprobs in unread.results() if unread is not None else []:
+            if not sequence.is_over:  # it may have ended meanwhile
+                delta = self._commit(sequence, token, logprobs)
+                if delta.finish is not None:
+                    self._end(sequence)
+                published.append((sequence, delta))
 
     def took(self, seconds: float) -> None:
         """The time of the last turn, from which the size of the next ones follows."""
@@ -216,33 +215,23 @@ class Engine:
             self._end(sequence)
         return [(sequence, Delta(None, "deadline")) for sequence in late]
 
-    def _commit(self, result: Result) -> Published:
-        """Take note of a token, unless its sequence has ended meanwhile."""
-        sequence = result.sequence
-        if sequence.is_over:
-            return []
-        if sequence.constraint is not None and sequence.constraint.is_broken:
-            self._end(sequence)
-            return [(sequence, Delta(None, "grammar"))]
-        if not result.is_sound:
+    def _commit(self, sequence: Sequence, token: int, logprobs: Logprobs | None) -> Delta:
+        """Take note of a token. What is told of it, and whether its sequence ends with it."""
+        constraint, cached = sequence.constraint, sequence.cached_tokens
+        if constraint is not None and constraint.is_broken:
+            return Delta(None, "grammar")
+        if token < 0:  # its scores were no numbers
             # Whatever it has put into the cache may be no number either, and must not be met by others.
             self.runner.clear(self.scheduler.pool.forget(sequence.blocks))
-            self._end(sequence)
             log.error("a sequence of %d tokens led to scores that are not finite", len(sequence.tokens))
-            return [(sequence, Delta(None, "failed"))]
-        self.scheduler.commit(sequence, result.token)
-        delta = self._judge(sequence, result)
-        if delta.finish is not None:
-            self._end(sequence)
-        return [(sequence, delta)]
-
-    def _judge(self, sequence: Sequence, result: Result) -> Delta:
-        if result.token in self.end_tokens and not sequence.sampling.ignore_eos:
-            return Delta(None, "stop", cached_tokens=sequence.cached_tokens)
-        if sequence.constraint is not None and sequence.constraint.take(result.token):
-            return Delta(result.token, "stop", result.logprobs, sequence.cached_tokens)
+            return Delta(None, "failed")
+        self.scheduler.commit(sequence, token)
+        if token in self.end_tokens and not sequence.sampling.ignore_eos:
+            return Delta(None, "stop", cached_tokens=cached)
+        if constraint is not None and constraint.take(token):
+            return Delta(token, "stop", logprobs, cached)
         is_last = len(sequence.tokens) - len(sequence.prompt) >= sequence.sampling.max_tokens
-        return Delta(result.token, "length" if is_last else None, result.logprobs, sequence.cached_tokens)
+        return Delta(token, "length" if is_last else None, logprobs, cached)
 
     def _end(self, sequence: Sequence) -> None:
         self.scheduler.drop(sequence)

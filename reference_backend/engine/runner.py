@@ -28,20 +28,6 @@ from reference_backend.engine.vision import Album
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """The token that a sequence drew."""
-
-    sequence: Sequence
-    token: int
-    logprobs: Logprobs | None
-
-    @property
-    def is_sound(self) -> bool:
-        """Whether its scores were numbers."""
-        return self.token >= 0
-
-
-@dataclass(frozen=True, slots=True)
 class Launched:
     """A step that runs, or has run."""
 
@@ -49,14 +35,14 @@ class Launched:
     drawn: Drawn | None
     arrived: torch.cuda.Event | None = None  # when what was drawn is on the host
 
-    def results(self) -> list[Result]:
-        """Waits for the step to end."""
+    def results(self) -> list[tuple[Sequence, int, Logprobs | None]]:
+        """Who drew which token; -1 where the scores were no numbers. Waits for the step to end."""
         if self.drawn is None:
             return []
         if self.arrived is not None:
             self.arrived.synchronize()
         logprobs = told_logprobs(self.drawn, [sequence.sampling for sequence in self.sequences])
-        return [Result(*row) for row in zip(self.sequences, self.drawn.tokens.tolist(), logprobs, strict=True)]
+        return list(zip(self.sequences, self.drawn.tokens.tolist(), logprobs, strict=True))
 
 
 class Runner:

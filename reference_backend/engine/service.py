@@ -68,7 +68,7 @@ class Line:
             try:
                 messages.append(frames.decode_for_worker(self._connection.recv_bytes()))
             except (EOFError, OSError):
-                return None
+                return messages or None  # what was said before counts
         return messages
 
     def send(self, message: Ready | frames.Refused | frames.Turn | frames.Ping) -> None:
@@ -133,7 +133,7 @@ def serve(engine: Engine, line: Line, clock: Callable[[], float]) -> int:
             line.pass_on(step)
             deltas = desk.step(step)
             if frames.Sleep() in messages or frames.Wake() in messages:
-                line.send(Ready(engine.context, engine.load()))
+                line.send(Ready(engine.settings.context, engine.load()))
             took = None
             if deltas is not None:
                 took = clock() - step.now
@@ -294,7 +294,7 @@ def main(descriptor: int, clock: Callable[[], float]) -> int:
                 return 3
             if start.rank:
                 return follow(engine, line)
-            line.send(Ready(engine.context, engine.load()))
+            line.send(Ready(engine.settings.context, engine.load()))
             return serve(engine, line, clock)
 
 

@@ -87,7 +87,7 @@ async def running_api(
     """
     engine = tiny_engine(**sizes)
     ours, theirs = socket.socketpair()
-    theirs.send(framed(Ready(engine.context, engine.load())))
+    theirs.send(framed(Ready(engine.settings.context, engine.load())))
     thread = threading.Thread(target=_serve, args=(engine, theirs, clock))
     if start:
         thread.start()

@@ -33,7 +33,7 @@ def works(sequence, start, count, *, is_new=False, is_decode=False, samples=True
 
 
 def tokens_of(launched):
-    return [(result.sequence, result.token) for result in launched.results()]
+    return [(sequence, token) for sequence, token, _ in launched.results()]
 
 
 def test_a_piece_that_does_not_end_the_prompt_draws_nothing():

@@ -6,7 +6,7 @@ import re
 import socket
 import threading
 import time
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,7 @@ from reference_backend.engine.frames import (  # noqa: E402
     Unframed,
     Wake,
     decode_for_server,
+    encode,
     framed,
 )
 from reference_backend.engine.model import Llama  # noqa: E402
@@ -176,7 +177,7 @@ def start(model, **sizes):
 
 def test_a_model_is_loaded_and_has_spoken():
     engine = load(start(DIRECTORY, context=100_000), time.monotonic)
-    assert engine.context == engine.runner.model.config.context == 2048
+    assert engine.settings.context == engine.runner.model.config.context == 2048
     assert engine.settings.cache_tokens == 2 * 2048
     assert not engine.is_busy
     assert load(start(DIRECTORY, context=64, cache_tokens=640), time.monotonic).settings.cache_tokens == 640
@@ -186,7 +187,7 @@ def test_the_cache_takes_its_share_of_a_small_memory(monkeypatch):
     monkeypatch.setattr(service, "free_memory", lambda _device: 1 << 20)
     engine = load(start(DIRECTORY, slots=16), time.monotonic)
     assert engine.settings.cache_tokens == (1 << 18) // (2 * 4 * 2 * 32 * 4)
-    assert engine.settings.blocks * 16 > engine.context  # one request fits whatever the memory
+    assert engine.settings.blocks * 16 > engine.settings.context  # one request fits whatever the memory
 
 
 def test_the_largest_step_is_a_whole_one():
@@ -234,3 +235,13 @@ def test_what_does_not_fit_the_memory_is_refused_in_one_line(tmp_path, sizes, co
         load(start(directory, **sizes), time.monotonic)
     assert str(refusal.value).startswith("the model does not fit: ")
     assert "\n" not in str(refusal.value)
+
+
+def test_what_was_said_before_the_end_is_heard():
+    theirs, ours = Pipe()
+    for message in (ask(1), Abort(1)):
+        theirs.send_bytes(encode(message))
+    theirs.close()
+    line = Line(ours)
+    assert line.read(wait=True) == [ask(1), Abort(1)]
+    assert line.read(wait=True) is None
