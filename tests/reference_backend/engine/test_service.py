@@ -202,7 +202,8 @@ def test_the_largest_step_is_a_whole_one():
 
     weights, counting = load_file(DIRECTORY / "model.safetensors"), Counting(model.config, model.device, ALONE)
     service.take_largest_step(Llama(model.config, weights, model.device, model.dtype, operations=counting), 50, 3)
-    assert asked == [(50, model.config.hidden_size)] * 2 * model.config.layers
+    width = model.config.hidden_size
+    assert asked == [*[(50, width)] * 2 * model.config.layers, (3, width)]
 
 
 def test_nothing_is_prepared_without_a_gpu():
