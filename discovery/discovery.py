@@ -24,7 +24,7 @@ from discovery.endpoint import DEFAULT_PREFIX, MAX_VALUE_BYTES, Endpoint
 from discovery.etcd import EtcdClient, EtcdSource
 from discovery.probe import Checked, Probe, Prober
 from discovery.source import DiscoveryEvent, Observe, Rejected, Source
-from discovery.store import PACE_SECONDS, Store
+from discovery.store import Store
 from discovery.vetting import Network, Resolve, Verdict, Vetting, system_resolver
 from discovery.watch import Delta, Watch
 
@@ -77,7 +77,13 @@ class Discovery:
         """Until everybody was listed once, the names among them were looked up, and the store has told it."""
         await self.watch.wait_listed()
         await self._vetting.wait_resolved()
-        await asyncio.sleep(2 * PACE_SECONDS)
+        if self.store.is_behind:
+            told = asyncio.Event()
+            forget = self.store.subscribe(lambda _snapshot: told.set())
+            try:
+                await told.wait()
+            finally:
+                forget()
 
     def _forget(self, key: str) -> None:
         self.watch.forget(key)

@@ -73,6 +73,11 @@ class Store:
         numbers = f"{counts.endpoints} endpoints, {counts.held} held, {counts.damped} damped"
         return f"<Store v{self.snapshot.version}: {numbers}>"
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether what is in force has not been told yet, because snapshots keep their pace."""
+        return bool(self._touched)
+
     def statistics(self) -> Statistics:
         return Statistics(len(self._current), len(self._held), len(self._wanted))
 

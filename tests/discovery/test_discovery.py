@@ -81,6 +81,17 @@ async def test_from_registration_to_health_and_away():
 
 
 @virtual_time
+async def test_who_can_be_told_at_once_is_not_waited_for():
+    world = World()
+    await world.register("a/1")
+    async with alive(world.discovery):
+        began = asyncio.get_running_loop().time()
+        await world.discovery.wait_listed()
+        assert world.keys == {"a/1"}
+        assert asyncio.get_running_loop().time() == began
+
+
+@virtual_time
 async def test_an_etcd_that_comes_back_empty_costs_no_backend_that_works():
     world = World()
     for i in range(4):

@@ -174,7 +174,9 @@ def test_of_a_burst_the_first_is_told_at_once_and_the_rest_together():
         registry.put(backend(f"a/{i}"), now=10 + i / 10_000)
     assert len(registry.published) == 1
     assert registry.store.next_due() == 10 + PACE_SECONDS
+    assert registry.store.is_behind
     registry.store.advance(10 + PACE_SECONDS)
+    assert not registry.store.is_behind
     assert len(registry.published) == 2
     assert len(registry.keys) == 1000
 
