@@ -16,7 +16,7 @@ ROAD := tests/policies $(wildcard tests/integration/test_road_*.py) tests/integr
 # Most tests wait most of the time: two run beside each other, each with its servers, ports and folders. Those that measure a
 # machine run alone, with those that fork, which no threads of gRPC must see; the compiler gives way to all (`nice`).
 BESIDE := -n 2 --dist worksteal
-ALONE := tests/soak tests/gateway/test_children.py tests/gateway/test_workers.py tests/faults/test_g_policy_and_process.py
+ALONE := tests/soak tests/gateway/test_children.py tests/gateway/test_workers.py
 HAS_CC = $(shell command -v $${CC:-cc})
 
 .PHONY: setup run test test-alone test-compiled fuzz compiled check fmt stubs lock bench-peers soak clean

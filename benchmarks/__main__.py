@@ -21,7 +21,7 @@ import click
 from rich.console import Console
 
 from benchmarks import beside as besides
-from benchmarks import model_peers, model_server, replay, report
+from benchmarks import model_peers, model_server, report
 from benchmarks.bench import WORKLOADS, Outcome, run
 from benchmarks.figures import Round, told
 from benchmarks.gateways import ALL, BY_NAME
@@ -104,6 +104,8 @@ def bench(
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def profile(arguments: tuple[str, ...]) -> None:
     """What a unary request costs in our own code, without sockets."""
+    from benchmarks import replay  # noqa: PLC0415  the whole gateway comes with it
+
     sys.argv = ["weir bench profile", *arguments]
     replay.main()
 

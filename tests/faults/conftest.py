@@ -274,7 +274,7 @@ class _Bystander:
     def __init__(self, address, token: str) -> None:
         self._address = address
         self._line = f"authorization: Bearer {token}"
-        self._ending = False
+        self._ending = asyncio.Event()
         self._statuses: Counter[str] = Counter()
 
     async def __aenter__(self):
@@ -282,11 +282,8 @@ class _Bystander:
         await until(lambda: self._statuses or self._task.done())
         return self
 
-    async def __aexit__(self, kind, *_) -> None:
-        before = self._statuses.total()
-        if kind is None:
-            await until(lambda: self._statuses.total() > before or self._task.done())  # one after the fault, too
-        self._ending = True
+    async def __aexit__(self, *_) -> None:
+        self._ending.set()
         await self._task
 
     def check(self) -> None:
@@ -294,10 +291,14 @@ class _Bystander:
 
     async def _ask(self) -> None:
         async with RawClient(self._address) as client:
-            while not self._ending:
+            is_last = False
+            while not is_last:
+                is_last = self._ending.is_set()  # so the last one is sent after the fault
                 answer = await asyncio.wait_for(client.ask(CALM, self._line), 10)
                 self._statuses[f"{answer.status}" if answer.whole else "cut"] += 1
-                await asyncio.sleep(0.05)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(0.05):
+                        await self._ending.wait()
 
 
 class _Resources:
