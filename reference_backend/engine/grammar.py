@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -84,8 +85,8 @@ class Grammars:
     def __init__(self, tokenizer: Path, vocabulary: int, end_tokens: Iterable[int], clock: Callable[[], float]) -> None:
         self._clock = clock
         self._mask_bytes = -(-vocabulary // 32) * 4
-        self._compiled: dict[str, Future[LLMatcher]] = {}
-        self._thread = ThreadPoolExecutor(1, "grammars")
+        thread = ThreadPoolExecutor(1, "grammars")
+        self._compiled = lru_cache(COMPILED)(lambda grammar: thread.submit(self._compile, grammar))
         text = tokenizer.read_text(encoding="utf-8")
         try:
             self._tokenizer = LLTokenizer(text, vocabulary, sorted(end_tokens) or None, LLTokenizer.json_slices())
@@ -94,11 +95,7 @@ class Grammars:
 
     def begin(self, grammar: str) -> Matched:
         """The constraint of a new answer; its grammar is compiled meanwhile."""
-        compiled = self._compiled.pop(grammar, None) or self._thread.submit(self._compile, grammar)
-        self._compiled[grammar] = compiled
-        if len(self._compiled) > COMPILED:
-            del self._compiled[next(iter(self._compiled))]
-        return Matched(compiled, self._mask_bytes, self._clock)
+        return Matched(self._compiled(grammar), self._mask_bytes, self._clock)
 
     def _compile(self, grammar: str) -> LLMatcher:
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)

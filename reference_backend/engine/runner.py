@@ -24,7 +24,7 @@ from reference_backend.engine.request import PICTURE_TOKENS, Logprobs, Sequence
 from reference_backend.engine.sampler import Drawn, Rows, Sampler, told_logprobs
 from reference_backend.engine.scheduler import Work
 from reference_backend.engine.stowed import Stowed
-from reference_backend.engine.vision import Album
+from reference_backend.engine.vision import album
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Runner:
             like=torch.empty(0, dtype=model.dtype, device=device),
         )
         self._attention = attention_for(model.operations)
-        self._album = None if model.vision is None else Album(model.vision)
+        self._look = None if model.vision is None else album(model.vision)
         self._written = [0] * slots  # blocks in each row's table
         self._rows: tuple[list[Sequence], Rows] | None = None  # of the last step, most often those of the next
         self._slots, self._prepare = slots, prepare
@@ -188,9 +188,9 @@ class Runner:
             for picture in work.sequence.pictures:
                 first = max(work.start, picture.start)
                 last = min(work.start + work.tokens, picture.start + PICTURE_TOKENS)
-                if self._album is not None and first < last:
+                if self._look is not None and first < last:
                     rows += range(at + first - work.start, at + last - work.start)
-                    pieces.append(self._album.look(picture)[first - picture.start : last - picture.start])
+                    pieces.append(self._look(picture.pixels)[first - picture.start : last - picture.start])
             at += work.tokens
         return (self._ids(rows), torch.cat(pieces)) if rows else None
 

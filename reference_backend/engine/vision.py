@@ -7,9 +7,11 @@ text, so that whoever does not know of them can serve the text alone.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Callable
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from reference_backend.engine.config import VISION_FILE, ModelError
-from reference_backend.engine.request import PICTURE_SIDE, PICTURE_TOKENS, Picture
+from reference_backend.engine.request import PICTURE_SIDE, PICTURE_TOKENS
 
 GRID = 4  # pieces in a row
 CHANNELS = (3, 16, 32, 64)
@@ -68,22 +70,14 @@ def load_into(module: nn.Module, path: Path) -> None:
         raise ModelError(f"{path}: cannot be used: {error}") from error
 
 
-class Album:
-    """What stands for each of the pictures that were shown lately: a conversation shows the same ones again."""
+def album(vision: Vision) -> Callable[[bytes], Tensor]:
+    """Gives what stands for pixels, [PICTURE_TOKENS, hidden]; remembered: a conversation shows the same ones again."""
 
-    def __init__(self, vision: Vision) -> None:
-        self._vision = vision
-        self._seen: OrderedDict[bytes, Tensor] = OrderedDict()
+    @lru_cache(REMEMBERED)
+    def look(pixels: bytes) -> Tensor:
+        picture = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(1, PICTURE_SIDE, PICTURE_SIDE, 3)
+        [pieces] = vision(picture.to(vision.row.device))
+        assert len(pieces) == PICTURE_TOKENS  # noqa: S101  else it would overwrite text
+        return cast("Tensor", pieces)
 
-    def look(self, picture: Picture) -> Tensor:
-        """Its pieces [PICTURE_TOKENS, hidden]."""
-        pieces = self._seen.pop(picture.digest, None)
-        if pieces is None:
-            pixels = torch.frombuffer(bytearray(picture.pixels), dtype=torch.uint8)
-            shape = (1, PICTURE_SIDE, PICTURE_SIDE, 3)
-            pieces = self._vision(pixels.view(shape).to(self._vision.row.device))[0]
-            assert len(pieces) == PICTURE_TOKENS  # noqa: S101  else it would overwrite text
-        self._seen[picture.digest] = pieces
-        if len(self._seen) > REMEMBERED:
-            self._seen.popitem(last=False)
-        return pieces
+    return look

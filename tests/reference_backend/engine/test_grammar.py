@@ -106,12 +106,11 @@ def test_an_answer_whose_steps_take_too_long_is_given_up(seconds, is_broken):
 
 def test_grammars_are_kept_the_oldest_not(monkeypatch):
     compiled = []
-    own = Grammars(DIRECTORY / "tokenizer.json", 1024, [END], lambda: 0.0)
     monkeypatch.setattr(grammar, "COMPILED", 2)
+    own = Grammars(DIRECTORY / "tokenizer.json", 1024, [END], lambda: 0.0)
     monkeypatch.setattr(own, "_compile", compiled.append)
-    for text in ("a", "b", "a", "c", "a", "b"):
-        own.begin(text)
-    own._thread.shutdown()
+    begun = [own.begin(text) for text in ("a", "b", "a", "c", "a", "b")]
+    begun[-1]._compiled.result()
     assert compiled == ["a", "b", "c", "b"]
 
 

@@ -13,7 +13,7 @@ from reference_backend.engine.config import ModelError  # noqa: E402
 from reference_backend.engine.engine import Engine, Settings  # noqa: E402
 from reference_backend.engine.model import load_model  # noqa: E402
 from reference_backend.engine.request import PICTURE_TOKENS, Picture, Sampling, Sequence  # noqa: E402
-from reference_backend.engine.vision import Album, Vision, load_vision  # noqa: E402
+from reference_backend.engine.vision import Vision, album, load_vision  # noqa: E402
 from tests.support.integrity import faults  # noqa: E402
 from tests.support.plain_model import dense  # noqa: E402
 
@@ -66,7 +66,7 @@ def reference(model, sequence):
     """Each token from a pass over the whole text, without engine."""
     tokens, (picture,) = list(sequence.prompt), sequence.pictures
     rows = torch.arange(picture.start, picture.start + PICTURE_TOKENS)
-    seen = rows, Album(model.vision).look(picture)
+    seen = rows, album(model.vision)(picture.pixels)
     for _ in range(sequence.sampling.max_tokens):
         hidden = model.hidden(torch.tensor(tokens), torch.arange(len(tokens)), dense, seen)
         tokens.append(int(model.logits(hidden[-1:]).argmax()))
@@ -118,13 +118,18 @@ def test_two_pictures_in_one_prompt(model):
 
 def test_a_picture_is_looked_at_once_while_it_is_remembered(model, monkeypatch):
     looked = []
-    album = Album(lambda shown: looked.append(1) or torch.zeros(1, PICTURE_TOKENS, 8))
-    album._vision.row = torch.zeros(1)
     monkeypatch.setattr(eye, "REMEMBERED", 2)
+
+    def vision(shown):
+        looked.append(shown)
+        return torch.zeros(1, PICTURE_TOKENS, 8)
+
+    vision.row = torch.zeros(1)
+    look = album(vision)
     for seed in (1, 1, 2, 1, 3, 1):
-        album.look(Picture(0, pixels(seed)))
+        look(pixels(seed))
     assert len(looked) == 3
-    album.look(Picture(0, pixels(2)))  # forgotten: 1 and 3 came later
+    look(pixels(2))  # forgotten: 1 and 3 came later
     assert len(looked) == 4
 
 
