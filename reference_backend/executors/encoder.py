@@ -127,8 +127,8 @@ class Encoder:
         for index, row in enumerate(rows):
             if not 1 <= len(row) <= self._network.longest:
                 raise BadTensor(f"text {index} has {len(row)} tokens; 1 to {self._network.longest} can be embedded")
-        vectors = await self._batcher.ask([(row, len(row)) for row in rows], terms=terms) if rows else []
-        found = np.stack(vectors) if vectors else np.zeros((0, self.outputs[0].shape[1]), np.float32)
+        vectors = await self._batcher.ask([(row, len(row)) for row in rows], terms=terms)
+        found = np.array(vectors, np.float32).reshape(len(rows), self._network.size)
         if not np.isfinite(found).all():
             raise ArithmeticError("the model's states are no numbers (NaN or infinity)")
         return {"embedding": found, "tokens": np.array([len(row) for row in rows], np.int64)}
@@ -142,7 +142,7 @@ class Encoder:
             raise BadTensor(f"lengths must be those of parts of ids, {len(ids)} together")
         if len(ids) and not 0 <= ids.min() <= ids.max() < self._network.vocabulary:
             raise BadTensor(f"ids has tokens that are none: they are numbers from 0 to {self._network.vocabulary - 1}")
-        return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] if len(lengths) else []
+        return [part.tolist() for part in np.split(ids, np.cumsum(lengths))[:-1]]
 
     async def _tokens(self, texts: Array) -> list[list[int]]:
         """Raises BadTensor for what is no text, and for one that is hopelessly long."""

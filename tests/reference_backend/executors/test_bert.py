@@ -1,4 +1,4 @@
-"""With one thread and with two: the encoder against transformers' BertModel, packed against alone, and broken directories."""
+"""The encoder, with one thread and with two, against transformers' BertModel, packed against alone, and broken directories."""
 
 import json
 import shutil
@@ -12,23 +12,25 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from reference_backend.engine.config import ModelError  # noqa: E402
 from reference_backend.executors.bert import FEW_ROWS, Shared, load_bert, mean_of_each  # noqa: E402
 
+torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent.parent / "golden" / "bert"
 
 
-@pytest.fixture(params=[1, 2], autouse=True)
+@pytest.fixture(params=[1, 2])
 def threads(request):
-    before = torch.get_num_threads()
     torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    yield
+    torch.set_num_threads(1)
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(("rows", "columns"), [(1, 8), (FEW_ROWS, 8), (FEW_ROWS + 1, 8), (3, 6)])
 def test_what_threads_share_is_what_one_computes(rows, columns):
     layer, x = Shared(5, columns).requires_grad_(requires_grad=False), torch.randn(rows, 5)
     torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
 
 
+@pytest.mark.usefixtures("threads")
 def test_states_are_those_of_transformers():
     golden = load_file(GOLDEN / "golden.safetensors")
     with torch.inference_mode():
@@ -36,6 +38,7 @@ def test_states_are_those_of_transformers():
     torch.testing.assert_close(states.view_as(golden["states"]), golden["states"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("threads")
 def test_a_text_is_the_same_alone_and_packed_among_others():
     model, lengths = load_bert(GOLDEN), [5, 1, 30, 9]
     texts = [torch.randint(0, 64, (length,)) for length in lengths]

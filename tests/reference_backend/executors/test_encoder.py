@@ -120,7 +120,7 @@ async def test_what_is_refused(inputs, message):
 
 async def test_states_that_are_no_numbers_are_the_model_s_fault(monkeypatch):
     async with opened_own("tiny-embedding") as model:
-        broken = replace(model._network, encode=lambda tokens, _: torch.full((len(tokens), 4), float("nan")))
+        broken = replace(model._network, size=4, encode=lambda tokens, _: torch.full((len(tokens), 4), float("nan")))
         monkeypatch.setattr(model, "_network", broken)
         with pytest.raises(ArithmeticError, match="states are no numbers"):
             await model.infer(texts("a"))
