@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Self
 from uuid import uuid4
-
-import msgspec
 
 from reference_backend import refusals
 from reference_backend.answers import Piece, TokenLogprob, Usage, finish_reason
@@ -37,7 +35,7 @@ class Asked:
     stops: tuple[str, ...]
     salt: bytes
     form: Form | None  # of calls, where there are tools
-    pictures: list[Picture]  # that the prompt has places for
+    pictures: Sequence[Picture]  # that the prompt has places for
 
 
 class Generation:
@@ -60,12 +58,9 @@ class Generation:
         asked = self._asked
         try:
             for choice, sampling in enumerate(asked.samplings):
-                arrive, terms = partial(self._arrive, choice), msgspec.structs.asdict(asked.terms)
-                self._tickets.append(
-                    self._model.submit(
-                        asked.prompt, sampling, arrive, **terms, salt=asked.salt, pictures=asked.pictures
-                    )
-                )
+                arrive = partial(self._arrive, choice)
+                ticket = self._model.submit(asked.prompt, sampling, asked.terms, arrive, asked.salt, asked.pictures)
+                self._tickets.append(ticket)
             yield
         finally:
             for ticket in self._tickets:

@@ -83,7 +83,7 @@ async def _answer(
         raise bad(f"n is {len(samplings)}, and this backend takes {model.bound} requests at a time", "n")
     how = terms(request.headers, model.clock())
     salt = (body.cache_salt or "").encode()
-    asked = Asked(prompt, samplings, how, body.stops(), salt, form, list(pictures))
+    asked = Asked(prompt, samplings, how, body.stops(), salt, form, pictures)
     name = f"{body.answer.id_prefix}-{uuid4().hex}"
     answer = body.answer(name, int(request.app[WALL]()), str(request[SERVED].entry), body.wants_usage())
     generation = Generation(model, asked)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import msgspec
 
@@ -24,6 +24,7 @@ from reference_backend.engine.config import ModelError
 from reference_backend.engine.frames import Abort, Ask, Ready, Sleep, Start, Turn, Wake, decode_for_server
 from reference_backend.engine.request import Delta, Load, Picture, Sampling
 from reference_backend.link import SILENT_SECONDS, Apart, Link, linked, spawned
+from reference_backend.tensors import Terms
 
 STEPS_TO_WAIT, LONGEST_TO_WAIT = 20, 4  # steps, and steps full of prompts: where they take longer, it is given up then
 UNKNOWN_SECONDS = 60.0  # before it has taken a step: then it is given up
@@ -118,13 +119,10 @@ class Worker(Apart[_Link]):
         self,
         prompt: list[int],
         sampling: Sampling,
+        terms: Terms,
         deliver: Callable[[Delta], None],
-        *,
-        deadline: float | None,
-        priority: int,
-        tenant: str,
-        salt: bytes,
-        pictures: list[Picture] | None = None,
+        salt: bytes = b"",
+        pictures: Sequence[Picture] = (),
     ) -> int:
         """Hand over a request whose prompt and `max_tokens` fit the context. Returns its ticket.
 
@@ -132,11 +130,12 @@ class Worker(Apart[_Link]):
         """
         if self.link is None or self.link.lost.is_set():
             raise refusals.loading()
-        if not has_room(tenant, [consumer for _, consumer in self.link.waiting_for.values()], self.bound):
+        if not has_room(terms.tenant, [consumer for _, consumer in self.link.waiting_for.values()], self.bound):
             self.rejects += 1
             raise refusals.queue_full()
         self._tickets += 1
-        self.link.send(Ask(self._tickets, prompt, sampling, deadline, priority, tenant, salt, pictures or []))
+        deadline, tenant, priority = terms.deadline, terms.tenant, terms.priority
+        self.link.send(Ask(self._tickets, prompt, sampling, deadline, priority, tenant, salt, list(pictures)))
         self.link.waiting_for[self._tickets] = deliver, tenant  # last: what cannot be sent must hold no place
         self.change()
         return self._tickets

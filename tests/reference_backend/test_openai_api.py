@@ -154,13 +154,7 @@ async def test_priority_and_consumer_reach_the_worker(monkeypatch):
     handed = []
     async with running_api(start=False) as backend, aiohttp.ClientSession() as session:
         submit = backend.language.submit
-        monkeypatch.setattr(
-            backend.language,
-            "submit",
-            lambda prompt, sampling, deliver, **beside: (
-                handed.append((prompt, sampling, beside)) or submit(prompt, sampling, deliver, **beside)
-            ),
-        )
+        monkeypatch.setattr(backend.language, "submit", lambda *asked: handed.append(asked) or submit(*asked))
         headers = {"x-weir-priority": "high", "x-weir-consumer": "team-a"}
         asking = asyncio.ensure_future(
             session.post(f"{backend.url}/v1/chat/completions", json=QUESTION, headers=headers)
@@ -169,8 +163,8 @@ async def test_priority_and_consumer_reach_the_worker(monkeypatch):
             while not backend.language.load().waiting:
                 await asyncio.sleep(0.002)
         asking.cancel()
-    [(_, _, asked)] = handed
-    assert (asked["priority"], asked["tenant"]) == (Priority.HIGH, "team-a")
+    [(_, _, terms, *_)] = handed
+    assert (terms.priority, terms.tenant) == (Priority.HIGH, "team-a")
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from reference_backend.engine.frames import (  # noqa: E402
 )
 from reference_backend.engine.request import Delta, Load, Sampling  # noqa: E402
 from reference_backend.refusals import ApiError  # noqa: E402
+from reference_backend.tensors import Terms  # noqa: E402
 from reference_backend.worker import Worker, patience  # noqa: E402
 from tests.support.tiny_model import DIRECTORY  # noqa: E402
 
@@ -62,15 +63,7 @@ async def linked(bound=2):
 
 
 def submit(worker, deliver=None, max_tokens=5, tenant=""):
-    return worker.submit(
-        [1, 2],
-        Sampling(max_tokens=max_tokens, seed=7),
-        deliver or print,
-        deadline=None,
-        priority=1,
-        tenant=tenant,
-        salt=b"",
-    )
+    return worker.submit([1, 2], Sampling(max_tokens=max_tokens, seed=7), Terms(tenant=tenant), deliver or print)
 
 
 async def test_what_cannot_be_sent_takes_no_place():

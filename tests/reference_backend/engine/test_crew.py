@@ -27,6 +27,7 @@ from reference_backend.engine.frames import (  # noqa: E402
 )
 from reference_backend.engine.request import Sampling, Sequence  # noqa: E402
 from reference_backend.engine.service import Line, RankGone, follow, serve  # noqa: E402
+from reference_backend.tensors import ANYHOW  # noqa: E402
 from reference_backend.worker import Worker  # noqa: E402
 from tests.support.tiny_model import DIRECTORY, tiny_engine  # noqa: E402
 
@@ -64,9 +65,7 @@ async def test_two_ranks_say_what_one_says_and_die_together():
 
     def submit(number):
         prompt, sampling = ASKED[number]
-        return worker.submit(
-            list(prompt), sampling, deliver(number), deadline=None, priority=1, tenant="", salt=b"", pictures=[]
-        )
+        return worker.submit(list(prompt), sampling, ANYHOW, deliver(number))
 
     async with asyncio.timeout(110), worker.running():
         for _ in range(2):
