@@ -155,9 +155,8 @@ class Sequence:
     @property
     def uncomputed(self) -> int:
         """Tokens that a step could work on; none when the last token that may be generated is on its way."""
-        if self.drawn >= self.sampling.max_tokens:
-            return 0
-        return len(self.tokens) + self.pending - self.computed
+        reached = len(self.tokens) + self.pending  # each sequence is asked in each step: `drawn` would take longer
+        return 0 if reached - len(self.prompt) >= self.sampling.max_tokens else reached - self.computed
 
     def shown(self, start: int, end: int) -> bytes:
         """What distinguishes the tokens from `start` to `end` beside their numbers: the pictures behind them."""

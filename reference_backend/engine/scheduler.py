@@ -99,11 +99,18 @@ class Scheduler:
     def _catch_up(self, sequences: list[Sequence], plan: list[Work], budget: int) -> int:
         """Plan what these have to do, in their order, as far as the budget goes. Returns what is left of it."""
         for sequence in sequences:
-            count = min(sequence.uncomputed, budget)
-            if count and sequence.slot is not None and self._make_room(sequence, count):
-                plan.append(_work(sequence, count))
-                budget -= count
+            budget -= self._plan(sequence, plan, budget)
         return budget
+
+    def _plan(self, sequence: Sequence, plan: list[Work], budget: int) -> int:
+        """Plan what one has to do, as far as the budget goes, unless it had to give way. Returns how much it is."""
+        uncomputed = sequence.uncomputed
+        count = min(uncomputed, budget)
+        if not count or sequence.slot is None or not self._make_room(sequence, count):
+            return 0
+        is_new, is_decode = not sequence.is_written, sequence.is_primed
+        plan.append(Work(sequence, sequence.computed, count, is_new, is_decode, samples=count == uncomputed))
+        return count
 
     def ahead(self, sequence: Sequence) -> Ahead:
         """What certainly goes before a sequence that comes now: its tenant's own, of no worse class."""
@@ -163,9 +170,7 @@ class Scheduler:
         while (budget or even_unread) and self._free_slots and (sequence := self._next(now)) is not None:
             if self._standing.is_behind(sequence.tenant) or not self._enter(sequence):
                 return
-            if count := min(sequence.uncomputed, budget):
-                plan.append(_work(sequence, count))
-                budget -= count
+            budget -= self._plan(sequence, plan, budget)
 
     def _next(self, now: float) -> Sequence | None:
         """Of the best class: who has fewest running, then the least served."""
@@ -213,14 +218,3 @@ class Scheduler:
 
 def _is_reading(sequence: Sequence) -> bool:
     return not sequence.is_primed
-
-
-def _work(sequence: Sequence, count: int) -> Work:
-    return Work(
-        sequence,
-        start=sequence.computed,
-        tokens=count,
-        is_new=not sequence.is_written,
-        is_decode=sequence.is_primed,
-        samples=count == sequence.uncomputed,
-    )
