@@ -83,7 +83,7 @@ def own_models() -> list[str]:
 def _serve(text: str) -> tuple[str, str]:
     name, which = repository.split_id(text)
     try:
-        repository.wanted(which or "latest")
+        repository.wanted(which or "latest", [])
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return name, which or "latest"
@@ -170,7 +170,7 @@ def parse(arguments: Sequence[str]) -> Options:
 def entries(options: Options, name: str) -> list[Entry]:
     """The versions of a model that are to be served."""
     if options.repository is not None:
-        return repository.wanted(options.serve.get(name, "latest"))(repository.versions(options.repository, name))
+        return repository.wanted(options.serve.get(name, "latest"), repository.versions(options.repository, name))
     entry = only_entry(options)
     return [entry] if entry.name == name else []
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -83,10 +82,6 @@ class Entry:
             raise ModelError(f"{path}: {error}") from error
 
 
-def is_version(text: str) -> bool:
-    return _VERSION.fullmatch(text) is not None
-
-
 def split_id(text: str) -> tuple[str, str | None]:
     """`name` or `name@version` as name and version."""
     name, at, version = text.partition("@")
@@ -98,7 +93,7 @@ def versions(root: Path, name: str) -> list[Entry]:
     if not _NAME.fullmatch(name):
         return []
     try:
-        found = [path for path in (root / name).iterdir() if is_version(path.name) and path.is_dir()]
+        found = [path for path in (root / name).iterdir() if _VERSION.fullmatch(path.name) and path.is_dir()]
     except OSError:
         return []
     return [Entry(name, path.name, path) for path in sorted(found, key=lambda path: int(path.name))]
@@ -112,17 +107,14 @@ def names(root: Path) -> list[str]:
         raise ModelError(f"{root}: cannot be read: {error.strerror}; --repository takes a directory") from error
 
 
-Wanted = Callable[[list[Entry]], list[Entry]]
-
-
-def wanted(policy: str) -> Wanted:
-    """Which of a model's versions are served: `all`, `latest`, `latest-N` or `1,3`. Raises ValueError."""
+def wanted(policy: str, found: list[Entry]) -> list[Entry]:
+    """Which of a model's versions are served by `all`, `latest`, `latest-N` or `1,3`. Raises ValueError."""
     if not _WANTED.fullmatch(policy):
         raise ValueError(f"{policy!r} is none of: all, latest, latest-N, or versions like 1,3")
     if policy == "all":
-        return lambda found: found
+        return found
     if policy.startswith("latest"):
         count = int(policy.removeprefix("latest").removeprefix("-") or 1)
-        return lambda found: found[-count:]
+        return found[-count:]
     named = set(policy.split(","))
-    return lambda found: [entry for entry in found if entry.version in named]
+    return [entry for entry in found if entry.version in named]

@@ -57,13 +57,13 @@ def test_a_root_that_is_not_there_is_told(tmp_path):
     ],
 )
 def test_a_policy_chooses_versions(root, policy, expected):
-    assert [entry.version for entry in wanted(policy)(versions(root, "tiny"))] == expected
+    assert [entry.version for entry in wanted(policy, versions(root, "tiny"))] == expected
 
 
 @pytest.mark.parametrize("policy", ["", "newest", "latest-0", "latest-", "1,", "1;2", "-1"])
 def test_a_policy_that_is_none_is_told(policy):
     with pytest.raises(ValueError, match="is none of: all, latest"):
-        wanted(policy)
+        wanted(policy, [])
 
 
 @pytest.mark.parametrize(
