@@ -79,17 +79,19 @@ def terms(headers: Mapping[str, str], now: float, left: float | None = None) -> 
 
 def find(request: web.Request, model: str, version: str | None = None) -> Served:
     """The version that a request means by its path, its body, or both. Raises ApiError 404, 503."""
-    served = request.app[POOL].find(model, version or request.match_info.get("number"))
-    if not is_at(request, served):
-        raise ApiError(404, "model_not_found", f"model {str(served.entry)!r} is not served at this path", param="model")
-    request[SERVED] = served
+    served = request[SERVED] = request.app[POOL].find(model, version, place(request))
     return served
+
+
+def place(request: web.Request) -> tuple[str, str] | None:
+    """The name and version that the path of a request is for, if it is for one alone."""
+    match = request.match_info
+    return (match["name"], match["number"]) if "name" in match else None
 
 
 def is_at(request: web.Request, served: Served) -> bool:
     """Whether a version is among those that the path of a request is for."""
-    name, number = request.match_info.get("name"), request.match_info.get("number")
-    return name is None or (name, number) == (served.entry.name, served.entry.version)
+    return place(request) in (None, (served.entry.name, served.entry.version))
 
 
 def json_response(body: object, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:

@@ -181,13 +181,8 @@ class Servicer:
 
     def _find(self, name: str, version: str, metadata: Mapping[str, str]) -> Served:
         """Raises ApiError 404, 503."""
-        place = metadata.get("x-weir-base-path", "").split("/")[-2:]
-        if len(place) < 2:
-            return self._pool.find(name, version or None)
-        served = self._pool.find(name, version or place[1])
-        if place != [served.entry.name, served.entry.version]:
-            raise ApiError(404, "model_not_found", f"model {str(served.entry)!r} is not served at this path")
-        return served
+        *_, place, number = ("", *metadata.get("x-weir-base-path", "").split("/"))
+        return self._pool.find(name, version or None, (place, number) if number else None)
 
 
 def _decoded(name: str, message: bytes) -> Any:

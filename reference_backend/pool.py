@@ -61,10 +61,13 @@ class Pool(Changing):
         states = [served.state for served in self if not served.state.is_useful]
         return states[0] if states else State.READY
 
-    def find(self, model: str, version: str | None = None) -> Served:
-        """The version that `name` or `name@version` means; `version` says it beside. Raises ApiError 404, 503."""
+    def find(self, model: str, version: str | None = None, place: tuple[str, str] | None = None) -> Served:
+        """The version that `name` or `name@version` means; `version` says it beside. Raises ApiError 404, 503.
+
+        `place` is the name and the version that alone can be meant where the request was sent to.
+        """
         name, own = split_id(model)
-        version = own if version is None else version
+        version = version or own or (place and place[1])
         found = [
             served
             for served in self._served.values()
@@ -77,7 +80,11 @@ class Pool(Changing):
             asked = model if own is not None or version is None else f"{model}@{version}"
             message = f"model {asked[:LONGEST_SHOWN]!r} is not served here; {known} is"
             raise ApiError(404, "model_not_found", message, param="model")
-        return max(found, key=lambda served: (_PREFERENCE.index(served.state), int(served.entry.version or 0)))
+        meant = max(found, key=lambda served: (_PREFERENCE.index(served.state), int(served.entry.version or 0)))
+        if place not in (None, (meant.entry.name, meant.entry.version)):
+            message = f"model {str(meant.entry)!r} is not served at this path"
+            raise ApiError(404, "model_not_found", message, param="model")
+        return meant
 
     def _change(self) -> None:
         self.change()
