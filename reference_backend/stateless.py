@@ -32,7 +32,6 @@ from reference_backend.tensor_frames import (
 from reference_backend.tensors import (
     ANYHOW,
     DTYPES,
-    Array,
     BadTensor,
     Failed,
     Full,
@@ -227,14 +226,11 @@ def check(inputs: Tensors, specs: Sequence[TensorSpec]) -> None:
     for name, array in inputs.items():
         if name not in wanted:
             raise bad_tensor(name, f"is none of this model's: {', '.join(wanted)}")
-        _check_one(array, wanted[name])
-
-
-def _check_one(array: Array, spec: TensorSpec) -> None:
-    if array.dtype != DTYPES[spec.datatype]:
-        raise bad_tensor(spec.name, f"must be of {spec.datatype}")
-    if not spec.takes(array.shape):
-        raise bad_tensor(spec.name, f"has the shape {list(array.shape)}, which is not {list(spec.shape)} (-1: any)")
+        spec = wanted[name]
+        if array.dtype != DTYPES[spec.datatype]:
+            raise bad_tensor(name, f"must be of {spec.datatype}")
+        if not spec.takes(array.shape):
+            raise bad_tensor(name, f"has the shape {list(array.shape)}, which is not {list(spec.shape)} (-1: any)")
 
 
 def bad_tensor(name: str, what: str) -> ApiError:
