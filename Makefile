@@ -14,9 +14,10 @@ FUZZ_SECONDS ?= 600
 ROAD := tests/policies $(wildcard tests/integration/test_road_*.py) tests/integration/test_data_path.py \
     tests/faults/test_a_backends.py --ignore=tests/policies/test_balance.py
 # Most tests wait most of the time: two run beside each other, each with its servers, ports and folders. Those that measure a
-# machine run alone, with those that fork, which no threads of gRPC must see; the compiler gives way to all (`nice`).
+# machine or fill it (Ray) run alone, with those that fork, which no threads of gRPC must see; the compiler gives way to all
+# (`nice`).
 BESIDE := -n 2 --dist worksteal
-ALONE := tests/soak tests/gateway/test_children.py tests/gateway/test_workers.py
+ALONE := tests/soak tests/gateway/test_children.py tests/gateway/test_workers.py tests/integration/test_ray.py
 HAS_CC = $(shell command -v $${CC:-cc})
 
 .PHONY: setup run test test-alone test-compiled fuzz compiled check fmt stubs lock bench-peers soak clean

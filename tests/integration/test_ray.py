@@ -1,6 +1,6 @@
 """Reference backends as a Ray Serve deployment: registered in our etcd, served through the gateway, scaled on their load.
 
-Ray lives in an environment of its own (it is large, and CI does without): `sh benchmarks/install_peers.sh ray`.
+Ray lives in an environment of its own, as it is large: `sh benchmarks/install_peers.sh ray`.
 """
 
 import asyncio
@@ -19,13 +19,15 @@ from tests.support.raw_client import RawClient, chat_request
 from tests.support.running_gateway import etcd_gateway, policy_with, until
 
 ROOT = Path(__file__).parent.parent.parent
-RAY = ROOT / "benchmarks" / "peers" / "ray" / "bin" / "python"
+RAY = ROOT / "benchmarks" / "peers" / "ray"
 
 pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.timeout(300),
-    pytest.mark.skipif(not RAY.exists(), reason="Ray is not installed (sh benchmarks/install_peers.sh ray)"),
+    pytest.mark.skipif(
+        not (RAY / ".installed").exists(), reason="Ray is not installed (sh benchmarks/install_peers.sh ray)"
+    ),
     pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv (util-linux) is not installed"),
 ]
 
@@ -63,7 +65,7 @@ QUICK = {
 async def ray_serve(etcd: str):
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as home:  # noqa: S108  its sockets need short paths
         process = await asyncio.create_subprocess_exec(
-            str(RAY), "-c", DRIVER, home, etcd, sys.executable,
+            str(RAY / "bin" / "python"), "-c", DRIVER, home, etcd, sys.executable,
             cwd=ROOT, env=os.environ | QUICK | {"PYTHONPATH": str(ROOT)},
             stdout=asyncio.subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
