@@ -13,7 +13,7 @@ enum { WORTH_SHARING = 200000 };  // multiplications, for a second thread to be 
 static inline float power(float x)
 {
     x = x < -87.0f ? -87.0f : x;
-    float n = floorf(x * 1.44269504f + 0.5f);
+    float n = floorf((x > -87.0f ? x : -87.0f) * 1.44269504f + 0.5f);  // a number, even if x is none: it becomes an integer
     float r = x - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
@@ -22,7 +22,7 @@ static inline float power(float x)
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    union { int32_t bits; float value; } scale = {.bits = ((int32_t)n + 127) << 23};
+    union { uint32_t bits; float value; } scale = {.bits = (uint32_t)((int32_t)n + 127) << 23};
     return p * scale.value;
 }
 
@@ -103,8 +103,8 @@ static void rotate(float *restrict head, const float *restrict gain, const float
 static inline void look(const float *restrict query, const float *restrict key_pages, const float *restrict value_pages,
                         const Int *restrict blocks, float *restrict out, Int keys, Int size, Int width)
 {
-    float scores[size], sums[width], root = 1.0f / sqrtf((float)width), most = -INFINITY, sum = 0.0f;
-    for (Int i = 0; i < width; i++) sums[i] = 0.0f;
+    float scores[size], root = 1.0f / sqrtf((float)width), most = -INFINITY, sum = 0.0f;
+    for (Int i = 0; i < width; i++) out[i] = 0.0f;
     for (Int first = 0; first < keys; first += size) {
         Int count = keys - first < size ? keys - first : size, at = blocks[first / size] * size * width;
         const float *key = key_pages + at, *value = value_pages + at;
@@ -115,14 +115,14 @@ static inline void look(const float *restrict query, const float *restrict key_p
         }
         float kept = power(before - most);
         sum *= kept;
-        for (Int i = 0; i < width; i++) sums[i] *= kept;
+        for (Int i = 0; i < width; i++) out[i] *= kept;
         for (Int i = 0; i < count; i++) scores[i] = power(scores[i] - most);
         for (Int i = 0; i < count; i++, value += width) {
             sum += scores[i];
-            for (Int j = 0; j < width; j++) sums[j] += scores[i] * value[j];
+            for (Int j = 0; j < width; j++) out[j] += scores[i] * value[j];
         }
     }
-    for (Int i = 0; i < width; i++) out[i] = sums[i] / sum;
+    for (Int i = 0; i < width; i++) out[i] /= sum;
 }
 
 void attend(Int rows, Int generating, Int heads, Int kv_heads, Int width, Int blocks, Int size, Int table, float epsilon,
@@ -139,7 +139,7 @@ void attend(Int rows, Int generating, Int heads, Int kv_heads, Int width, Int bl
             if (h >= heads) memcpy(place + (h - heads) * of_head, head, width * sizeof(float));
         }
     }
-    #pragma omp parallel for collapse(2) if (generating * heads * width * positions[0] > WORTH_SHARING)
+    #pragma omp parallel for collapse(2) if (generating && generating * heads * width * positions[0] > WORTH_SHARING)
     for (Int row = 0; row < generating; row++)
         for (Int h = 0; h < heads; h++) {
             const float *keys = pages + h / (heads / kv_heads) * of_head;

@@ -108,19 +108,26 @@ def native() -> Native:
     try:
         return Native(built(_cache()))
     except subprocess.CalledProcessError as error:
-        raise NativeError(f"the C compiler refuses {SOURCE.name}: {error.stderr.decode(errors='replace')}") from error
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        reason = error.stderr.decode(errors="replace").partition("\n")[0]
+        raise NativeError(f"the C compiler refuses {SOURCE.name}: {reason}") from error
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:  # ValueError: a CC of open quotes
         raise NativeError(str(error)) from error
 
 
 def built(folder: Path) -> Path:
-    """The library in a folder of them: built now, unless it was before, from the same for such a machine."""
-    compiler = shlex.split(os.environ.get("CC", "cc"))
+    """The library in a folder of them: built now, unless it was before, from the same for such a machine.
+
+    Raises NativeError where others could have put it there.
+    """
+    compiler = shlex.split(os.environ.get("CC") or "cc")
     command = [*compiler, *FLAGS]
     made_of = (SOURCE.read_bytes(), repr(command).encode(), _machine())
     library = folder / f"native-{blake2b(b'|'.join(made_of), digest_size=12).hexdigest()}.so"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    told = folder.stat()
+    if told.st_uid != os.geteuid() or told.st_mode & 0o022:  # such as /tmp/weir: what is loaded runs as we do
+        raise NativeError(f"{folder} is not ours alone to write to; `chmod go-w` it, or set XDG_CACHE_HOME")
     if not library.exists():
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as place:
             made, compiled = Path(place) / library.name, Path(place) / "native.o"
             # In two steps, so that it has no OpenMP of its own: torch's is there, and two would be in each other's way.

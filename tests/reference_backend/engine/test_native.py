@@ -75,6 +75,23 @@ def test_what_is_no_number_is_seen_by_its_own_sequence_alone(where, spoilt):
     torch.testing.assert_close(seen[1], qkv[1, 2])
 
 
+def test_no_rows_may_be_no_memory():
+    nothing = torch.empty(0, dtype=torch.int64)
+    turns, pages, tables = torch.ones(4, 2, dtype=torch.complex64), torch.zeros(2, 3, 2, 4), torch.tensor([[1]])
+    qkv = torch.empty(0, 3, 4)
+    seen = native().attend(qkv, None, turns, nothing, pages, tables, nothing, generating=0, heads=1, epsilon=0.0)
+    assert seen.shape == (0, 4)
+
+
+def test_a_head_may_be_wider_than_the_stack():
+    """A config.json says how wide it is."""
+    width = 1 << 21
+    qkv, pages = torch.ones(1, 3, width), torch.zeros(2, 1, 1, width)
+    turns, zero = torch.ones(1, width // 2, dtype=torch.complex64), torch.tensor([0])
+    seen = native().attend(qkv, None, turns, zero, pages, zero[None], zero, generating=1, heads=1, epsilon=0.0)
+    assert bool((seen == 1.0).all())
+
+
 def test_it_is_built_once(tmp_path, monkeypatch):
     made = built(tmp_path / "new")
     assert [each.name for each in made.parent.iterdir()] == [made.name]
@@ -84,14 +101,35 @@ def test_it_is_built_once(tmp_path, monkeypatch):
 
 def test_a_compiler_that_refuses_says_why(tmp_path, monkeypatch):
     compiler = tmp_path / "cc"
-    compiler.write_text("#!/bin/sh\necho 'unknown architecture' >&2\nexit 1\n")
+    compiler.write_text("#!/bin/sh\necho 'unknown architecture' >&2\necho 'these are known' >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     native.cache_clear()
-    with pytest.raises(NativeError, match="refuses native.c: unknown architecture"):
+    with pytest.raises(NativeError, match=r"refuses native.c: unknown architecture$"):
         native()
     assert list((tmp_path / "cache" / "weir").iterdir()) == []
+
+
+@pytest.mark.parametrize("compiler", ["cc '", "cc -fno-such-option", "true"])
+def test_a_compiler_that_is_no_good_is_no_failure(compiler, tmp_path, monkeypatch):
+    """Quotes that stay open, an option that is none, and one that makes nothing."""
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.cache_clear()
+    with pytest.raises(NativeError):
+        native()
+
+
+def test_a_library_that_others_may_have_put_there_is_not_loaded(tmp_path, monkeypatch):
+    planted = built(tmp_path)
+    tmp_path.chmod(0o777)
+    with pytest.raises(NativeError, match="not ours alone to write to"):
+        built(tmp_path)
+    tmp_path.chmod(0o755)
+    monkeypatch.setattr(os, "geteuid", lambda: planted.stat().st_uid + 1)
+    with pytest.raises(NativeError, match="not ours alone to write to"):
+        built(tmp_path)
 
 
 def test_a_copy_is_the_same():
