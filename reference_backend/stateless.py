@@ -181,13 +181,15 @@ class Stateless(Apart[Remote]):
         self._in_flight += 1
         self.change()
         try:
-            async with asyncio.timeout(None if terms.deadline is None else terms.deadline - began):
+            async with asyncio.timeout(None if terms.deadline is None else terms.deadline - began) as limit:
                 outputs = await self._model.infer(inputs, terms)
         except BadTensor as error:
             raise bad(str(error), param) from error
         except Full as error:
             raise self._full() from error
         except TimeoutError as error:
+            if not limit.expired():
+                raise  # the model's own
             raise ApiError(504, "deadline", "the deadline passed before there was an answer") from error
         except Lost as error:
             raise refusals.worker_lost() from error

@@ -94,6 +94,17 @@ async def test_a_deadline_ends_the_waiting(tmp_path, isolation):
         assert (await refusal(model, GOOD, Terms(time.monotonic() - 1)))[:2] == (504, "deadline")
 
 
+async def test_a_model_s_own_timeout_is_its_fault_and_no_deadline(tmp_path):
+    async def run(_inputs):
+        raise TimeoutError("mine")
+
+    async with running(tmp_path) as model:
+        model._model.run = run
+        for terms in (ANYHOW, Terms(time.monotonic() + 60)):
+            with pytest.raises(TimeoutError, match="mine"):
+                await model.infer(GOOD, terms)
+
+
 @pytest.mark.parametrize("isolation", ["thread", "process"])
 async def test_what_is_late_or_left_by_its_client_is_ended_in_the_model_too(tmp_path, isolation):
     async with running(tmp_path, isolation=isolation, settings={"counts": True}) as model, asyncio.timeout(20):
