@@ -12,11 +12,15 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import torch
+from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import Tensor, nn
 
 from reference_backend.engine.config import ModelError
@@ -56,6 +60,40 @@ def forms(whole: nn.Module, prunings: Prunings, run: Run, teach: Callable[[nn.Mo
     return made
 
 
+class InOnnx(nn.Module):
+    """An encoder as ONNX Runtime computes it, text by text, with one thread; `narrow`: in its int8, dynamic."""
+
+    def __init__(self, whole: Bert, *, narrow: bool) -> None:
+        super().__init__()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        tokens, length = torch.ones(16, dtype=torch.int64), torch.export.Dim("length", min=2, max=256)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "encoder.onnx"
+            torch.onnx.export(
+                _OneText(whole), (tokens,), path, input_names=["tokens"], dynamic_shapes=({0: length},),
+                external_data=False, verbose=False,
+            )  # fmt: skip
+            if narrow:
+                quantize_dynamic(path, path, weight_type=QuantType.QInt8, per_channel=True)
+            self.bytes = path.stat().st_size
+            self._session = onnxruntime.InferenceSession(path, options)
+
+    def forward(self, tokens: Tensor, lengths: list[int]) -> Tensor:
+        found = [self._session.run(None, {"tokens": text.numpy()})[0] for text in tokens.split(lengths)]
+        return torch.from_numpy(np.concatenate(found))
+
+
+class _OneText(nn.Module):
+    def __init__(self, encoder: Bert) -> None:
+        super().__init__()
+        self._encoder = encoder
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        found: Tensor = self._encoder(tokens, [tokens.shape[0]])
+        return found
+
+
 class Encoder:
     """MiniLM, questions whose answers are known, and others to learn from."""
 
@@ -85,7 +123,11 @@ class Encoder:
         size = self.whole.config.hidden_size // self.whole.config.num_attention_heads
         heads = [Pair(f"{layer}.qkv", f"{layer}.out", width=size, parts=3) for layer in names]
         prunings = {"channels": channels, "heads": heads, "both": channels + heads}
-        return forms(self.whole, prunings, run, teach if distilled else None)
+        in_onnx = {
+            "float32, ONNX Runtime": InOnnx(self.whole, narrow=False),
+            "int8 dynamic, ONNX Runtime": InOnnx(self.whole, narrow=True),
+        }
+        return forms(self.whole, prunings, run, teach if distilled else None) | in_onnx
 
     def answers(self) -> list[str]:
         exam = Generator(EXAMINING_SEED, training=False)
@@ -195,6 +237,8 @@ def _time(seconds: float, whole: float) -> str:
 
 def megabytes(model: nn.Module) -> float:
     """Of all weights, as they are kept."""
+    if isinstance(model, InOnnx):
+        return model.bytes / 1e6
     total = 0
     for weight in model.state_dict().values():
         is_torchao = hasattr(weight, "__tensor_flatten__")

@@ -69,7 +69,7 @@ class Layer(nn.Module):
         self.norm = nn.LayerNorm(size, config.layer_norm_eps)
 
     def forward(self, x: Tensor, lengths: list[int]) -> Tensor:
-        qkv = self.qkv(x).view(len(x), 3, -1, self.head_size)
+        qkv = self.qkv(x).view(x.shape[0], 3, -1, self.head_size)
         x = self.attention_norm(x + self.out(torch.cat([_attend(text) for text in qkv.split(lengths)])))
         found: Tensor = self.norm(x + self.down(functional.gelu(self.up(x))))
         return found
