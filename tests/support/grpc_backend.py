@@ -155,7 +155,7 @@ class Refused:
 
 @contextlib.asynccontextmanager
 async def grpc_gateway(home, *backends: GrpcBackend, config: str = "", grpc_ports=None, credentials=None, **options):
-    """A gateway that speaks gRPC, before these backends; and a client of it."""
+    """A gateway that speaks gRPC, before these backends, whose gRPC has been probed; and a client of it."""
     async with running_gateway(
         home,
         *[backend.url for backend in backends],
@@ -163,6 +163,9 @@ async def grpc_gateway(home, *backends: GrpcBackend, config: str = "", grpc_port
         grpc_ports=[backend.port for backend in backends] if grpc_ports is None else grpc_ports,
         **options,
     ) as gateway:
+        async with asyncio.timeout(5):
+            while grpc_ports is None and any(each.grpc_healthy is None for each in gateway.fleet.backends.values()):
+                await asyncio.sleep(0.01)
         async with Caller(gateway.grpc_address, credentials) as caller:
             yield gateway, caller
 
