@@ -2,8 +2,8 @@
 
 A line is made where it happens and put into a bounded queue; one thread writes. A full disk, a slow one or a pipe
 that nobody reads stops that thread and nothing else. What cannot wait any longer is dropped and counted, the oldest
-access lines first: lines that must be kept (warnings, errors, requests that ended in a 5xx) have a queue of their
-own, so no flood of good news displaces them, and they are written first. Every line is ASCII.
+access lines first: lines that must be kept (what a gateway says of itself, requests that ended in a 5xx) have a queue
+of their own, so no flood of good news displaces them, and they are written first. Every line is ASCII.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class LineWriter:
         """Lines that were given up since the start."""
         return self._dropped
 
-    def write(self, line: bytes, *, keep: bool = False) -> None:
+    def write(self, line: bytes, *, keep: bool = True) -> None:
         """Queue one line of UTF-8. When there is no room, the oldest line of the same kind makes it."""
         queue = self._kept if keep else self._ordinary
         if len(queue) == self._limit:

@@ -148,11 +148,7 @@ class _Lines:
     def info(self, text: str) -> None:
         self._writer.write(_encoded(text))
 
-    def warning(self, text: str) -> None:
-        self._writer.write(_encoded(text), keep=True)
-
-    debug = info
-    error = critical = warning
+    debug = warning = error = critical = info
 
 
 class _Handler(logging.Handler):
@@ -166,7 +162,7 @@ class _Handler(logging.Handler):
         except Exception as error:  # noqa: BLE001  a record that cannot be formatted is told, never raised
             record.msg, record.args = f"a record that cannot be formatted: {type(error).__name__}", None
             text = self.format(record)
-        self._writer.write(_encoded(text), keep=record.levelno >= logging.WARNING)
+        self._writer.write(_encoded(text))
 
 
 def _encoded(text: str) -> bytes:

@@ -11,9 +11,9 @@ from tests.support.log_output import Output
 def test_a_pipe_that_nobody_reads_costs_the_oldest_ordinary_lines():
     output = Output(queued_lines=100)
     for number in range(5000):  # far more than the pipe and the queue hold
-        output.writer.write(b"good-%d " % number + b"x" * 500)
+        output.writer.write(b"good-%d " % number + b"x" * 500, keep=False)
     for number in range(50):
-        output.writer.write(b"bad-%d " % number, keep=True)
+        output.writer.write(b"bad-%d " % number)
     output.writer.close(timeout=0.01)  # gives up: the descriptor takes nothing
     assert output.writer.dropped > 4000
     os.set_blocking(output.reader, True)
@@ -55,8 +55,8 @@ def test_what_must_be_kept_is_written_before_older_good_news(monkeypatch):
     monkeypatch.setattr(module, "_PERIOD_SECONDS", 3600.0)  # nothing is written before the end
     output = Output()
     for number in range(3):
-        output.writer.write(b"fine %d" % number)
-    output.writer.write(b"not fine", keep=True)
+        output.writer.write(b"fine %d" % number, keep=False)
+    output.writer.write(b"not fine")
     assert output.lines() == [b"not fine", b"fine 0", b"fine 1", b"fine 2"]
     os.close(output.reader)
 

@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 import structlog
 
-from observability import events
+from observability import events, line_writer
 from observability.logs import _SAID, EventLog, Throttle, configure
 from tests.support.log_output import Output
 
@@ -35,6 +35,18 @@ def test_the_process_log_is_json_with_level_and_time(configured):
     [record] = configured.records()
     assert (record["event"], record["level"], record["port"]) == ("started", "info", 8080)
     assert record["timestamp"].endswith("Z")
+
+
+@pytest.mark.parametrize("level", ["info", "warning", "error"])
+def test_what_a_gateway_says_of_itself_outlives_a_flood_of_requests(configured, monkeypatch, level):
+    monkeypatch.setattr(line_writer, "_PERIOD_SECONDS", 3600.0)  # nothing is written before the end
+    output = Output(queued_lines=10)
+    configure(output.writer, console=False)
+    getattr(structlog.get_logger(), level)("policy in force")
+    for _ in range(20):
+        output.writer.write(b"{}", keep=False)
+    assert [record.get("event") for record in output.records()] == ["policy in force"] + 10 * [None]
+    os.close(output.reader)
 
 
 def test_other_libraries_speak_through_the_same_door_when_it_matters(configured):
