@@ -27,12 +27,19 @@ from collections.abc import Callable
 from itertools import islice
 from math import inf
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from gateway.limit_headers import LimitHeaders
+from gateway.allowance import Allowance
+from gateway.limit_headers import LimitHeaders, told
 from gateway.meter import LeasedMeter, LeaseStore, LocalMeter, Unmetered
 from policies import errors
 from policies.lease import Limit
 from policies.policy import Plan
+
+if TYPE_CHECKING:
+    from gateway.allowance import Reservation
+    from gateway.call import Call
+    from gateway.trail import Trail
 
 MOST_ACCOUNTS = 100_000
 """Accounts kept while no request is under way in them."""
@@ -46,24 +53,35 @@ SLOT_RETRY_SECONDS = 1.0
 Meter = Unmetered | LocalMeter | LeasedMeter
 
 
+def request_limit(plan: Plan) -> Limit | None:
+    return None if plan.requests is None else Limit(plan.burst, plan.requests)
+
+
+def token_limit(plan: Plan) -> Limit | None:
+    return None if plan.tokens is None else Limit(plan.token_burst, plan.tokens)
+
+
 class Account:
     """What one consumer may still send under one plan. Its `with` is the concurrency slot."""
 
-    __slots__ = ("_headers", "_most", "_now", "_refusal", "in_flight", "meter", "plan", "used_at")
+    __slots__ = ("_headers", "_most", "_now", "_refusal", "in_flight", "meter", "plan", "tokens", "used_at")
 
-    def __init__(self, plan: Plan, meter: Meter, now: Callable[[], float]) -> None:
+    def __init__(self, plan: Plan, meter: Meter, tokens: Allowance | None, now: Callable[[], float]) -> None:
         self._now = now
         self.in_flight = 0
         self.used_at = now()
-        self.fit(plan, meter)
+        self.fit(plan, meter, tokens)
 
-    def fit(self, plan: Plan, meter: Meter) -> None:
-        """Go on under `plan`; requests in flight keep their slots."""
+    def fit(self, plan: Plan, meter: Meter, tokens: Allowance | None) -> None:
+        """Go on under `plan`; requests in flight keep their slots, and settle where they reserved."""
         self.plan = plan
         self.meter = meter
+        self.tokens = tokens
         self._most = plan.concurrency if plan.concurrency is not None else inf
-        self._headers = headers = LimitHeaders(plan)
-        self._refusal = errors.RateLimited(headers.refusal, rule=f"plans.{plan.name}.requests")
+        limit = request_limit(plan)
+        self._headers = LimitHeaders(plan.name, "requests", limit)
+        message = "" if limit is None else f"The request limit of this plan is reached: {told(limit)}."
+        self._refusal = errors.RateLimited(message, rule=f"plans.{plan.name}.requests")
 
     def take_nowait(self, now: float) -> float:
         """Take one request token, and return 0.0; or return the seconds until there will be one, or UNKNOWN.
@@ -82,6 +100,22 @@ class Account:
         """The admitted request did no work: its token may be used again."""
         self.meter.put_back(self._now())
 
+    async def reserve(self, call: Call, trail: Trail) -> Reservation:
+        """Of a plan with `tokens`: set aside what a request may come to; its `with` settles it. Raises a Refusal.
+
+        Who must wait gets the token of the request back.
+        """
+        assert self.tokens is not None  # noqa: S101  the plan says so
+        try:
+            reservation = await self.tokens.reserve(call, trail)
+        except (errors.RateLimited, errors.StoreUnavailable):
+            self.refund()
+            raise
+        finally:
+            trail.limit += trail.lap()
+        trail.limit_lines = self.headers(trail.mark)
+        return reservation
+
     def __enter__(self) -> None:
         if self.in_flight >= self._most:
             self.refund()
@@ -96,13 +130,14 @@ class Account:
         self.in_flight -= 1
 
     def headers(self, now: float) -> bytes:
-        """The header lines that tell the limit in force, each ended by CRLF; none where there is no limit."""
-        return self._headers.lines(self.meter.remaining(now))
+        """The header lines that tell the limits in force, each ended by CRLF; none where there is no limit."""
+        lines = self._headers.lines(self.meter.remaining(now))
+        return lines if self.tokens is None else lines + self.tokens.lines(now)
 
     def is_idle(self, now: float) -> bool:
         """Whether a new account would be the same as this one."""
         idle = now - self.used_at
-        if self.in_flight or idle < IDLE_SECONDS:
+        if self.in_flight or idle < IDLE_SECONDS or (self.tokens is not None and not self.tokens.is_full(idle)):
             return False
         return self.plan.requests is None or idle >= self.plan.burst / self.plan.requests.per_second
 
@@ -122,7 +157,7 @@ class Account:
         return f"<Account plan {self.plan.name}, {self.in_flight} in flight, {self.meter!r}>"
 
 
-UNLIMITED = Account(Plan(name=""), Unmetered(), lambda: 0.0)
+UNLIMITED = Account(Plan(name=""), Unmetered(), None, lambda: 0.0)
 """The account of everybody who has no plan."""
 
 
@@ -143,30 +178,44 @@ class Admission:
         account = self._accounts.get(key)
         if account is None:
             self._forget()
-            account = self._accounts[key] = Account(plan, self._meter(plan, consumer), self._now)
+            account = self._accounts[key] = Account(
+                plan, self._request_meter(plan, consumer), self._allowance(plan), self._now
+            )
         elif account.plan is not plan:
             self._refit(account, plan, consumer)
         return account
 
-    def _meter(self, plan: Plan, consumer: str) -> Meter:
-        if plan.requests is None:
+    def _request_meter(self, plan: Plan, consumer: str) -> Meter:
+        limit = request_limit(plan)
+        if limit is None:
             return Unmetered()
-        limit = Limit(plan.burst, plan.requests)
         if self._store is None:
             return LocalMeter(limit, self._now)
         key = bucket_key(plan.name, consumer)
         return LeasedMeter(self._store, key, plan, limit, live_gateways=self._live_gateways, now=self._now)
 
+    def _allowance(self, plan: Plan) -> Allowance | None:
+        limit = token_limit(plan)
+        if limit is None:
+            return None
+        return Allowance(plan.name, limit, LocalMeter(limit, self._now))
+
     def _refit(self, account: Account, plan: Plan, consumer: str) -> None:
         if account.plan == plan:  # a reload that changed other things
             account.plan = plan
             return
-        meter = account.meter
-        if plan.requests is None or isinstance(meter, Unmetered):
-            meter = self._meter(plan, consumer)
+        meter, limit = account.meter, request_limit(plan)
+        if limit is None or isinstance(meter, Unmetered):
+            meter = self._request_meter(plan, consumer)
         else:
-            meter.reconfigure(plan, Limit(plan.burst, plan.requests))
-        account.fit(plan, meter)
+            meter.reconfigure(plan, limit)
+        tokens, limit = account.tokens, token_limit(plan)
+        if limit is None or tokens is None:
+            tokens = self._allowance(plan)
+        else:
+            tokens.meter.reconfigure(plan, limit)
+            tokens = Allowance(plan.name, limit, tokens.meter)
+        account.fit(plan, meter, tokens)
 
     def _forget(self) -> None:
         """Make room for one: looks at the two oldest, so each account that comes lets two idle ones go."""

@@ -89,11 +89,17 @@ class LocalMeter:
         self._bucket = Bucket(limit.rate.per_second, limit.capacity, now())
         self.take_nowait = self._bucket.take
 
-    async def take(self) -> float:
-        return self._bucket.take(self._now())
+    async def take(self, n: int = 1) -> float:
+        return self._bucket.take(self._now(), n)
 
     def put_back(self, now: float) -> None:  # noqa: ARG002
         self._bucket.give(1.0)
+
+    def settle(self, now: float, reserved: int, used: int) -> None:
+        if used <= reserved:
+            self._bucket.give(reserved - used)
+        else:
+            self._bucket.charge(now, used - reserved)
 
     def remaining(self, now: float) -> float:
         return self._bucket.tokens_at(now)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from policies import errors
+from policies.quota import NOTHING, Estimate, estimate
 
 if TYPE_CHECKING:
     from gateway.call import Call
@@ -21,6 +22,8 @@ _FORM_MODEL: Final = re.compile(
     rb'content-disposition: *form-data; *name="model"\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,200})\r\n', re.IGNORECASE
 ).findall
 _ESCAPED_LETTER: Final = re.compile(rb"\\u00[67]").search
+_ANSWERING: Final = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
+_READING: Final = frozenset({"/v1/embeddings"})  # a prompt, and no answer in tokens
 
 
 class Peek(msgspec.Struct, gc=False):
@@ -30,7 +33,17 @@ class Peek(msgspec.Struct, gc=False):
     stream: bool | None = None
 
 
+class Lengths(msgspec.Struct, gc=False):
+    """How much of an answer a body asks for. Whatever else stands there is the backend's to refuse."""
+
+    max_tokens: msgspec.Raw = msgspec.Raw(b"")
+    max_completion_tokens: msgspec.Raw = msgspec.Raw(b"")  # OpenAI's newer name
+    max_output_tokens: msgspec.Raw = msgspec.Raw(b"")  # of /v1/responses
+    n: msgspec.Raw = msgspec.Raw(b"")  # answers
+
+
 _peek = msgspec.json.Decoder(Peek).decode
+_lengths = msgspec.json.Decoder(Lengths).decode
 
 
 def peek(call: Call) -> Peek:
@@ -62,6 +75,26 @@ def peek(call: Call) -> Peek:
     elif len(model) > _MOST_MODEL_NAME:
         raise errors.BadRequest(f"The name of a model has at most {_MOST_MODEL_NAME} characters.", param="model")
     return asked
+
+
+def expected_tokens(call: Call, capacity: int) -> Estimate:
+    """What a request that has been peeked at may come to, in tokens, under a limit of so many. Never raises."""
+    path = call.resource.path
+    if path in _READING:
+        return estimate(call.body, 0, 1, capacity)
+    if path not in _ANSWERING:
+        return NOTHING
+    asked = _lengths(call.body)
+    longest = (_whole(most) for most in (asked.max_completion_tokens, asked.max_output_tokens, asked.max_tokens))
+    return estimate(
+        call.body, next((most for most in longest if most is not None), None), _whole(asked.n) or 1, capacity
+    )
+
+
+def _whole(number: msgspec.Raw) -> int | None:
+    """A whole number; of one without end its first digits, which are more than any limit."""
+    digits = bytes(number)
+    return int(digits[:15]) if digits.isdigit() else None
 
 
 def _has_escaped_letter(body: bytes) -> bool:

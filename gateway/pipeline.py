@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
+from gateway.allowance import FREE
 from gateway.attempts import Forwarder, had_work
 from gateway.body import is_at_hand
 from gateway.call import Call, Ids, accept
@@ -44,7 +45,8 @@ _END_REASONS_BY_CODE: Final = {
 
 def end_reason_of(refusal: errors.Refusal) -> str:
     """How the record of a request calls its refusal."""
-    return _END_REASONS_BY_CODE.get(refusal.code) or _END_REASONS.get(refusal.status, "parse_error")
+    reason = _END_REASONS_BY_CODE.get(refusal.code) or _END_REASONS.get(refusal.status)
+    return reason or ("policy" if refusal.rule else "parse_error")
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,13 +193,16 @@ class Pipeline:
             trail.route, trail.path = route.name, resource.shown
             access.check(route, entry.principal, call.model)
 
-            # Balance, guard, forward: choose a backend that its breaker lets through, relay its answer, or try another.
-            try:
-                await self._forwarder.forward(call, trail, route, consumer)
-            except (errors.NoBackend, errors.BackendsBusy):
-                if not had_work(trail.attempts):
-                    account.refund()
-                raise
+            # Admit, once more: the tokens that it may come to, settled at its end with what it came to.
+            with FREE if account.tokens is None else await account.reserve(call, trail):
+                # Balance, guard, forward: choose a backend that its breaker lets through, relay its answer, or try
+                # another.
+                try:
+                    await self._forwarder.forward(call, trail, route, consumer)
+                except (errors.NoBackend, errors.BackendsBusy):
+                    if not had_work(trail.attempts):
+                        account.refund()
+                    raise
             return None
 
     def reject(self, connection: Client, refusal: errors.Refusal) -> None:

@@ -145,7 +145,7 @@ class Relay(Wakeup):
             return
         self._mode = verdict
         if verdict is Mode.EVENTS:
-            self._scanner = sse.Scanner(self.call.resource.path)
+            self._scanner = sse.Scanner(self.call.resource.path, counts=self.trail.reserved > 0)
 
     def on_body(self, data: bytes) -> None:
         if self.ending is not LEFT:
@@ -333,6 +333,7 @@ class Relay(Wakeup):
         trail.tokens_in, trail.tokens_out, trail.tokens_cached = (
             scanner.tokens_in, scanner.tokens_out, scanner.tokens_cached,
         )  # fmt: skip
+        trail.events = scanner.events
         if scanner.load:
             self._backend.hear_ended(scanner.load, trail.clock())
 

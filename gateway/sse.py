@@ -38,12 +38,14 @@ class Scanner:
     """Feed bytes, get back the bytes of whole events. `repr` tells what was seen."""
 
     __slots__ = (
+        "_counts",
         "_held",
         "_held_bytes",
         "_last",
         "_tail",
         "_terminal",
         "errored",
+        "events",
         "load",
         "terminated",
         "tokens_cached",
@@ -51,7 +53,8 @@ class Scanner:
         "tokens_out",
     )
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, counts: bool = False) -> None:
+        self._counts = counts
         self._terminal = TERMINALS.get(path, b"")
         self._held: list[bytes] = []  # pieces of the event that has not ended
         self._held_bytes = 0
@@ -61,6 +64,7 @@ class Scanner:
         self.errored = False  # the backend reported an error inside the stream
         self.tokens_in = self.tokens_out = self.tokens_cached = -1
         self.load = b""  # what the backend told of its load, beside the usage
+        self.events = 0  # with data, where somebody wants to know
 
     def __repr__(self) -> str:
         return f"<Scanner held={self._held_bytes} terminated={self.terminated} errored={self.errored}>"
@@ -72,6 +76,8 @@ class Scanner:
             if not data:
                 return b""
         self._last = (self._last[1], data)
+        if self._counts:
+            self.events += data.count(b"\ndata:") + data.startswith(b"data:")
         # `find`, because `in` first tries whether what it looks for is a number, at five times the price
         if data.find(b'"usage"') >= 0:
             self._note_usage(data)

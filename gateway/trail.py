@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 class Trail(RequestEnded):
     """The record of one request. `start` and `mark` are readings of `clock`, a monotonic one, in seconds."""
 
-    __slots__ = ("call", "clock", "limit_lines", "mark", "payer", "policy_line", "start", "tokens_cached", "waited")
+    __slots__ = (
+        "call", "clock", "events", "limit_lines", "mark", "payer", "policy_line", "reserved", "start",
+        "tokens_cached", "waited",
+    )  # fmt: skip
 
     def __init__(self, clock: Callable[[], float], started_at: float, policy: str, policy_line: bytes) -> None:
         self.clock = clock
@@ -30,6 +33,7 @@ class Trail(RequestEnded):
         self.call: Call | None = None
         self.payer: Account | None = None
         self.limit_lines = b""  # header lines about the payer's limits
+        self.reserved = self.events = 0  # tokens set aside for it; then the events of its answer are counted
         self.auth = self.limit = self.body = self.queue = self.pick = self.connect = self.upstream = 0.0
         self.waited = 0.0  # of upstream and after it: spent waiting for the backend or the client, not for us
         self.first_token = -1.0

@@ -289,7 +289,7 @@ class Metrics:
             self._requests.cell(route, service, status, reason),
             self._duration.cell(route, service),
             self._overhead.cell(route),
-            self._limited.cell(rule) if status == 429 and rule else None,
+            self._limited.cell(rule) if status in (413, 429) and rule else None,
         )
         if len(self._ends) >= MOST_SERIES:
             self._ends.clear()

@@ -4,7 +4,7 @@ Time is an argument, as in Go's x/time/rate, and the level is computed when aske
 Two numbers are the whole state: the level, and the moment it was true.
 
 Invariants:
-- 0 <= level <= capacity, to within the rounding of a float.
+- 0 <= level <= capacity, to within the rounding of a float; below zero, by `capacity` at most, only after a `charge`.
 - From any moment on, tokens granted <= level then + per_second * elapsed (+ tokens given back).
 - A refusal changes nothing.
 - A reading of the clock that is older than the newest one counts as that newest one: it refuses nothing that is there
@@ -53,6 +53,11 @@ class Bucket:
     def give(self, n: float) -> None:
         """Give back tokens that were taken and not used. What does not fit is lost."""
         self._level = min(self.capacity, self._level + n)
+
+    def charge(self, now: float, n: float) -> None:
+        """Take `n` tokens that are used already, whether they are there or not. What is owed is `capacity` at most."""
+        self._level = max(-self.capacity, self.tokens_at(now) - n)
+        self._at = max(self._at, now)
 
     def reconfigure(self, per_second: float, capacity: float, now: float) -> None:
         """Go on with another rate and capacity; full stays full, half full half full, empty empty."""

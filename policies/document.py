@@ -89,6 +89,8 @@ def _plan(name: str, section: PlanSection) -> policy.Plan:
         name=name,
         requests=section.requests,
         burst=section.burst or _default_burst(section.requests),
+        tokens=section.tokens,
+        token_burst=1 if section.tokens is None else max(1, int(section.tokens.count)),
         concurrency=section.concurrency,
         priority=section.priority,
         when_store_is_down=policy.WhenStoreIsDown(section.when_store_is_down),

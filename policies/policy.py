@@ -54,11 +54,13 @@ class WhenStoreIsDown(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much one consumer may send. `burst` is the capacity of the request bucket."""
+    """How much one consumer may send. `burst` and `token_burst` are what its two buckets hold."""
 
     name: str
     requests: Rate | None = None
     burst: int = 1
+    tokens: Rate | None = None  # of language models, in prompts and answers
+    token_burst: int = 1
     concurrency: int | None = None
     priority: str | None = None  # told to backends: high, normal, low
     when_store_is_down: WhenStoreIsDown = WhenStoreIsDown.SHARE

@@ -37,7 +37,7 @@ class IssuerSection(Section):
 class PlanSection(Section):
     """How much one consumer may send."""
 
-    LATER: ClassVar = frozenset({"tokens", "budget", "weight"})
+    LATER: ClassVar = frozenset({"budget", "weight"})
 
     requests: Rate | None = Field(
         default=None, description="Requests per second, minute, hour, day or month (30 days)."
@@ -46,6 +46,11 @@ class PlanSection(Section):
         default=None,
         description="Requests that may come at once after a pause. Default: what one period allows, but no more than "
         "what a minute allows, and at least 1.",
+    )
+    tokens: Rate | None = Field(
+        default=None,
+        description="Tokens of language models, of prompts and answers together. What one period allows may be used "
+        "at once after a pause; no single request may use more.",
     )
     concurrency: Positive | None = Field(default=None, description="Requests in flight at one time.")
     priority: Literal["high", "normal", "low"] | None = Field(

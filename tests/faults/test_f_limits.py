@@ -1,9 +1,10 @@
 """F: Redis is down, slow, forgetful or full of nonsense; limits hold as well as they can, and no client waits for it.
 
-Scales: 300 clients that abort for 1,000; they wait for Redis 2 s for 25 ms, so that a busy machine is no outage. F10 needs limits of tokens, which do not exist yet.
+Scales: 300 clients that abort for 1,000; they wait for Redis 2 s for 25 ms, so that a busy machine is no outage.
 """
 
 import asyncio
+import json
 import random
 import re
 import time
@@ -19,7 +20,7 @@ from tests.support.ports import free_port
 from tests.support.raw_client import RawClient, chat_request
 from tests.support.redis_server import RedisServer
 from tests.support.running_gateway import OPEN_POLICY, until
-from tests.support.scripted_backend import ScriptedBackend
+from tests.support.scripted_backend import BackendConnection, Hangup, ScriptedBackend
 from tests.support.traffic import Traffic
 
 pytestmark = pytest.mark.integration
@@ -358,6 +359,66 @@ async def test_F09_one_tenant_asks_far_too_often(row, redis) -> None:
     for answer in refused:
         assert 0 <= answer.json["error"]["retry_after"] <= 1 / rate + 0.001
         assert int(answer.headers["retry-after-ms"]) > 0
+
+
+USAGE = {"prompt_tokens": 7, "completion_tokens": 30}
+
+
+async def test_F10_tokens_are_set_aside_and_settled_once(row) -> None:
+    """One whole answer, one stream that states its usage, one that breaks, one whose client leaves, and one 500."""
+    left = asyncio.Event()
+
+    async def serve(connection: BackendConnection) -> None:
+        how = json.loads(connection.body)["messages"][0]
+        if how == "whole":
+            await connection.json({"choices": [], "usage": USAGE})
+        elif how == "fails":
+            await connection.json({}, 500)
+        elif how == "stream":
+            await connection.events("{}", "{}", json.dumps({"choices": [], "usage": USAGE}))
+        else:
+            await connection.begin_events()
+            for _ in range(5):
+                await connection.chunk(b'data: {"choices": []}\n\n')
+            if how == "leaves":
+                await connection.wait_closed()
+                left.set()
+            raise Hangup
+
+    def asks(how: str) -> dict:
+        return {"model": "tiny", "messages": [how], "max_tokens": 1000}
+
+    def tokens_left() -> float:
+        entry = gateway.pipeline._identifier.identify_nowait(None, 0.0)
+        return round(
+            gateway.pipeline._admission.account(entry.plan, "anonymous").tokens.meter.remaining(gateway.clock())
+        )
+
+    async with (
+        ScriptedBackend(serve) as backend,
+        row.gateway(backend.url, policy=planned("tokens: 10k/month")) as gateway,
+        RawClient(gateway.data_address) as client,
+    ):
+        spent, prompt = 0, len(json.dumps(asks("whole"))) // 4 + 1
+        for how, status, tokens in [("whole", 200, 37), ("stream", 200, 37), ("fails", 502, 0), ("breaks", 200, None)]:
+            async with RawClient(gateway.data_address) as one:
+                answer = await one.ask(asks(how))
+            assert answer.status == status
+            spent += prompt + 5 if tokens is None else tokens
+            assert tokens_left() == 10_000 - spent, how
+        async with RawClient(gateway.data_address) as leaving:
+            leaving.send(chat_request(asks("leaves")))
+            await leaving.reader.readuntil(b"choices")
+            assert tokens_left() == 10_000 - spent - prompt - 1000
+        await left.wait()
+        await until(lambda: gateway.pipeline.inflight == 0)
+        assert tokens_left() == 10_000 - spent - prompt - 5
+        while (answer := await client.ask({**asks("whole"), "max_tokens": 9700})).status == 200:
+            pass
+        assert (answer.status, answer.json["error"]["rule"]) == (429, "plans.p.tokens")
+        assert (await client.ask({**asks("whole"), "max_tokens": 10_000})).status == 413
+        told = await scrape(gateway)
+        assert told.value("weir_limited_total", rule="plans.p.tokens") == 2
 
 
 NAMES = ["a", "a}", "{a", "a:b", "b", "p|b", "weir:v1:probe", "*", "ü" * 100, "a b", "'; FLUSHALL"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -14,6 +15,7 @@ from tests.support.ledger_store import LedgerStore
 from tests.support.virtual_clock import virtual_time
 
 FREE = Plan("free", Rate(60, 60.0), 2, concurrency=2)
+BOTH = replace(FREE, tokens=Rate(100, 60.0), token_burst=100)
 
 
 class Clock:
@@ -87,6 +89,35 @@ class TestAccount:
         account = alone.account(FREE, "alice")
         with account:
             assert repr(account).startswith("<Account plan free, 1 in flight, <LocalMeter")
+
+
+class TestTokens:
+    def test_a_plan_without_them_has_no_allowance(self, alone):
+        assert alone.account(FREE, "alice").tokens is None
+
+    def test_headers_tell_both_limits(self, alone):
+        lines = alone.account(BOTH, "alice").headers(0.0).decode().splitlines()
+        assert lines[0] == 'ratelimit: "free";r=2;t=0'
+        assert lines[5] == 'ratelimit: "free.tokens";r=100;t=0'
+        assert len(lines) == 10
+
+    @pytest.mark.parametrize(("before", "after"), [(FREE, BOTH), (BOTH, FREE)])
+    def test_a_reload_may_add_or_drop_them(self, alone, before, after):
+        account = alone.account(before, "alice")
+        assert alone.account(after, "alice") is account
+        assert (account.tokens is None) == (after.tokens is None)
+
+    def test_a_reload_changes_the_numbers_and_keeps_the_level(self, alone):
+        account = alone.account(BOTH, "alice")
+        account.tokens.meter.take_nowait(0.0, 50)
+        alone.account(replace(BOTH, tokens=Rate(1000, 60.0), token_burst=1000), "alice")
+        assert account.headers(0.0).endswith(b"remaining-tokens: 500\r\nx-ratelimit-reset-tokens: 30s\r\n")
+
+    def test_an_account_that_owes_is_not_forgotten_before_it_is_full(self, alone, clock):
+        account = alone.account(BOTH, "alice")
+        account.tokens.meter.settle(0.0, 0, 1000)
+        assert not account.is_idle(119.0)
+        assert account.is_idle(120.0)
 
 
 class TestUnlimited:

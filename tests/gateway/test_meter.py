@@ -81,6 +81,18 @@ class TestLocal:
         meter.reconfigure(FAST, Limit(100, Rate(100, 1.0)))
         assert meter.remaining(0.0) == 50.0
 
+    @virtual_time
+    async def test_settles_for_less_and_for_more(self):
+        meter = LocalMeter(Limit(100, Rate(1, 1.0)), now)
+        assert meter.take_nowait(0.0, 60) == 0.0
+        assert await meter.take(50) == 10.0
+        meter.settle(0.0, 60, 20)
+        assert meter.remaining(0.0) == 80.0
+        assert await meter.take(80) == 0.0
+        meter.settle(0.0, 80, 120)
+        assert meter.remaining(0.0) == -40.0
+        assert meter.take_nowait(0.0, 1) == 41.0
+
 
 class TestTaking:
     @virtual_time

@@ -1,8 +1,9 @@
 import pytest
 
 from gateway.call import Call
-from gateway.peek import peek
+from gateway.peek import expected_tokens, peek
 from policies import errors
+from policies.quota import prompt_tokens
 from tests.support.call import call_of
 
 
@@ -92,3 +93,41 @@ def test_a_body_with_two_stream_flags_is_a_bad_request() -> None:
     with pytest.raises(errors.BadRequest):
         peek(with_body(b'{"model":"a","stream":true,"stream":false}'))
     assert peek(with_body(b'{"model":"a","stream":true,"stream_options":{"include_usage":true}}')).stream
+
+
+@pytest.mark.parametrize(
+    ("more", "answer"),
+    [
+        (b'"max_tokens":50', 50),
+        (b'"max_completion_tokens":60,"max_tokens":50', 60),
+        (b'"max_tokens":50,"max_completion_tokens":null', 50),
+        (b'"max_output_tokens":70', 70),
+        (b'"max_tokens":50,"n":3', 150),
+        (b'"max_tokens":50,"n":null', 50),
+        (b'"max_tokens":50,"n":0', 50),
+        (b'"max_tokens":0', 0),
+        (b'"n":2', 2048),
+        # what a backend will refuse says nothing
+        (b'"max_tokens":-1', 1024),
+        (b'"max_tokens":1.5', 1024),
+        (b'"max_tokens":"50"', 1024),
+        (b'"max_tokens":' + b"[" * 100 + b"]" * 100, 1024),
+        (b'"max_tokens":' + b"9" * 10_000, 10**15 - 1),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"])
+def test_how_long_an_answer_may_be(path, more, answer) -> None:
+    call = with_body(b'{"model":"tiny",' + more + b"}", path)
+    peek(call)
+    assert expected_tokens(call, 40_000) == (prompt_tokens(call.body), answer)
+
+
+def test_an_embedding_has_a_prompt_alone() -> None:
+    assert expected_tokens(with_body(b'{"model":"e","input":"abcdef"}', "/v1/embeddings"), 40_000) == (8, 0)
+
+
+@pytest.mark.parametrize(
+    "path", ["/v2/models/m/infer", "/v1/images/generations", "/v1/audio/speech", "/v1/models", "/elsewhere"]
+)
+def test_of_other_paths_nobody_knows_the_tokens(path) -> None:
+    assert expected_tokens(with_body(b'{"model":"tiny","max_tokens":50}', path), 40_000) == (0, 0)

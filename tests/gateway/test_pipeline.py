@@ -228,6 +228,81 @@ async def test_limits_are_told_and_hold() -> None:
     assert len(story.upstreams[0].written.split(b"POST /v1")) == 3
 
 
+USED = b'{"usage":{"prompt_tokens":7,"completion_tokens":30}}'
+USES = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(USED), USED)
+WRONG = b"HTTP/1.1 400 X\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
+TOKENS = Plan("free", requests=Rate(5, 1e9), burst=5, tokens=Rate(100, 1e9), token_burst=100)
+ASKS_60 = chat_request({"model": "tiny", "max_tokens": 51})  # in a body of 36 bytes
+
+
+def tokens_left(story: Story) -> int:
+    return round(story.account.tokens.meter.remaining(1000.0 + asyncio.get_running_loop().time()))
+
+
+@virtual_time
+async def test_tokens_are_told_and_hold() -> None:
+    story = Story(USES, plan=TOKENS)
+    answers = [await story.ask(ASKS_60) for _ in range(3)]
+    assert [int(answer[9:12]) for answer in answers] == [200, 200, 429]
+    assert [header(answer, "x-ratelimit-remaining-tokens") for answer in answers] == ["40", "3", "26"]
+    error = document(answers[2])["error"]
+    assert (error["code"], error["rule"]) == ("rate_limited", "plans.free.tokens")
+    assert error["retry_after"] == pytest.approx(34 * 1e7, rel=1e-6)
+    assert header(answers[2], "x-ratelimit-remaining-requests") == "3"  # it got that one back
+    assert [event.rule for event in story.events] == ["", "", "plans.free.tokens"]
+    assert len(story.upstreams[0].written.split(b"POST /v1")) == 3
+
+
+@virtual_time
+async def test_more_tokens_than_the_plan_ever_gives_are_refused_for_good() -> None:
+    story = Story(USES, plan=TOKENS)
+    answer = await story.ask(chat_request({"model": "tiny", "max_tokens": 1000}))
+    error = document(answer)["error"]
+    assert (answer[9:12], error["code"], error["rule"]) == (b"413", "too_large", "plans.free.tokens")
+    assert b"retry-after" not in answer
+    assert b"connection: close" not in answer
+    assert story.events[0].end_reason == "policy"
+    assert (await story.ask(ASKS_60))[9:12] == b"200"
+
+
+@pytest.mark.parametrize(
+    ("does", "used"),
+    [
+        ([USES], 37),
+        ([OK], 60),
+        ([WRONG], 0),
+        ([BAD], 0),
+        ([BUSY, USES], 37),
+        ([BUSY, BUSY], 0),
+        ([REFUSED, REFUSED], 0),
+        ([SILENT], 0),
+        ([], 0),
+    ],
+    ids=["used", "not told", "400", "500", "retried", "busy", "nobody there", "timeout", "no backend"],
+)
+@virtual_time
+async def test_tokens_are_settled_once_with_what_was_used(does, used) -> None:
+    story = Story(*does, plan=TOKENS)
+    await story.ask(ASKS_60)
+    await asyncio.sleep(40)
+    assert tokens_left(story) == 100 - used
+    story.assert_given_back()
+
+
+@virtual_time
+async def test_a_stream_whose_client_leaves_is_settled_with_what_was_delivered() -> None:
+    stream = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+    story = Story(stream + b"9\r\ndata: a\n\n\r\n" * 12, plan=TOKENS)
+    story.send(ASKS_60)
+    await asyncio.sleep(1)
+    assert story.transport.written.count(b"data: a") == 12
+    assert tokens_left(story) == 40
+    story.transport.lose()
+    await asyncio.sleep(1)
+    assert tokens_left(story) == 100 - 9 - 12
+    story.assert_given_back()
+
+
 @virtual_time
 async def test_places_are_held_to_the_end_of_the_answer() -> None:
     story = Story(SILENT, plan=Plan("free", concurrency=1))

@@ -139,3 +139,22 @@ def test_a_load_beside_the_usage_is_heard_and_ends_here(stream, passes, load) ->
     (passed,), scanner = fed([stream])
     assert (passed, scanner.load) == (passes, load)
     assert scanner.tokens_cached == (8 if LAST in stream else -1)
+
+
+@pytest.mark.parametrize(
+    ("stream", "events"),
+    [
+        (b"data: a\n\ndata: b\n\n", 2),
+        (b"data: a\r\n\r\nevent: x\r\ndata: b\r\n\r\n", 2),
+        (b"event: x\ndata: a\n\n: comment\n\n", 1),
+        (b'data: {"text":"\\n\\ndata: no"}\n\n', 1),
+        (b"data: a\n\ndata: cut", 1),
+    ],
+)
+def test_events_with_data_are_counted_where_somebody_wants_to_know(stream, events) -> None:
+    for size in (1, 5, len(stream)):
+        counting, other = Scanner(CHAT, counts=True), Scanner(CHAT)
+        for at in range(0, len(stream), size):
+            counting.feed(stream[at : at + size])
+            other.feed(stream[at : at + size])
+        assert (counting.events, other.events) == (events, 0)

@@ -50,6 +50,26 @@ def test_what_is_given_back_can_be_taken_again_but_does_not_overflow():
     assert bucket.tokens_at(0.0) == 10.0
 
 
+def test_what_was_used_already_is_owed_but_never_more_than_the_bucket_holds():
+    bucket = Bucket(1.0, 10.0, now=0.0)
+    bucket.charge(0.0, 13)
+    assert bucket.tokens_at(0.0) == -3.0
+    assert bucket.take(1.0) == 3.0
+    assert bucket.take(4.0) == 0.0
+
+    bucket.charge(4.0, 1e9)
+    assert bucket.tokens_at(4.0) == -10.0
+
+
+def test_a_charge_is_taken_from_what_is_there_by_then():
+    bucket = Bucket(1.0, 10.0, now=0.0)
+    bucket.take(0.0, 4)
+    bucket.charge(100.0, 4)
+    assert bucket.tokens_at(100.0) == 6.0
+    bucket.charge(50.0, 1)  # an old reading of the clock
+    assert bucket.tokens_at(100.0) == 5.0
+
+
 @pytest.mark.parametrize(
     ("level", "capacity", "expected"),
     [(10.0, 40.0, 40.0), (5.0, 40.0, 20.0), (0.0, 40.0, 0.0), (10.0, 2.0, 2.0), (5.0, 2.0, 1.0)],
@@ -147,6 +167,12 @@ class BucketMachine(RuleBasedStateMachine):
         self.bucket.give(n)
         self.level = min(self.capacity, self.level + Fraction(n))
 
+    @rule(n=amounts)
+    def charge(self, n):
+        self.bucket.charge(self.now, n)
+        self.refill(self.now)
+        self.level = max(-self.capacity, self.level - Fraction(n))
+
     @rule(per_second=st.floats(0.01, 1e4), capacity=st.floats(0.5, 1e4))
     def reload(self, per_second, capacity):
         self.refill(self.now)
@@ -157,7 +183,7 @@ class BucketMachine(RuleBasedStateMachine):
     @invariant()
     def level_is_the_models(self):
         level = self.bucket.tokens_at(self.now)
-        assert -self.slack <= level <= self.bucket.capacity
+        assert -self.bucket.capacity - self.slack <= level <= self.bucket.capacity
         expected = self.level + max(Fraction(0), Fraction(self.now) - self.at) * self.rate
         assert isclose(level, min(self.capacity, expected), rel_tol=1e-6, abs_tol=self.slack)
 

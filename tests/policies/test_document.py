@@ -112,6 +112,16 @@ def test_default_burst_is_a_period_but_no_more_than_a_minute(requests, burst):
     assert parse(f"{VALID}plans: {{a: {{requests: {requests}}}}}\n").plans["a"].burst == burst
 
 
+@pytest.mark.parametrize(
+    ("tokens", "most"),
+    [("40k/minute", 40_000), ("2M/day", 2_000_000), ("1.5k/second", 1500), ("2.5/second", 2), ("0.5/second", 1)],
+)
+def test_all_tokens_of_a_period_may_be_used_at_once(tokens, most):
+    plan = parse(f"{VALID}plans: {{a: {{tokens: {tokens}}}}}\n").plans["a"]
+    assert (plan.token_burst, plan.requests) == (most, None)
+    assert plan.tokens is not None
+
+
 def test_equal_breakers_have_equal_keys():
     default, same, other = route(""), route("breaker: {window: 10s, failures: 50%}"), route("breaker: {window: 11s}")
     assert default.breaker == same.breaker

@@ -11,7 +11,7 @@ KEYS_IN_FORCE = {
     "PolicyFile": {"version", "issuers", "anonymous", "plans", "consumers", "routes"},
     "IssuerSection": {"issuer", "audience", "algorithms", "jwks", "claims"},
     "ClaimsSection": {"consumer", "groups"},
-    "PlanSection": {"requests", "burst", "concurrency", "priority", "when_store_is_down"},
+    "PlanSection": {"requests", "burst", "tokens", "concurrency", "priority", "when_store_is_down"},
     "ConsumerSection": {"match", "plan"},
     "ConsumerMatch": {"group", "consumer", "any"},
     "RouteSection": {"name", "match", "allow", "to", "stick", "balance", "timeout", "retry", "breaker"},
@@ -31,7 +31,6 @@ def test_keys_in_force():
 @pytest.mark.parametrize(
     ("text", "path"),
     [
-        ("plans: {a: {tokens: 1/second}}", "plans.a.tokens"),
         ("plans: {a: {budget: {tokens: 1/month}}}", "plans.a.budget"),
         ("plans: {a: {weight: 1}}", "plans.a.weight"),
         ("api_keys: {}", "api_keys"),
@@ -55,6 +54,11 @@ def test_keys_of_later_versions_are_refused_as_such(text, path):
         ("plans: {a: {burst: 3}}", "5:12 plans.a: `burst` does nothing without `requests`"),
         ("plans: {a: {when_store_is_down: shre}}", "5:33 plans.a.when_store_is_down: unknown value `shre`: did you mean `share`?"),
         ("plans: {a: {priority: hihg}}", "5:23 plans.a.priority: unknown value `hihg`: did you mean `high`?"),
+        ("plans: {a: {tokens: 40k}}", "5:21 plans.a.tokens: `40k` is not a rate: expected one such as `60/minute` or `40k/hour`"),
+        ("plans: {a: {tokens: 40k/minut}}", "5:21 plans.a.tokens: `40k/minut` has the unknown period `minut`: did you mean `minute`?"),
+        ("plans: {a: {tokens: 0/minute}}", "5:21 plans.a.tokens: `0/minute` allows nothing: a rate must be more than 0"),
+        ("plans: {a: {tokens: {rate: 40k/minute}}}", "5:21 plans.a.tokens: expected a rate, found a mapping"),
+        ("plans: {a: {token: 40k/minute}}", "5:13 plans.a.token: unknown key `token`: did you mean `tokens`?"),
         ("plans: {a: {concurrency: 0}}", "5:26 plans.a.concurrency: must be at least 1"),
         ("plans: {a: {}}\nconsumers: [{match: {}, plan: a}]", "6:21 consumers[0].match: expected exactly one of `group`, `consumer` and `any`"),
         ("plans: {a: {}}\nconsumers: [{match: {group: x, any: true}, plan: a}]", "6:21 consumers[0].match: expected exactly one of `group`, `consumer` and `any`"),

@@ -1,0 +1,67 @@
+"""What a request costs of its plan's `tokens`: an estimate while it is not yet sent, its real cost once it has ended.
+
+The estimate is what it may come to: the prompt, reckoned from the bytes of the body, and the longest answer that it
+asks for. It is rough on purpose; what a backend counted takes its place when it is known (`cost`). Tokens are those of
+language models, whole numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final, NamedTuple
+
+BYTES_PER_TOKEN: Final = 4
+"""Of JSON with English text in it (OpenAI's rule of thumb). Other scripts have more bytes a token, or are escaped."""
+
+ANSWER_TOKENS: Final = 1024
+"""An answer to a request that does not say how long it may be."""
+
+PICTURE_TOKENS: Final = 1000
+"""A picture or a sound that lies in the body, however large: OpenAI counts 765 for one of 1024 x 1024."""
+
+_ENCODED: Final = re.compile(rb"[A-Za-z0-9+/=]{4096,}")  # so long without a space: base64, and no text
+
+
+class Estimate(NamedTuple):
+    """Tokens that a request may come to."""
+
+    prompt: int
+    answer: int
+
+
+NOTHING: Final = Estimate(0, 0)
+
+
+def prompt_tokens(body: bytes) -> int:
+    """About how many tokens a model reads where this is the JSON body of a request."""
+    pictures, size = 0, len(body)
+    if size >= 4096:
+        for encoded in _ENCODED.finditer(body):
+            pictures += 1
+            size -= encoded.end() - encoded.start()
+    return -(-size // BYTES_PER_TOKEN) + pictures * PICTURE_TOKENS
+
+
+def estimate(body: bytes, longest: int | None, answers: int, capacity: int) -> Estimate:
+    """What a request may come to: `answers` of at most `longest` tokens each.
+
+    None: it does not say. That alone makes no request larger than its plan's whole `capacity`.
+    """
+    prompt = prompt_tokens(body)
+    if longest is None:
+        return Estimate(prompt, max(0, min(answers * ANSWER_TOKENS, capacity - prompt)))
+    return Estimate(prompt, answers * longest)
+
+
+def cost(expected: Estimate, tokens_in: int, tokens_out: int, events: int, *, is_whole: bool) -> int:
+    """What a request has come to whose answer was passed on, or is not whole because the client left or it broke.
+
+    `tokens_in` and `tokens_out` are what the backend stated (-1: it did not), `events` how many of a stream were passed
+    on: mostly one token each. What nobody counted stays as it was expected.
+    """
+    prompt = tokens_in if tokens_in >= 0 else expected.prompt
+    if not is_whole or (events and tokens_out < 0):
+        return prompt + max(tokens_out, events)
+    if tokens_out >= 0:
+        return prompt + tokens_out
+    return prompt + (expected.answer if tokens_in < 0 else 0)  # an embedding has a prompt alone
