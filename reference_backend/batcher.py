@@ -1,27 +1,31 @@
 """Makes batches of what waits, and never waits itself: where nothing runs, whatever is there goes at once.
 
-While a batch runs, items gather. When it ends, the next one is made of those whose turn it is (admission.py), as many
-as fit, all with one `key` (what can lie in one batch: equal shapes). Nobody passes another of its tenant and class: a
-batch takes no more of a tenant from the first item on that does not fit.
+A request has parts, each of which runs once and by itself: the rows of a tensor are one part, each of several texts is
+one. While a batch runs, requests gather. When it ends, the next one is made of the parts of those whose turn it is
+(admission.py), as many as fit, all with one `key` (what can lie in one batch: equal shapes). Nobody passes another of
+its tenant and class: a batch takes no more of a tenant from the first part on that does not fit.
 
 Two batches may be under way. When as much waits as fills one, it is made and handed over while the one before it still
 runs, so that the runner finds it ready; less than that stays, because more may join it. This is the rule of Triton's
 dynamic batcher at its default of no delay; `Limits.delay` is its `max_queue_delay_microseconds`.
 
-Invariants, which tests hold: nothing waits while nothing runs (with no delay); every item is answered once; what is
+How many requests may be there is not decided here: stateless.py does, for what every executor takes.
+
+Invariants, which tests hold: nothing waits while nothing runs (with no delay); every part is answered once; what is
 cancelled before its batch is made takes no place in it.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 from reference_backend.admission import FairQueue
-from reference_backend.tensors import ANYHOW, Full, Lost, Terms
+from reference_backend.tensors import ANYHOW, Lost, Terms
 
 UNDER_WAY = 2  # batches: one that runs, one that is ready
 AGE_SECONDS = 10.0  # of waiting that make up for one class
@@ -29,25 +33,32 @@ AGE_SECONDS = 10.0  # of waiting that make up for one class
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`size` of a batch is the sum of its items' sizes: rows, or tokens. A larger item goes alone."""
+    """`size` of a batch is the sum of its parts' sizes: rows, or tokens. A larger part goes alone."""
 
     size: int
-    waiting: int  # items; a request with more of them is only taken when nothing waits
-    delay: float = 0.0  # seconds that an item waits for others although nothing runs
+    delay: float = 0.0  # seconds that a request waits for others although nothing runs
 
 
 @dataclass(slots=True, eq=False)
-class Item:
-    """Something to be run, in whose batch is what has the same `key`."""
+class Part:
+    """What runs at once. `number` is its place in its request."""
 
+    request: Request
+    number: int
     payload: Any
     size: int
-    key: Hashable = None
-    tenant: str = ""
-    priority: int = 1
-    arrival: int = 0
-    arrived_at: float = 0.0
-    is_waiting: bool = False
+
+
+class Request:
+    """What somebody waits for. In the batches of its parts is what has the same `key`."""
+
+    def __init__(self, parts: Sequence[tuple[Any, int]], key: Hashable = None, terms: Terms = ANYHOW) -> None:
+        self.key = key
+        self.tenant, self.priority = terms.tenant, terms.priority
+        self.arrival, self.arrived_at = 0, 0.0
+        self.waiting = deque(Part(self, number, *part) for number, part in enumerate(parts))
+        self.answers: list[Any] = [None] * len(parts)
+        self.unanswered = len(parts)
 
 
 class Batches:
@@ -56,51 +67,48 @@ class Batches:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.under_way = 0
-        self.waiting = 0
         self._size = 0  # of what waits
         self._arrivals = 0
-        self._queue: FairQueue[Item] = FairQueue(AGE_SECONDS)
+        self._queue: FairQueue[Request] = FairQueue(AGE_SECONDS)
 
     def __repr__(self) -> str:
-        return f"<Batches {self.under_way} under way, {self.waiting} of {self.limits.waiting} waiting>"
+        return f"<Batches {self.under_way} under way, {self.waiting} waiting>"
 
-    def add(self, items: Sequence[Item], now: float) -> None:
-        """Let items wait, all or none of them. Raises Full."""
-        if self.waiting and self.waiting + len(items) > self.limits.waiting:
-            raise Full
-        for item in items:
-            self._arrivals += 1
-            item.arrival, item.arrived_at, item.is_waiting = self._arrivals, now, True
-            self._queue.push(item)
-            self.waiting += 1
-            self._size += item.size
+    @property
+    def waiting(self) -> int:
+        """The requests of which something waits."""
+        return len(self._queue)
 
-    def withdraw(self, item: Item) -> None:
-        """Take out what goes on, or is not wanted any more. Harmless for what is out already."""
-        if item.is_waiting:
-            item.is_waiting = False
-            self._queue.remove(item)
-            self.waiting -= 1
-            self._size -= item.size
+    def add(self, request: Request, now: float) -> None:
+        """Let one wait, which has parts."""
+        self._arrivals += 1
+        request.arrival, request.arrived_at = self._arrivals, now
+        self._queue.push(request)
+        self._size += sum(part.size for part in request.waiting)
 
-    def next(self, now: float) -> list[Item]:
+    def withdraw(self, request: Request) -> None:
+        """Take out what is not wanted any more. Harmless for what is out already."""
+        if request.waiting:
+            self._queue.remove(request)
+            self._size -= sum(part.size for part in request.waiting)
+            request.waiting.clear()
+
+    def next(self, now: float) -> list[Part]:
         """The batch that is to run now, which is under way from here to `over`; nothing when it is not time for one."""
-        if not self.waiting or self.under_way >= UNDER_WAY:
+        if not self._size or self.under_way >= UNDER_WAY:
             return []
         if self._size < self.limits.size and (self.under_way or now < self.due()):
             return []
-        batch: list[Item] = []
+        batch: list[Part] = []
         room = self.limits.size
 
-        def may_join(item: Item) -> bool:
-            return not batch or (item.key == batch[0].key and item.size <= room)
+        def may_join(request: Request) -> bool:
+            return not batch or (request.key == batch[0].request.key and request.waiting[0].size <= room)
 
-        while (item := self._queue.head(now, may_join)) is not None:
-            self.withdraw(item)
-            self._queue.charge(item.tenant, read=item.size)
-            batch.append(item)
-            room -= item.size
-        self.under_way += bool(batch)
+        while (request := self._queue.head(now, may_join)) is not None:
+            batch.append(self._take(request))
+            room -= batch[-1].size
+        self.under_way += 1
         return batch
 
     def over(self) -> None:
@@ -109,7 +117,16 @@ class Batches:
 
     def due(self) -> float:
         """When the first of what waits has waited long enough for company."""
-        return min((item.arrived_at for item in self._queue), default=0.0) + self.limits.delay
+        return min((request.arrived_at for request in self._queue), default=0.0) + self.limits.delay
+
+    def _take(self, request: Request) -> Part:
+        """The next part of one."""
+        part = request.waiting.popleft()
+        if not request.waiting:
+            self._queue.remove(request)
+        self._queue.charge(request.tenant, read=part.size)
+        self._size -= part.size
+        return part
 
 
 Run = Callable[[list[Any]], Awaitable[Sequence[Any]]]
@@ -118,14 +135,14 @@ Run = Callable[[list[Any]], Awaitable[Sequence[Any]]]
 class Batcher:
     """A `with` around `ask`. `run` gets the payloads of a batch and gives as many answers, in their order.
 
-    A batch that fails is run again, one by one: only the item that is at fault fails.
+    A batch that fails is run again, one by one: only the part that is at fault fails, and its request.
     """
 
     def __init__(self, run: Run, limits: Limits, clock: Callable[[], float]) -> None:
         self.batches = Batches(limits)
         self._run, self._clock = run, clock
         self._tasks: set[asyncio.Task[None]] = set()
-        self._answers: dict[Item, asyncio.Future[Any]] = {}  # of items for which somebody waits
+        self._answered: dict[Request, asyncio.Future[list[Any]]] = {}  # those for which somebody waits
         self._timer: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Self:
@@ -135,10 +152,8 @@ class Batcher:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Whoever still waits for an answer is told Lost."""
-        for item, answer in self._answers.items():
-            self.batches.withdraw(item)
-            if not answer.done():
-                answer.set_exception(Lost())
+        for request in self._answered:
+            self._fail(request, Lost())
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -146,24 +161,23 @@ class Batcher:
             self._timer.cancel()
 
     async def ask(self, parts: Sequence[tuple[Any, int]], key: Hashable = None, terms: Terms = ANYHOW) -> list[Any]:
-        """The answers to payloads, each given with its size. Raises Full, Lost, and whatever `run` raised.
+        """The answers to payloads, each given with its size. Raises Lost, and whatever `run` raised.
 
         They may run in several batches. A cancelled call takes no place in one that is not made yet.
         """
-        items = [Item(payload, size, key, terms.tenant, terms.priority) for payload, size in parts]
-        self.batches.add(items, self._clock())
-        loop = asyncio.get_running_loop()
-        answers: dict[Item, asyncio.Future[Any]] = {item: loop.create_future() for item in items}
-        self._answers |= answers
+        if not parts:
+            return []
+        request = Request(parts, key, terms)
+        answered = self._answered[request] = asyncio.get_running_loop().create_future()
+        self.batches.add(request, self._clock())
         self._go()
         try:
-            return [await answer for answer in answers.values()]
+            return await answered
         finally:
-            for item, answer in answers.items():
-                del self._answers[item]
-                self.batches.withdraw(item)
-                if not (answer.cancel() or answer.cancelled()):
-                    answer.exception()  # it may be that nobody has asked
+            self.batches.withdraw(request)
+            del self._answered[request]
+            if answered.done() and not answered.cancelled():
+                answered.exception()  # it may be that nobody has asked
 
     def _go(self) -> None:
         """Set what can run running."""
@@ -178,31 +192,43 @@ class Batcher:
             left = max(self.batches.due() - self._clock(), 0.0)
             self._timer = asyncio.get_running_loop().call_later(left, self._go)
 
-    async def _carry_out(self, batch: list[Item]) -> None:
+    async def _carry_out(self, batch: list[Part]) -> None:
         try:
             await self._answer(batch)
         finally:
             self.batches.over()
             self._go()
 
-    async def _answer(self, batch: list[Item]) -> None:
-        wanted = [item for item in batch if item in self._answers]
+    async def _answer(self, batch: list[Part]) -> None:
+        wanted = [part for part in batch if not self._is_over(part.request)]
         if not wanted:
             return
-        results: Sequence[Any]
         try:
-            results = await self._run([item.payload for item in wanted])
+            results = await self._run([part.payload for part in wanted])
         except Exception as error:  # noqa: BLE001  it is handed on to who asked
-            if len(wanted) > 1:
-                for item in wanted:
-                    await self._answer([item])
-                return
-            results = [error]
-        for item, result in zip(wanted, results, strict=True):
-            answer = self._answers.get(item)
-            if answer is None or answer.done():
-                continue  # nobody waits any more
-            if isinstance(result, Exception):
-                answer.set_exception(result)
+            if len(wanted) == 1:
+                self._fail(wanted[0].request, error)
             else:
-                answer.set_result(result)
+                for part in wanted:
+                    await self._answer([part])
+            return
+        for part, result in zip(wanted, results, strict=True):
+            self._deliver(part, result)
+
+    def _deliver(self, part: Part, result: object) -> None:
+        request = part.request
+        request.answers[part.number] = result
+        request.unanswered -= 1
+        if not request.unanswered and not self._is_over(request):
+            self._answered[request].set_result(request.answers)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        """Nothing more of it is run."""
+        self.batches.withdraw(request)
+        if not self._is_over(request):
+            self._answered[request].set_exception(error)
+
+    def _is_over(self, request: Request) -> bool:
+        """Whether nobody waits for it any more."""
+        answered = self._answered.get(request)
+        return answered is None or answered.done()

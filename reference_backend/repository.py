@@ -7,7 +7,7 @@ language model, or a model.toml:
     executor = "torch_export"    # who runs it: reference_backend/executors/, or a module of your own by its full name
     file = "model.pt2"           # what the executor reads, in this directory
     max_batch = 32               # most rows (first dimension) that go into one run; 1: no batches
-    max_waiting = 256            # most requests that wait; one more is refused
+    max_waiting = 256            # most requests beyond max_batch; who else is taken says admission.py
     isolation = "process"        # or "thread": inside the server, for what takes microseconds
 
     [[inputs]]                   # where the file does not say

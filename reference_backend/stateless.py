@@ -1,7 +1,7 @@
 """A model of tensors in service: in a process of its own, or beside the server.
 
 What is handed to it is judged here, and what becomes of it is told as an `ApiError`: 400 for what the model does not
-take, 429 when it has no room, 503 when its process is gone, 504 at the deadline.
+take, 429 when as many are in flight as may be (admission.py), 503 when its process is gone, 504 at the deadline.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import ClassVar
 
 from reference_backend import refusals
+from reference_backend.admission import has_room
 from reference_backend.engine.config import ModelError
 from reference_backend.engine.request import Load
 from reference_backend.link import BEAT_SECONDS, Apart, Link, linked, spawned
@@ -34,7 +35,6 @@ from reference_backend.tensors import (
     DTYPES,
     BadTensor,
     Failed,
-    Full,
     Lost,
     TensorModel,
     Tensors,
@@ -115,20 +115,20 @@ class Stateless(Apart[Remote]):
         super().__init__()
         self.kind: Kind = card.kind
         self.card = card
-        self.bound = 2 * card.max_batch + card.max_waiting
+        self.bound = card.max_batch + card.max_waiting  # requests, whatever each holds
         self.inputs: Sequence[TensorSpec] = ()  # known from the first life on
         self.outputs: Sequence[TensorSpec] = ()
         self.reporter = Reporter(self, wall)
         self._entry = entry
         self.clock = clock
         self.rejects = 0  # requests that there was no room for
-        self._in_flight = 0
+        self._in_flight: dict[object, str] = {}  # whose each is
         self._model: TensorModel | None = None
         self._life = contextlib.AsyncExitStack()
 
     def __repr__(self) -> str:
         state = "away" if self._model is None else "ready"
-        return f"<{type(self).__name__} {self._entry} {state}, {self._in_flight} of {self.bound} in flight>"
+        return f"<{type(self).__name__} {self._entry} {state}, {len(self._in_flight)} of {self.bound} in flight>"
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -167,26 +167,25 @@ class Stateless(Apart[Remote]):
                     )
 
     def load(self) -> Load:
-        running = min(self._in_flight, self.card.max_batch)
-        return Load(running, self._in_flight - running, 0.0, slots=self.card.max_batch)
+        running = min(len(self._in_flight), self.card.max_batch)
+        return Load(running, len(self._in_flight) - running, 0.0, slots=self.card.max_batch)
 
     async def infer(self, inputs: Tensors, terms: Terms = ANYHOW, param: str = "inputs") -> Tensors:
         """Run the model. Raises ApiError, which says that `param` is at fault where the model takes no such input."""
         check(inputs, self.inputs)
         if self._model is None:
             raise refusals.loading()
-        if self._in_flight >= self.bound:
-            raise self._full()
-        began = self.clock()
-        self._in_flight += 1
+        if not has_room(terms.tenant, self._in_flight.values(), self.bound):
+            self.rejects += 1
+            raise refusals.queue_full()
+        began, request = self.clock(), object()
+        self._in_flight[request] = terms.tenant
         self.change()
         try:
             async with asyncio.timeout(None if terms.deadline is None else terms.deadline - began) as limit:
                 outputs = await self._model.infer(inputs, terms)
         except BadTensor as error:
             raise bad(str(error), param) from error
-        except Full as error:
-            raise self._full() from error
         except TimeoutError as error:
             if not limit.expired():
                 raise  # the model's own
@@ -196,14 +195,10 @@ class Stateless(Apart[Remote]):
         except Failed as error:
             raise refusals.engine_failed() from error
         finally:
-            self._in_flight -= 1
+            del self._in_flight[request]
             self.change()
         self.reporter.answered(self.clock() - began, self.clock() - began, 1)
         return outputs
-
-    def _full(self) -> ApiError:
-        self.rejects += 1
-        return refusals.queue_full()
 
 
 class Embedding(Stateless):

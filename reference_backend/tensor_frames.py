@@ -11,7 +11,7 @@ import numpy as np
 
 from reference_backend.engine.frames import Ping, Refused
 from reference_backend.repository import Card
-from reference_backend.tensors import DATATYPES, DTYPES, BadTensor, Failed, Full, Tensors, TensorSpec, Terms
+from reference_backend.tensors import DATATYPES, DTYPES, BadTensor, Failed, Tensors, TensorSpec, Terms
 
 
 class Packed(msgspec.Struct, array_like=True, frozen=True):
@@ -51,7 +51,7 @@ class Answer(msgspec.Struct, tag=True, array_like=True, frozen=True):
     message: str = ""
 
 
-ERRORS = {error.__name__: error for error in (BadTensor, Full, Failed)}
+ERRORS = {error.__name__: error for error in (BadTensor, Failed)}
 decode_for_model = msgspec.msgpack.Decoder(Open | Infer | Cancel | Ping).decode
 decode_for_server = msgspec.msgpack.Decoder(Opened | Refused | Answer | Ping).decode
 

@@ -22,7 +22,7 @@ from reference_backend.engine.config import ModelError
 from reference_backend.engine.frames import Ping, Refused
 from reference_backend.link import Framed
 from reference_backend.tensor_frames import Answer, Cancel, Infer, Open, Opened, decode_for_model, pack, unpack
-from reference_backend.tensors import BadTensor, Full, TensorModel, executor
+from reference_backend.tensors import BadTensor, TensorModel, executor
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +52,8 @@ class Desk(Framed):
         try:
             outputs = await self.model.infer(unpack(asked.inputs), asked.terms)
             answer = Answer(asked.ticket, pack(outputs))
-        except (BadTensor, Full) as error:
-            answer = Answer(asked.ticket, {}, type(error).__name__, str(error))
+        except BadTensor as error:
+            answer = Answer(asked.ticket, {}, "BadTensor", str(error))
         except Exception:  # whatever it is, nobody must wait for it any longer
             log.exception("the model failed")
             answer = Answer(asked.ticket, {}, "Failed")

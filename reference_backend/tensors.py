@@ -47,10 +47,6 @@ class BadTensor(ValueError):  # noqa: N818  a verdict on the client's input
     """The input is not one that this model takes. The message names the tensor and says what is expected."""
 
 
-class Full(Exception):  # noqa: N818  an answer, not a fault
-    """As many requests wait as may; nothing was started. Another backend may have the request."""
-
-
 class Lost(Exception):  # noqa: N818  an answer, not a fault
     """The process that had the request is gone, and what it had computed with it."""
 
@@ -108,7 +104,7 @@ class TensorModel(Protocol):
 
         A cancelled call is one whose client left or whose deadline passed: it must take no place in a batch that has
         not begun. What computes leaves the event loop free (a thread): a process whose loop gives no sign is given up.
-        Raises BadTensor, Full; anything else is a fault of the model.
+        Raises BadTensor; anything else is a fault of the model.
         """
         ...
 

@@ -78,7 +78,7 @@ async def opened(directory: Path, card: Card) -> AsyncIterator[Encoder]:
             "by batch_tokens under [settings], not by max_batch"
         )
     files = model_directory(directory, settings)
-    limits = Limits(settings.batch_tokens, card.max_waiting, settings.delay_us / 1e6)
+    limits = Limits(settings.batch_tokens, settings.delay_us / 1e6)
     with ThreadPoolExecutor(1, "model", torch.set_num_threads, (settings.threads,)) as thread:
         network = await asyncio.get_running_loop().run_in_executor(thread, read_network, files)
         model = Encoder(network, load_tokenizer(files), thread, limits)

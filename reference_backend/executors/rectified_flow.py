@@ -23,7 +23,7 @@ from reference_backend.batcher import AGE_SECONDS
 from reference_backend.engine.config import ModelError
 from reference_backend.engine.flow import Flow, guided, load_flow
 from reference_backend.repository import Card
-from reference_backend.tensors import ANYHOW, Array, BadTensor, Full, Tensors, TensorSpec, Terms
+from reference_backend.tensors import ANYHOW, Array, BadTensor, Tensors, TensorSpec, Terms
 
 STEPS = 20  # from noise to picture
 GUIDANCE = 2.0
@@ -48,12 +48,12 @@ class Studio:
 
     inputs: Sequence[TensorSpec] = (TensorSpec("prompt", "BYTES", (-1,)), TensorSpec("seed", "INT64", (-1,)))
 
-    def __init__(self, network: Flow, *, at_once: int, most_waiting: int) -> None:
+    def __init__(self, network: Flow, at_once: int) -> None:
         side = network.config.side
         self.outputs: Sequence[TensorSpec] = (TensorSpec("image", "UINT8", (-1, side, side, 3)),)
         self.painted: list[Painting] = []
         self._network = network
-        self._at_once, self._most_waiting = at_once, most_waiting
+        self._at_once = at_once
         self._waiting: FairQueue[Painting] = FairQueue(AGE_SECONDS)
         self._arrivals = itertools.count()
         self._wanted = asyncio.Event()
@@ -62,7 +62,7 @@ class Studio:
         return f"<Studio {len(self.painted)} of {self._at_once} being painted, {len(self._waiting)} waiting>"
 
     async def infer(self, inputs: Tensors, terms: Terms = ANYHOW) -> Tensors:
-        """A picture for each prompt and seed. Raises BadTensor, Full."""
+        """A picture for each prompt and seed. Raises BadTensor."""
         prompts, seeds = inputs["prompt"].tolist(), inputs["seed"].tolist()
         if len(prompts) != len(seeds):
             raise BadTensor(f"there are {len(prompts)} of `prompt` and {len(seeds)} of `seed`; each needs its own")
@@ -72,8 +72,6 @@ class Studio:
             Painting(self._words(prompt), self._noise(seed), *whose, next(self._arrivals), now)
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
-        if self._waiting and len(self._waiting) + len(asked) > self._most_waiting:
-            raise Full
         for painting in asked:
             self._waiting.push(painting)
         self._wanted.set()
@@ -146,7 +144,7 @@ async def opened(directory: Path, card: Card) -> AsyncIterator[Studio]:
     """The studio of a model directory, when it has painted once. Raises ModelError."""
     torch.set_num_threads(CPU_THREADS)
     network = load_flow(directory, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    studio = Studio(network, at_once=card.max_batch, most_waiting=card.max_waiting)
+    studio = Studio(network, card.max_batch)
     if not all(parameter.isfinite().all() for parameter in network.parameters()):
         raise ModelError(f"{directory}: its weights are not finite")
     painting = asyncio.ensure_future(studio.paint())

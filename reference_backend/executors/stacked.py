@@ -96,7 +96,7 @@ class Stacked:
                 f"max_batch = {self._rows} needs a first dimension of -1, which {', '.join(fixed)} has not"
             )
         self._thread = ThreadPoolExecutor(1, "model")
-        limits = Limits(self._rows or 1, card.max_waiting, settings.delay_us / 1e6)
+        limits = Limits(self._rows or 1, settings.delay_us / 1e6)
         self._batcher = Batcher(self._run, limits, time.monotonic)  # noqa: TID251  the interface's clock
 
     @contextlib.asynccontextmanager

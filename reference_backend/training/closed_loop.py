@@ -31,7 +31,7 @@ AT_ONCE = 32
 
 async def paint(directory: Path, scenes: list[Scene]) -> list[bytes]:
     """A picture of each, as pixels."""
-    card = Card(kind="image", executor="rectified_flow", max_batch=AT_ONCE, max_waiting=len(scenes))
+    card = Card(kind="image", executor="rectified_flow", max_batch=AT_ONCE)
     prompts = np.array([caption(scene).encode() for scene in scenes], object)
     async with opened(directory, card) as studio:
         painted = await studio.infer({"prompt": prompts, "seed": np.arange(len(scenes))})

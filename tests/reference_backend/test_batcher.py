@@ -7,19 +7,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reference_backend.batcher import UNDER_WAY, Batcher, Batches, Item, Limits
-from reference_backend.tensors import Full, Lost, Terms
+from reference_backend.batcher import UNDER_WAY, Batcher, Batches, Limits, Request
+from reference_backend.tensors import Lost, Terms
 from tests.support.virtual_clock import run, virtual_time
 
 
-def batches(size=4, waiting=8, **limits):
-    return Batches(Limits(size, waiting, **limits))
+def batches(size=4, **limits):
+    return Batches(Limits(size, **limits))
 
 
-def added(room, *names, now=0.0, **kwargs):
-    items = [Item(name, 1, **kwargs) for name in names]
-    room.add(items, now)
-    return items
+def added(room, *names, now=0.0, key=None, **terms):
+    """A request for each name, of one part."""
+    requests = [Request([(name, 1)], key, Terms(**terms)) for name in names]
+    for request in requests:
+        room.add(request, now)
+    return requests
 
 
 def names(batch):
@@ -30,7 +32,7 @@ def test_an_idle_runner_takes_whatever_there_is_at_once():
     room = batches()
     added(room, "a")
     assert names(room.next(0.0)) == "a"
-    assert repr(room) == "<Batches 1 under way, 0 of 8 waiting>"
+    assert repr(room) == "<Batches 1 under way, 0 waiting>"
     assert room.next(0.0) == []
 
 
@@ -56,7 +58,7 @@ def test_a_full_batch_is_made_while_another_runs_and_no_third():
 
 def test_sizes_are_summed_and_a_larger_item_goes_alone():
     room = batches(size=10)
-    room.add([Item("a", 6), Item("b", 5), Item("c", 5), Item("d", 99), Item("e", 1)], 0.0)
+    room.add(Request([("a", 6), ("b", 5), ("c", 5), ("d", 99), ("e", 1)]), 0.0)
     made = []
     while room.waiting:
         made.append(names(room.next(0.0)))
@@ -78,7 +80,7 @@ def test_what_cannot_lie_together_goes_apart_and_nobody_passes_his_own():
 
 
 def test_tenants_take_turns_however_much_one_sends():
-    room = batches(size=2, waiting=20)
+    room = batches(size=2)
     added(room, *"abcdef", tenant="flood")
     added(room, *"xy", tenant="light")
     made = []
@@ -95,17 +97,15 @@ def test_classes_come_before_that():
     assert names(room.next(0.0)) == "h"
 
 
-def test_too_many_are_refused_whole_but_not_when_nobody_else_waits():
-    room = batches(size=99, waiting=3)
-    added(room, *"abcdefgh")
-    with pytest.raises(Full):
-        added(room, "x")
-    room.next(0.0)
-    added(room, *"ij")
-    with pytest.raises(Full):
-        added(room, *"kl")
-    added(room, "k")
-    assert room.waiting == 3
+def test_the_parts_of_one_request_take_turns_with_those_of_others():
+    room = batches(size=2)
+    room.add(Request([(name, 1) for name in "abcd"], terms=Terms(tenant="flood")), 0.0)
+    room.add(Request([("x", 1), ("y", 1)], terms=Terms(tenant="light")), 0.0)
+    made = []
+    while room.waiting:
+        made.append(names(room.next(0.0)))
+        room.over()
+    assert made == ["ax", "by", "cd"]
 
 
 def test_what_is_withdrawn_takes_no_place():
@@ -114,6 +114,11 @@ def test_what_is_withdrawn_takes_no_place():
     room.withdraw(first)
     room.withdraw(first)
     assert names(room.next(0.0)) == "bc"
+    room.over()
+    begun = Request([(name, 1) for name in "xyz"])
+    room.add(begun, 0.0)
+    assert names(room.next(0.0)) == "xy"
+    room.withdraw(begun)
     room.over()
     [last] = added(room, "d")
     room.withdraw(last)
@@ -157,8 +162,8 @@ def now():
     return asyncio.get_running_loop().time()
 
 
-def batcher(runner, size=4, waiting=8, **limits):
-    return Batcher(runner, Limits(size, waiting, **limits), now)
+def batcher(runner, size=4, **limits):
+    return Batcher(runner, Limits(size, **limits), now)
 
 
 async def ask(subject, *payloads, **kwargs):
@@ -170,20 +175,19 @@ async def test_answers_come_in_the_order_of_the_parts_from_as_many_batches_as_it
     runner = Runner()
     async with batcher(runner, size=2) as subject:
         assert await ask(subject, *"abcde") == ["a!", "b!", "c!", "d!", "e!"]
+        assert await ask(subject) == []
     assert runner.made == ["ab", "cd", "e"]
     assert now() == 3.0
 
 
 @virtual_time
-async def test_a_client_that_leaves_takes_no_place_and_gives_its_room_back():
+async def test_a_client_that_leaves_takes_no_place():
     runner = Runner()
-    async with batcher(runner, waiting=1) as subject, asyncio.TaskGroup() as group:
+    async with batcher(runner) as subject, asyncio.TaskGroup() as group:
         group.create_task(ask(subject, "a"))
         await asyncio.sleep(0)
-        leaves = group.create_task(ask(subject, "b"))
+        leaves = group.create_task(ask(subject, *"bc"))
         await asyncio.sleep(0)
-        with pytest.raises(Full):
-            await ask(subject, "c")
         leaves.cancel()
         await asyncio.sleep(0.5)
         assert await ask(subject, "d") == ["d!"]
@@ -201,6 +205,16 @@ async def test_only_what_is_at_fault_fails():
             await ask(subject, "b")
         assert [await task for task in tasks] == [["a!"], ["c!"]]
     assert runner.made == ["x", "bac", "b", "a", "c"]
+
+
+@virtual_time
+async def test_of_a_request_that_fails_nothing_more_is_run():
+    runner = Runner(poison="a")
+    async with batcher(runner, size=2) as subject:
+        with pytest.raises(ValueError, match="a"):
+            await ask(subject, *"abcdefgh")
+        assert subject.batches.waiting == 0
+    assert runner.made == ["ab", "cd", "a", "ef"]  # two batches are under way
 
 
 @virtual_time
@@ -240,12 +254,12 @@ arrivals = st.lists(
 
 
 @settings(max_examples=40, deadline=None)
-@given(arrivals=arrivals, seconds=st.floats(0.2, 3), waiting=st.integers(2, 20), size=st.integers(2, 16))
-def test_for_any_arrivals(arrivals, seconds, waiting, size):
-    run(_check(arrivals, seconds, waiting, size))
+@given(arrivals=arrivals, seconds=st.floats(0.2, 3), size=st.integers(2, 16))
+def test_for_any_arrivals(arrivals, seconds, size):
+    run(_check(arrivals, seconds, size))
 
 
-async def _check(arrivals, seconds, waiting, size):
+async def _check(arrivals, seconds, size):
     made, running, answered = [], 0, []
 
     async def carry_out(payloads):
@@ -263,7 +277,7 @@ async def _check(arrivals, seconds, waiting, size):
             async with asyncio.timeout(leaves):
                 answers = await subject.ask(parts, key, Terms(tenant=tenant))
                 assert answers == list(numbers)
-        except (Full, TimeoutError):
+        except TimeoutError:
             pass
         finally:
             answered.append(numbers)
@@ -272,9 +286,8 @@ async def _check(arrivals, seconds, waiting, size):
         while True:
             await asyncio.sleep(0.05)
             assert subject.batches.under_way or not subject.batches.waiting, "something waits while nothing runs"
-            assert subject.batches.waiting <= max(waiting, 3)
 
-    async with Batcher(carry_out, Limits(size, waiting), now) as subject:
+    async with Batcher(carry_out, Limits(size), now) as subject:
         async with asyncio.TaskGroup() as group:
             watcher = group.create_task(watch())
             clients = []
@@ -289,7 +302,7 @@ async def _check(arrivals, seconds, waiting, size):
             await asyncio.sleep(seconds)
     assert len(answered) == len(arrivals)
     assert subject.batches.waiting == 0
-    assert subject._answers == {}
+    assert subject._answered == {}
     for batch in made:
         assert len({key for *_, key in batch}) == 1
         assert len(batch) == 1 or sum(part for _, part, *_ in batch) <= size

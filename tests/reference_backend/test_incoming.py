@@ -47,6 +47,9 @@ def test_what_cannot_be_read_is_refused(headers):
     assert refused.value.status == 400
 
 
+FULL = 8  # what a model of TURNSTILE with four that wait takes at a time
+
+
 async def post(url, body, headers):
     async with aiohttp.ClientSession() as session, session.post(url, json=body, headers=headers) as answer:
         assert answer.status == 200, await answer.text()
@@ -83,7 +86,7 @@ async def test_a_flood_of_one_keeps_nobody_else_out_of_the_next_batch(tmp_path, 
                     await asyncio.sleep(0)
 
             def waiting():
-                return [item.payload for item in model.batcher.batches._queue]
+                return [part.payload for request in model.batcher.batches._queue for part in request.waiting]
 
             for number in range(9):
                 await send(f"flood {number}", "flood")
@@ -93,3 +96,22 @@ async def test_a_flood_of_one_keeps_nobody_else_out_of_the_next_batch(tmp_path, 
             model.open.set()
         assert model.batches[2] == ["urgent", "light", "flood 5", "flood 6"]
         assert model.batches[3] == ["flood 7", "flood 8"]
+
+
+@pytest.mark.parametrize("ask", [over_http, over_grpc, over_embeddings])
+async def test_a_flood_that_fills_the_bound_keeps_nobody_else_out(tmp_path, ask):
+    async with running_store(tmp_path, {"one/1": TURNSTILE + "max_waiting = 4\n"}) as store, asyncio.timeout(60):
+        [served] = store.pool
+        model = served.model
+        async with asyncio.TaskGroup() as group:
+            for number in range(FULL):
+                group.create_task(ask(store, f"flood {number}", {"x-weir-consumer": "flood"}))
+            while model.load().running + model.load().waiting < FULL:
+                await asyncio.sleep(0)
+            with pytest.raises((AssertionError, grpc.aio.AioRpcError), match="no room for another request"):
+                await ask(store, "one too many", {"x-weir-consumer": "flood"})
+            group.create_task(ask(store, "light", {"x-weir-consumer": "light"}))
+            while model.load().running + model.load().waiting == FULL:
+                await asyncio.sleep(0)
+            model._model.open.set()
+        assert "light" in model._model.batches[2]

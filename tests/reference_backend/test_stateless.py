@@ -23,7 +23,8 @@ GOOD = {"left": LEFT, "right": LEFT * 10, "words": np.array([b"ab", b""], dtype=
 
 @contextlib.asynccontextmanager
 async def running(tmp_path, *, isolation="thread", kind=Stateless, clock=time.monotonic, **card):
-    settings = Card(kind=card.pop("named", "tensor"), executor="tests.support.adder", isolation=isolation, **card)
+    card = {"kind": card.pop("named", "tensor"), "executor": "tests.support.adder"} | card
+    settings = Card(isolation=isolation, **card)
     model = kind(Entry("adder", "1", tmp_path), settings, clock, lambda: 0.0)
     async with asyncio.timeout(60), model.running():
         yield model
@@ -54,7 +55,7 @@ async def test_it_runs_and_refuses_the_same_wherever_it_is(tmp_path, isolation):
             400, "bad_request", "left and right differ in rows",
         )  # fmt: skip
         assert (model.load().running, model.load().waiting, model.changes) == (0, 0, 2 * 22)
-        assert repr(model) == "<Stateless adder@1 ready, 0 of 258 in flight>"
+        assert repr(model) == "<Stateless adder@1 ready, 0 of 257 in flight>"
 
 
 @pytest.mark.parametrize(
@@ -75,16 +76,48 @@ async def test_what_does_not_fit_is_refused_before_the_model_sees_it(tmp_path, c
 
 
 async def test_one_too_many_is_refused_and_counted(tmp_path):
-    async with running(tmp_path, max_waiting=1, settings={"slow": 30}) as model:
+    async with running(tmp_path, max_waiting=2, settings={"slow": 30}) as model:
         waiting = [asyncio.ensure_future(model.infer(GOOD)) for _ in range(3)]
         await asyncio.sleep(0)
         assert (model.load().running, model.load().waiting) == (1, 2)
         assert (await refusal(model, GOOD))[:2] == (429, "queue_full")
-        assert model.reporter.report().rejects == 1
+        assert (model.reporter.report().rejects, model.reporter.report().free_slots) == (1, 0)
         for each in waiting:
             each.cancel()
         await asyncio.wait(waiting)
         assert model.load().running == 0
+
+
+async def test_who_fills_the_bound_keeps_no_light_consumer_out(tmp_path):
+    async with running(tmp_path, max_batch=2, max_waiting=6, settings={"slow": 30}) as model:
+        flood = [asyncio.ensure_future(model.infer(GOOD, Terms(tenant="flood"))) for _ in range(model.bound)]
+        await asyncio.sleep(0)
+        assert (await refusal(model, GOOD, Terms(tenant="flood")))[:2] == (429, "queue_full")
+        light = [asyncio.ensure_future(model.infer(GOOD, Terms(tenant="light"))) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert (model.load().running, model.load().waiting) == (2, 8)
+        assert (await refusal(model, GOOD, Terms(tenant="third")))[:2] == (429, "queue_full")  # the reserve has an end
+        for each in (*flood, *light):
+            each.cancel()
+        await asyncio.wait((*flood, *light))
+        assert model.load().running == 0
+
+
+@pytest.mark.parametrize("words", [[b"one"], [b"one", b"two", b"three"]])
+@pytest.mark.parametrize(("batch", "waiting"), [(1, 1), (1, 8), (4, 8), (8, 4), (64, 1)])
+async def test_as_many_as_are_told_are_taken_whatever_each_holds(tmp_path, batch, waiting, words):
+    asked = {"text": np.array(words, dtype=np.object_)}
+    async with running(
+        tmp_path, kind=Embedding, named="embedding", executor="tests.support.turnstile", max_batch=batch,
+        max_waiting=waiting,
+    ) as model:  # fmt: skip
+        taken = [asyncio.ensure_future(model.infer(asked)) for _ in range(model.bound)]
+        while model.load().running + model.load().waiting < model.bound:
+            await asyncio.sleep(0)
+        assert (await refusal(model, asked))[:2] == (429, "queue_full")
+        model._model.open.set()
+        assert [len(each["tokens"]) for each in await asyncio.gather(*taken)] == [len(words)] * model.bound
+        assert model.rejects == 1
 
 
 @pytest.mark.parametrize("isolation", ["thread", "process"])

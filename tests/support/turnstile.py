@@ -19,7 +19,7 @@ class Turnstile:
 
     def __init__(self, card):
         self.batches, self.open = [], asyncio.Event()
-        self.batcher = Batcher(self._run, Limits(card.max_batch, card.max_waiting), time.monotonic)
+        self.batcher = Batcher(self._run, Limits(card.max_batch), time.monotonic)
 
     async def infer(self, inputs, terms=ANYHOW):
         words = [text.decode() for text in inputs["text"]]

@@ -13,7 +13,7 @@ from reference_backend.engine.flow import guided, load_flow  # noqa: E402
 from reference_backend.engine.request import Priority  # noqa: E402
 from reference_backend.executors.rectified_flow import GUIDANCE, STEPS, opened  # noqa: E402
 from reference_backend.repository import Card  # noqa: E402
-from reference_backend.tensors import BadTensor, Full, Terms  # noqa: E402
+from reference_backend.tensors import BadTensor, Terms  # noqa: E402
 from tests.support.random_flow import random_flow  # noqa: E402
 
 torch.set_num_threads(1)
@@ -25,8 +25,8 @@ def directory(tmp_path):
     return tmp_path
 
 
-def studio(directory, *, at_once=4, waiting=8):
-    return opened(directory, Card(kind="image", executor="rectified_flow", max_batch=at_once, max_waiting=waiting))
+def studio(directory, *, at_once=4):
+    return opened(directory, Card(kind="image", executor="rectified_flow", max_batch=at_once))
 
 
 def asked(*rows):
@@ -81,19 +81,17 @@ async def test_the_seed_decides(directory):
     assert not np.array_equal(images[0], images[2])
 
 
-async def test_no_more_are_painted_than_fit_and_what_waits_is_bounded(directory):
-    async with studio(directory, at_once=1, waiting=2) as model:
+async def test_no_more_are_painted_than_fit(directory):
+    async with studio(directory, at_once=1) as model:
         requests = [asyncio.ensure_future(model.infer(asked(("red", 0))))]
         while not model.painted:
             await asyncio.sleep(0)
         requests += [asyncio.ensure_future(model.infer(asked(("red", n)))) for n in (1, 2)]
         await asyncio.sleep(0)
         assert repr(model) == "<Studio 1 of 1 being painted, 2 waiting>"
-        with pytest.raises(Full):
-            await model.infer(asked(("red", 1)))
         requests.pop().cancel()
         await asyncio.sleep(0)
-        requests.append(asyncio.ensure_future(model.infer(asked(("red", 3)))))  # in the place of who has left
+        assert repr(model) == "<Studio 1 of 1 being painted, 1 waiting>"
         await asyncio.gather(*requests)
         assert repr(model) == "<Studio 0 of 1 being painted, 0 waiting>"
 

@@ -18,7 +18,7 @@ from reference_backend.executors.stacked import (
     spec_of,
 )
 from reference_backend.repository import Card
-from reference_backend.tensors import BadTensor, Full, TensorSpec
+from reference_backend.tensors import BadTensor, TensorSpec
 
 X, Y = TensorSpec("x", "FP32", (-1, -1)), TensorSpec("y", "FP32", (-1,))
 SUM = TensorSpec("sum", "FP32", (-1,))
@@ -124,18 +124,6 @@ async def test_without_batches_each_runs_by_itself_whatever_its_first_dimension(
     async with stacked(adder, max_batch=1).running() as model:
         assert len((await model.infer(request(30)))["sum"]) == 30
     assert adder.ran == [1, 30]
-
-
-async def test_one_too_many_is_told():
-    adder = Adder(wait=True)
-    async with stacked(adder, max_waiting=1).running() as model, asyncio.TaskGroup() as group:
-        group.create_task(model.infer(request(1)))
-        assert await asyncio.to_thread(adder.started.wait, 20)
-        group.create_task(model.infer(request(1)))
-        await asyncio.sleep(0)
-        with pytest.raises(Full):
-            await model.infer(request(1))
-        adder.go.set()
 
 
 @pytest.mark.parametrize(
