@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
+from gateway import regular_file
 from gateway.redis_url import read_address
 from observability.events import CertificatesRead, Observer
 from policies.identity import InvalidKeys, certificate_expiry
@@ -271,10 +272,7 @@ def _read(files: Files) -> Pem | str:
 
 
 def _bytes_of(path: Path | None) -> bytes | None:
-    if path is None:
-        return None
-    with path.open("rb") as file:
-        return file.read(MAX_BYTES)
+    return None if path is None else regular_file.read(path, MAX_BYTES)
 
 
 def _reason(error: Exception) -> str:

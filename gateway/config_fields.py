@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, ValidationInfo
 
-from gateway import redis_url
+from gateway import redis_url, regular_file
 from policies.fields import one_or_more, parse_text, reader
 from policies.problems import kind_of, shown
 
@@ -107,10 +107,10 @@ def _resolve(value: object, info: ValidationInfo) -> Path:
 def _open_file(value: object, info: ValidationInfo) -> Path:
     path = _resolve(value, info)
     try:
-        with path.open("rb"):
-            return path
+        regular_file.read(path, 0)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    return path
 
 
 def _open_file_or_none(value: object, info: ValidationInfo) -> Path | None:

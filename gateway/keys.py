@@ -17,7 +17,6 @@ ours is off.
 from __future__ import annotations
 
 import asyncio
-import stat
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from typing import NamedTuple
 
 import aiohttp
 
+from gateway import regular_file
 from observability.events import KeysRefreshed, Observer
 from policies.backoff import Backoff
 from policies.identity import MAX_DOCUMENT_BYTES, InvalidKeys, KeySet, parse_jwks
@@ -314,7 +314,4 @@ def _unix_seconds(date: str) -> float | None:
 
 
 def _read_file(path: Path) -> bytes:
-    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would wait for ever, a device has no end
-        raise _Unreadable("not a regular file")
-    with path.open("rb") as file:
-        return file.read(MAX_DOCUMENT_BYTES + 1)
+    return regular_file.read(path, MAX_DOCUMENT_BYTES + 1)

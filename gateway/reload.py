@@ -30,6 +30,7 @@ from typing import NoReturn
 from discovery.source import Observe as ObserveDiscovery
 from discovery.source import Source, SourceFailure
 from discovery.watch import Delta, Watch
+from gateway import regular_file
 from gateway.last_good import LastGood
 from observability.events import Observer, PolicyReloaded
 from policies import document
@@ -269,7 +270,6 @@ _ABSENT = Unreadable("there is no such key: put the text of a policy.yaml there"
 
 def _read_file(path: Path) -> Reading:
     try:
-        with path.open("rb") as file:
-            return file.read(MAX_BYTES + 1)
+        return regular_file.read(path, MAX_BYTES + 1)
     except OSError as error:
         return Unreadable(f"cannot be read: {error.strerror}")

@@ -167,6 +167,11 @@ def encrypted(pair, other):
     pair.key.write_bytes(key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, secret))
 
 
+def a_pipe(pair, other):
+    pair.key.unlink()
+    os.mkfifo(pair.key)
+
+
 def emptied(pair, other):
     pair.cert.write_bytes(b"")
 
@@ -177,6 +182,7 @@ BROKEN = [
     (no_pem, "{cert} holds no certificate in PEM form"),
     (no_key, "{key} holds no private key in PEM form"),
     (gone, "{key} cannot be read: No such file or directory"),
+    (a_pipe, "{key} cannot be read: not a regular file"),
     (encrypted, "{key} is encrypted; give the key without a passphrase, readable to Weir alone"),
     (emptied, "{cert} holds no certificate in PEM form"),
 ]

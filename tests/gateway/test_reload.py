@@ -110,6 +110,23 @@ async def test_start_without_a_text(tmp_path, name, why):
         await Story(tmp_path / name).source.start()
 
 
+async def test_a_pipe_is_no_text_at_the_start(tmp_path):
+    os.mkfifo(tmp_path / "policy.yaml")
+    with pytest.raises(InvalidDocument, match="cannot be read: not a regular file"):
+        await Story(tmp_path / "policy.yaml").source.start()
+
+
+async def test_a_pipe_in_the_place_of_the_file_is_told_and_the_next_file_is_read(path):
+    story = Story(path)
+    async with running(story.source) as source:
+        path.unlink()
+        os.mkfifo(path)
+        await until(lambda: source.last_error is not None and "not a regular file" in source.last_error.errors[0])
+        assert name_of(source) == "a"
+        put(path, text("b"))
+        await until(lambda: name_of(source) == "b")
+
+
 async def test_files_in_the_policy_are_beside_the_path_and_not_beside_what_it_links_to(tmp_path):
     (tmp_path / "deep").mkdir()
     issuer = "issuers: [{issuer: a, audience: b, algorithms: [ES256], jwks: jwks.json}]\n"
