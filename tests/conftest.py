@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 from hypothesis import settings
 
 import gateway.children  # first: it says how gRPC has to behave where children are started
@@ -14,6 +15,13 @@ assert IS_COMPILED or "compiled" not in os.environ.get("PYTHONPATH", ""), "the c
 settings.register_profile("weir", deadline=None, derandomize=True)
 settings.register_profile("fuzz", deadline=None, max_examples=500)  # `make fuzz`: others each time
 settings.load_profile("weir")
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """A machine that is busy is no Redis that is away: for whoever does not test what is done about a slow one."""
+    for name in ("store.STORE_SECONDS", "meter.STORE_SECONDS", "store.CONNECT_SECONDS"):
+        monkeypatch.setattr(f"gateway.{name}", 5.0)
 
 
 def pytest_report_header():

@@ -39,10 +39,11 @@ http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 # The command itself, with a workload that measures until it is ended.
 BENCH = """
-import asyncio, sys, time
+import asyncio, signal, sys, time
 import uvloop
 from benchmarks import model_peers
 from benchmarks.beside import Server, Workload
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has had ignored, where these tests run behind it
 server, manner, waiting = sys.argv.pop(), sys.argv.pop(), sys.argv.pop()
 def measure(asked, point, seconds):
     print("measuring", flush=True)

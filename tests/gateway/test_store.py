@@ -161,6 +161,7 @@ class TestAnswers:
             assert numbers == sorted(set(numbers))
             assert redis.connections == 2
 
+    @pytest.mark.usefixtures("patient")
     async def test_who_submits_at_once_is_asked_for_at_once(self):
         async with running() as (_, store, _events):
             borrowers = [Waiting(b"bucket %d" % number) for number in range(200)]

@@ -48,13 +48,6 @@ def fragile(tmp_path):
         yield server
 
 
-@pytest.fixture
-def patient(monkeypatch):
-    """Who counts tokens must not take a machine that is busy for a Redis that is away."""
-    for module in ("store", "meter"):
-        monkeypatch.setattr(f"gateway.{module}.STORE_SECONDS", 5.0)
-
-
 @contextlib.asynccontextmanager
 async def running(url: str) -> AsyncIterator[tuple[RedisStore, list[StoreChanged]]]:
     events: list[StoreChanged] = []

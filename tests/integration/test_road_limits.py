@@ -83,7 +83,7 @@ async def is_up(gateway) -> bool:
 
 
 async def wait_store(up: bool, *running) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while [await is_up(gateway) for gateway in running] != [up] * len(running):
             await asyncio.sleep(0.02)
 
@@ -102,6 +102,7 @@ async def used(rate: float, *traffics, seconds: float = 2.0) -> float:
 # A limit that is in force
 
 
+@pytest.mark.usefixtures("patient")
 async def test_two_gateways_admit_what_the_bucket_holds_and_hardly_less(tmp_path, etcd, redis) -> None:
     rate, burst = 100, 50
     async with gateways(2, tmp_path, etcd, redis, f"{{requests: {rate}/second, burst: {burst}}}") as running:
@@ -122,6 +123,7 @@ async def test_two_gateways_admit_what_the_bucket_holds_and_hardly_less(tmp_path
 
 
 @pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.usefixtures("patient")
 async def test_a_limit_is_told_by_every_answer_and_its_advice_is_good(tmp_path, request, shared) -> None:
     redis = request.getfixturevalue("redis") if shared else None
     config = f"redis: {{url: {redis.url}}}\n" if redis else ""
@@ -153,6 +155,7 @@ async def test_a_limit_is_told_by_every_answer_and_its_advice_is_good(tmp_path, 
 
 
 @pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.usefixtures("patient")
 async def test_a_new_policy_changes_the_numbers_and_gives_no_second_bucket(tmp_path, request, shared) -> None:
     redis = request.getfixturevalue("redis") if shared else None
     config = f"redis: {{url: {redis.url}}}\n" if redis else ""
@@ -225,6 +228,7 @@ async def test_places_are_counted_to_the_last_byte_and_cost_no_token_when_there_
 # Redis dies, freezes, forgets
 
 
+@pytest.mark.usefixtures("patient")
 async def test_without_redis_each_gateway_has_its_share_and_all_is_merged_when_it_is_back(
     tmp_path, etcd, redis, capfd
 ) -> None:
@@ -254,6 +258,7 @@ async def test_without_redis_each_gateway_has_its_share_and_all_is_merged_when_i
     assert [json.loads(line)["event"] for line in logged[-2:]] == ["store is back"] * 2
 
 
+@pytest.mark.usefixtures("patient")
 async def test_the_share_follows_the_number_of_gateways_in_etcd(tmp_path, etcd, redis) -> None:
     async with gateways(1, tmp_path, etcd, redis, "{requests: 100/second, burst: 40}") as [gateway]:
         prefix = gateway.config.discovery.etcd.prefix
@@ -304,6 +309,7 @@ async def test_what_a_refusal_waited_for_is_told(tmp_path, etcd, redis) -> None:
         assert sum(phases.values()) == pytest.approx(total, rel=0.05)
 
 
+@pytest.mark.usefixtures("patient")
 async def test_a_redis_that_forgets_is_told_nothing_new_by_clients(tmp_path, etcd, redis) -> None:
     rate, burst = 100, 20
     async with gateways(2, tmp_path, etcd, redis, f"{{requests: {rate}/second, burst: {burst}}}") as running:
