@@ -7,7 +7,7 @@ then chunks of prompts. There are three ways to look, which give the same:
   rough length, so that a short one is not padded to a long one; each chunk of a prompt is a group. Within a group the
   blocks of all sequences are gathered side by side, and one call computes the lot; the query heads that share a
   key-value head are treated as further queries of that head, so that keys are not repeated.
-- `in_c`, in which those that generate follow their tables by themselves (`native.c`); prompts are gathered.
+- `in_c`, in which those that generate follow their tables by themselves (`native.c`), as short pieces of prompts do.
 - `fused`, in the kernels of `paged_kernels.py`, which follow the tables themselves.
 
 Padding is block 0, and what stands behind a position is masked: a token at position p sees the keys at positions <= p
@@ -33,6 +33,7 @@ from reference_backend.engine.operations import Fused, OnCpu, Operations, Rotary
 # its heads, positions; what was seen comes back as [tokens, heads * head_dim].
 Attend = Callable[[int, Tensor, Tensor | None, Rotary], Tensor]
 SHORT_BLOCKS = 16  # shorter tables are not told apart: another call costs more than their padding
+LITTLE_WORK = 1 << 21  # multiplications for a piece of a prompt: then C is done before a group is gathered
 ROWS = 64  # queries and the heads that share a key, to a program that reads prompts
 PROGRAMS, MOST_SPLITS, KEYS_EACH = 264, 32, 128  # two for each multiprocessor of an H200; keys worth a split
 
@@ -79,6 +80,11 @@ class PagedCache:
     def free(self) -> None:
         """Give the memory back, with all that is in it, until `take`."""
         self._pages, self._layers = self._pages.new_empty(0), []
+
+    @property
+    def row(self) -> int:
+        """Numbers in the keys of a token, in one layer."""
+        return self._shape[1] // 2 * self._shape[-1]
 
     @property
     def bytes(self) -> int:
@@ -187,13 +193,16 @@ def _prompts(cache: PagedCache, tables: Tensor, step: Step, shared: int) -> list
 
 
 def in_c(native: Native, cache: PagedCache, tables: Tensor, step: Step, shared: int) -> Attend:
-    """The same, where those that generate need nothing gathered."""
-    groups = _prompts(cache, tables, step, shared)
+    """The same, where only long pieces of prompts are gathered."""
+    work = max((chunk.tokens * (chunk.start + chunk.tokens) for chunk in step.chunks), default=0)
+    is_little = work * shared * cache.row <= LITTLE_WORK
+    groups = [] if is_little else _prompts(cache, tables, step, shared)
+    looking = len(step.slots) if is_little else len(step.widths)
 
     def attend(layer: int, qkv: Tensor, gains: Tensor | None, rotary: Rotary) -> Tensor:
         seen = native.attend(
             qkv, gains, rotary.table, rotary.positions, cache.layer(layer), tables, step.slots,
-            generating=len(step.widths), heads=rotary.heads, epsilon=rotary.epsilon,
+            generating=looking, heads=rotary.heads, epsilon=rotary.epsilon,
         )  # fmt: skip
         for group in groups:
             seen[group.first : group.first + group.queries] = _look(cache, group, layer, qkv[:, : rotary.heads])

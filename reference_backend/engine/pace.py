@@ -2,7 +2,8 @@
 
 A step costs so much for those who generate, and so much more for each token of a prompt. Both are learnt from the
 steps that were taken, as averages in which a new step counts a fifth. While somebody generates, a step reads as many
-tokens of prompts as keep it under the target; never fewer than LEAST, so that prompts end.
+tokens of prompts as keep it under the target; never fewer than LEAST, so that prompts end. And it begins no other
+prompt when what it reads takes as long as the rest of it: then little is won by taking prompts together.
 
 What each more who generates costs is the difference between the smallest and the largest of the steps that read
 nothing, spread over the difference in their numbers. There the shortest of late counts, not the average: what makes
@@ -17,6 +18,13 @@ LEAST = 16  # tokens: below, a step is hardly cheaper
 NEW = 0.2  # what a new step counts in the average
 FADE = 0.001  # by which a shortest step is forgotten with each one like it
 STRETCH = 0.15  # of a step: what those who are in a hurry hardly feel
+
+
+class Readable(NamedTuple):
+    """How much a step reads of prompts: tokens at most, and tokens after which no other prompt is begun."""
+
+    most: int
+    enough: int
 
 
 class Beside(NamedTuple):
@@ -78,12 +86,12 @@ class Pace:
             self._generating = _mixed(self._generating, seconds)
             self._shortest[generating] = min(seconds, (1 + FADE) * self._shortest.get(generating, seconds))
 
-    def readable(self) -> int | None:
-        """Tokens of prompts that fit the next step beside those who generate; None while nothing is known."""
+    def readable(self) -> Readable | None:
+        """What fits the next step beside those who generate; None while nothing is known."""
         if not self._each_read:
             return None
-        left = self.target_seconds - (self._generating or 0.0)
-        return max(LEAST, int(left / self._each_read))
+        left = self.target_seconds - self.step_seconds
+        return Readable(max(LEAST, int(left / self._each_read)), max(LEAST, int(self.step_seconds / self._each_read)))
 
     def beside(self) -> Beside:
         """What makes a step of few longer by STRETCH at most, generating and reading each."""

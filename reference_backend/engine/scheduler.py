@@ -5,6 +5,9 @@ budget of tokens: first those that generate (one token each), then those that st
 from the queue while slots, blocks and budget last. Chunked prefill, mixed batches, cached prefixes and recomputing
 what was preempted all follow from that: they are sequences that have more or less to catch up.
 
+Beside those who generate no other prompt is begun once enough is read (`pace.py`). Of a burst the first are answered
+while the last wait; so they end, and ask again, one after the other, and do not wait for each other any more.
+
 When blocks run out, the newest sequence of the lowest class, of the tenant who has most, gives its own back and waits
 again in its place. Its full blocks stay cached as long as nobody needs them, so that most of the recomputing is a
 lookup. The oldest of the highest class is never preempted, and one sequence alone always fits: there is always
@@ -19,11 +22,12 @@ Decides only: no clock, no torch. Invariants: `tests/support/integrity.py` lists
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from reference_backend.admission import FairQueue
 from reference_backend.engine.kv_cache import BlockPool
-from reference_backend.engine.pace import NOTHING_KNOWN, Ahead, Beside
+from reference_backend.engine.pace import NOTHING_KNOWN, Ahead, Beside, Readable
 from reference_backend.engine.request import Sequence
 from reference_backend.engine.standing import Standing, dispensable
 
@@ -41,6 +45,14 @@ class Work(NamedTuple):
     is_new: bool
     is_decode: bool
     samples: bool
+
+
+@dataclass(slots=True)
+class _Room:
+    """What a step has room for yet: so many tokens, and another prompt as long as less than `enough` is read."""
+
+    tokens: int
+    enough: int
 
 
 class Scheduler:
@@ -67,10 +79,10 @@ class Scheduler:
     def everyone(self) -> list[Sequence]:
         return [*self.running, *self.queue]
 
-    def schedule(self, now: float, readable: int | None = None, beside: Beside = NOTHING_KNOWN) -> list[Work]:
+    def schedule(self, now: float, readable: Readable | None = None, beside: Beside = NOTHING_KNOWN) -> list[Work]:
         """Plan one step, and take what it needs. Every planned token counts as computed from here on.
 
-        While somebody generates, at most `readable` tokens of prompts are read beside (None: as the budget allows).
+        While somebody generates, what is `readable` of prompts is read beside (None: as the budget allows).
         `beside` says what there is room for beside those who hurry.
         """
         while (first := self._next(now)) is not None and self._standing.is_behind(first.tenant) and self._enter(first):
@@ -79,38 +91,36 @@ class Scheduler:
         company = [each for each in pausing if each.is_primed and each.uncomputed][: beside.generating]
         going = sorted([*(each for each in self.running if each not in pausing), *company], key=_is_reading)
         generating = sum(sequence.is_primed for sequence in going)
-        budget = self.step_tokens
+        room = _Room(self.step_tokens, self.step_tokens)
         if generating and readable is not None:
-            budget = min(budget, generating + readable)
+            room = _Room(min(self.step_tokens, generating + readable.most), readable.enough)
         preemptions = self.preemptions
         plan: list[Work] = []
-        budget = self._catch_up(going, plan, budget)
+        for each in going:
+            self._plan(each, plan, room)
         if pausing:
-            budget = min(budget, beside.reading)
-            budget = self._catch_up([each for each in pausing if not each.is_primed], plan, budget)
+            room.tokens = min(room.tokens, beside.reading)
+            for each in pausing:
+                if not each.is_primed:
+                    self._plan(each, plan, room)
         if preemptions == self.preemptions:
-            self._admit(plan, budget, now, even_unread=bool(pausing))
+            self._admit(plan, room, now, even_unread=bool(pausing))
         else:  # there is no room; and who was preempted after it was planned does not take part
             plan = [work for work in plan if work.sequence.slot is not None]
         for work in plan:
             self._launch(work)
         return plan
 
-    def _catch_up(self, sequences: list[Sequence], plan: list[Work], budget: int) -> int:
-        """Plan what these have to do, in their order, as far as the budget goes. Returns what is left of it."""
-        for sequence in sequences:
-            budget -= self._plan(sequence, plan, budget)
-        return budget
-
-    def _plan(self, sequence: Sequence, plan: list[Work], budget: int) -> int:
-        """Plan what one has to do, as far as the budget goes, unless it had to give way. Returns how much it is."""
-        uncomputed = sequence.uncomputed
-        count = min(uncomputed, budget)
+    def _plan(self, sequence: Sequence, plan: list[Work], room: _Room) -> None:
+        """Plan what one has to do, as far as there is room, unless it had to give way."""
+        is_new, is_decode, uncomputed = not sequence.is_written, sequence.is_primed, sequence.uncomputed
+        count = min(uncomputed, room.tokens) if is_decode or room.enough > 0 else 0
         if not count or sequence.slot is None or not self._make_room(sequence, count):
-            return 0
-        is_new, is_decode = not sequence.is_written, sequence.is_primed
+            return
         plan.append(Work(sequence, sequence.computed, count, is_new, is_decode, samples=count == uncomputed))
-        return count
+        room.tokens -= count
+        if not is_decode:
+            room.enough -= count
 
     def ahead(self, sequence: Sequence) -> Ahead:
         """What certainly goes before a sequence that comes now: its tenant's own, of no worse class."""
@@ -165,12 +175,16 @@ class Scheduler:
         sequence.slot, sequence.blocks, sequence.computed, sequence.indexed = None, [], 0, 0
         sequence.is_primed = sequence.is_written = False
 
-    def _admit(self, plan: list[Work], budget: int, now: float, *, even_unread: bool) -> None:
+    def _admit(self, plan: list[Work], room: _Room, now: float, *, even_unread: bool) -> None:
         """Let newcomers in while there is room, in their order: nobody overtakes one for whom there is none."""
-        while (budget or even_unread) and self._free_slots and (sequence := self._next(now)) is not None:
+        while (
+            (even_unread or (room.tokens and room.enough > 0))
+            and self._free_slots
+            and (sequence := self._next(now)) is not None
+        ):
             if self._standing.is_behind(sequence.tenant) or not self._enter(sequence):
                 return
-            budget -= self._plan(sequence, plan, budget)
+            self._plan(sequence, plan, room)
 
     def _next(self, now: float) -> Sequence | None:
         """Of the best class: who has fewest running, then the least served."""

@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
 from torch.nn import functional  # noqa: E402
 
+from reference_backend.engine import attention  # noqa: E402
 from reference_backend.engine.attention import Chunk, PagedCache, Step, by_length, fused, gathered, in_c  # noqa: E402
 from reference_backend.engine.native import native  # noqa: E402
 from reference_backend.engine.operations import Rotary  # noqa: E402
@@ -46,8 +47,10 @@ def test_paged_is_dense(seed):
 
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler is installed")
+@pytest.mark.parametrize("little", [0, attention.LITTLE_WORK], ids=["gathered", "alone"])
 @pytest.mark.parametrize("seed", range(12))
-def test_paged_is_dense_in_c_too(seed):
+def test_paged_is_dense_in_c_too(seed, little, monkeypatch):
+    monkeypatch.setattr(attention, "LITTLE_WORK", little)  # up to there prompts look for themselves
     found, expected = looked_both_ways(seed, partial(in_c, native()), CPU)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from reference_backend.engine.pace import LEAST, NOTHING_KNOWN, Ahead, Beside, Pace, predicted_reading_end
+from reference_backend.engine.pace import LEAST, NOTHING_KNOWN, Ahead, Beside, Pace, Readable, predicted_reading_end
 
 
 def test_nothing_is_known_at_first():
@@ -14,14 +14,16 @@ def test_nothing_is_known_at_first():
 @pytest.mark.parametrize(
     ("generating", "reading", "readable"),
     [
-        (0.02, (0.22, 100), 40),  # 2 ms a token, 80 ms left
-        (0.02, (0.03, 100), 800),
+        (0.02, (0.22, 100), Readable(40, LEAST)),  # 2 ms a token, 80 ms left
+        (0.02, (0.03, 100), Readable(800, 200)),
         (0.02, (0.01, 100), None),  # a step that was faster than one that reads nothing teaches nothing
-        (0.09, (2.09, 100), LEAST),
-        (0.50, (0.60, 100), LEAST),  # those who generate take longer than the target by themselves
+        (0.09, (2.09, 100), Readable(LEAST, LEAST)),
+        (0.50, (0.60, 100), Readable(LEAST, 500)),  # those who generate take longer than the target by themselves
     ],
 )
-def test_what_is_left_of_the_target_is_for_reading(generating, reading, readable):
+def test_what_is_left_of_the_target_is_for_reading_and_no_prompt_is_begun_after_half_a_step(
+    generating, reading, readable
+):
     pace = Pace(0.1)
     pace.took(generating, 0, 1)
     pace.took(*reading, 1)
@@ -39,7 +41,7 @@ def test_a_step_full_of_prompts_is_foreseen():
 def test_a_prompt_before_anybody_generates_counts_alone():
     pace = Pace(0.1)
     pace.took(0.2, 100, 0)
-    assert pace.readable() == 50
+    assert pace.readable() == Readable(50, LEAST)
 
 
 def test_new_steps_count_and_old_ones_fade():
@@ -47,7 +49,7 @@ def test_new_steps_count_and_old_ones_fade():
     pace.took(0.1, 100, 0)
     for _ in range(60):
         pace.took(0.2, 100, 0)
-    assert pace.readable() == pytest.approx(500, abs=2)
+    assert pace.readable().most == pytest.approx(500, abs=2)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from reference_backend.admission import OUTPUT_WEIGHT, FairQueue
 from reference_backend.engine.kv_cache import BlockPool
-from reference_backend.engine.pace import Beside
+from reference_backend.engine.pace import Beside, Readable
 from reference_backend.engine.request import Priority, Sampling, Sequence
 from reference_backend.engine.scheduler import Scheduler
 from reference_backend.engine.standing import QUANTUM
@@ -61,11 +61,30 @@ def test_a_long_prompt_is_read_in_pieces_beside_those_who_generate():
 def test_a_slow_machine_reads_less_beside_those_who_generate():
     subject = scheduler(step_tokens=16)
     add(subject, range(100, 120))
-    assert [work.tokens for work in subject.schedule(0.0, readable=4)] == [16]  # nobody generates yet
-    [work] = subject.schedule(0.0, readable=4)
+    assert [work.tokens for work in subject.schedule(0.0, Readable(4, 4))] == [16]  # nobody generates yet
+    [work] = subject.schedule(0.0, Readable(4, 4))
     subject.commit(work.sequence, 7)
     add(subject, range(200, 220))
-    assert [work.tokens for work in subject.schedule(0.0, readable=4)] == [1, 4]
+    assert [work.tokens for work in subject.schedule(0.0, Readable(4, 4))] == [1, 4]
+
+
+def test_prompts_of_a_burst_are_read_one_after_the_other_beside_those_who_generate():
+    subject = scheduler(slots=6)
+    add(subject, 3)
+    step(subject)
+    for n in range(1, 5):
+        add(subject, range(100 * n, 100 * n + 3))
+
+    def reads(*, enough):
+        plan = subject.schedule(0.0, Readable(12, enough))
+        for work in plan:
+            if work.samples:
+                subject.commit(work.sequence, 7)
+        return [work.tokens for work in plan if not work.is_decode], len(subject.queue)
+
+    assert reads(enough=3) == ([3], 3)
+    assert reads(enough=4) == ([3, 3], 1)  # none is cut short for it
+    assert reads(enough=4) == ([3], 0)
 
 
 def test_who_generates_goes_before_who_reads_and_readers_in_order():
@@ -433,7 +452,7 @@ class Everything(RuleBasedStateMachine):
 
     @rule(
         token=st.integers(0, 2),
-        readable=st.sampled_from([None, 1]),
+        readable=st.sampled_from([None, Readable(1, 1), Readable(9, 2)]),
         beside=st.builds(Beside, st.sampled_from([None, 1, 2]), st.integers(0, 3)),
     )
     def step(self, token, readable, beside):
