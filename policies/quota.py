@@ -8,6 +8,7 @@ language models, whole numbers.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 BYTES_PER_TOKEN: Final = 4
@@ -19,7 +20,12 @@ ANSWER_TOKENS: Final = 1024
 PICTURE_TOKENS: Final = 1000
 """A picture or a sound that lies in the body, however large: OpenAI counts 765 for one of 1024 x 1024."""
 
-_ENCODED: Final = re.compile(rb"[A-Za-z0-9+/=]{4096,}")  # so long without a space: base64, and no text
+SMALLEST_PICTURE: Final = 4096
+"""Bytes without a space: base64, and no text."""
+
+_BASE64: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
+_RUN: Final = re.compile(b"[A-Za-z0-9+/=]*")
+_STRIDE: Final = SMALLEST_PICTURE // 2  # a run as long as a picture has a whole stride in it, wherever that begins
 
 
 class Estimate(NamedTuple):
@@ -34,12 +40,26 @@ NOTHING: Final = Estimate(0, 0)
 
 def prompt_tokens(body: bytes) -> int:
     """About how many tokens a model reads where this is the JSON body of a request."""
-    pictures, size = 0, len(body)
-    if size >= 4096:
-        for encoded in _ENCODED.finditer(body):
-            pictures += 1
-            size -= encoded.end() - encoded.start()
-    return -(-size // BYTES_PER_TOKEN) + pictures * PICTURE_TOKENS
+    pictures = [size for size in _base64_runs(body) if size >= SMALLEST_PICTURE]
+    return -(-(len(body) - sum(pictures)) // BYTES_PER_TOKEN) + len(pictures) * PICTURE_TOKENS
+
+
+def _base64_runs(body: bytes) -> Iterator[int]:
+    """How long each run of base64 is that has a whole stride in it.
+
+    One look at each byte, 2 ns of it: a client chooses the body, and an expression that looks for `{4096,}` takes
+    minutes for some.
+    """
+    at = 0
+    while at + _STRIDE <= len(body):
+        if body[at : at + _STRIDE].translate(None, _BASE64):
+            at += _STRIDE
+            continue
+        before = body[max(0, at - _STRIDE) : at]
+        run = _RUN.match(body, at)
+        end = run.end() if run is not None else at
+        yield end - at + len(before) - len(before.rstrip(_BASE64))
+        at = end
 
 
 def estimate(body: bytes, longest: int | None, answers: int, capacity: int) -> Estimate:

@@ -15,6 +15,9 @@ PICTURE = b"iVBORw0KGgo" * 20_000
         (b"a word or " * 1000, 2500),
         (b'{"model":"tiny","u":"data:image/png;base64,' + PICTURE + b'"}', 12 + PICTURE_TOKENS),
         (b"a word or " * 1000 + PICTURE + b'","' + PICTURE, 2501 + 2 * PICTURE_TOKENS),
+        (b"x" * 4095 + b" ", 1024),
+        (b" " + b"x" * 4096, 1 + PICTURE_TOKENS),
+        ((b"x" * 4095 + b" ") * 2048, 1024 * 2048),  # an expression took hours for this
     ],
 )
 def test_a_prompt_is_reckoned_from_its_bytes_and_a_picture_by_the_piece(body, tokens):
