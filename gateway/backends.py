@@ -26,9 +26,7 @@ async def look(etcd: str) -> list[Seen]:
         try:
             return await list_backends(backends_in(client), probe=both(probe), allow_networks=PRIVATE_NETWORKS)
         except SourceFailure as failure:
-            raise CannotRun(
-                f"no answer from etcd at {etcd}: {failure}; start it, or name another with --etcd"
-            ) from failure
+            raise CannotRun(f"no answer from etcd: {failure}; start it, or name another with --etcd") from failure
 
 
 def both(over_http: Probe) -> Probe:

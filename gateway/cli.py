@@ -203,15 +203,28 @@ def policy() -> None:
 @policy.command(epilog="Example: weir policy check policy.yaml")
 @click.argument("file", type=existing_file)
 def check(file: Path) -> None:
-    """Print each mistake as FILE:LINE:COLUMN field.path: what is wrong. Exit code 1 if there is one."""
-    from policies import document
+    """Print each mistake as FILE:LINE:COLUMN field.path: what is wrong. Exit code 1 if there is one.
+
+    Keys in files are no part of the policy: that some are not there (yet) is said on stderr, and no mistake.
+    """
+    from gateway import regular_file
+    from policies import document, identity
     from policies.problems import InvalidDocument
 
     try:
-        document.parse(_read(file), base=file.resolve().parent)
+        checked = document.parse(_read(file), base=file.absolute().parent)
     except InvalidDocument as invalid:
         print("\n".join(invalid.lines(str(file))))
         sys.exit(1)
+    for issuer in checked.issuers:
+        if not issuer.jwks.startswith("/"):
+            continue  # a URL: what it answers, the gateway asks
+        try:
+            document_of_keys = regular_file.read(Path(issuer.jwks), identity.MAX_DOCUMENT_BYTES + 1)
+            identity.parse_jwks(document_of_keys, issuer.algorithms)
+        except (OSError, identity.InvalidKeys) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            _say(f"{issuer.jwks}: {reason}; until then nobody gets in with a token of {issuer.issuer}")
     print(f"{file}: ok")
 
 

@@ -41,6 +41,10 @@ routes:
     match: {{path: "/v1/*"}}
     to:
       - service: {SERVICE}
+  - name: tensors                 # the Open Inference Protocol, also over gRPC
+    match: {{path: "/v2/models/*"}}
+    to:
+      - service: {SERVICE}
 """
 
 CONFIG = """\

@@ -170,8 +170,6 @@ class KeyStore:
             return _Reading(None, "failed", f"cannot be fetched: {type(error).__name__}")
         except OSError as error:
             return _Reading(None, "failed", f"cannot be read: {error.strerror or type(error).__name__}")
-        except ValueError:
-            return _Reading(None, "failed", "cannot be read: no file can have this name")
         return _Reading(keys, "ok", "; ".join(keys.rejected))
 
     async def _document(self, location: str) -> tuple[bytes, float | None]:

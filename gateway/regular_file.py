@@ -10,10 +10,13 @@ from pathlib import Path
 
 def read(path: Path, at_most: int) -> bytes:
     """The file's first `at_most` bytes. Never waits for a writer, as a pipe would make it. Raises OSError."""
-    with open(path, "rb", opener=_without_waiting) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-        return file.read(at_most)
+    try:
+        with open(path, "rb", opener=_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", str(path))
+            return file.read(at_most)
+    except ValueError:  # a NUL in it
+        raise OSError(errno.EINVAL, "no file can have this name", str(path)) from None
 
 
 def _without_waiting(path: str, flags: int) -> int:

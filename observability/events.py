@@ -46,14 +46,19 @@ class DiscoveryRejected(msgspec.Struct, frozen=True):
 
 
 class DiscoveryResynced(msgspec.Struct, frozen=True):
+    """of: backends | gateways | policies."""
+
     reason: str  # start | compacted | cluster_changed | lost | frozen | periodic
     revision: int
+    of: str
 
 
 class DiscoveryState(msgspec.Struct, frozen=True):
-    """state: cold | watching | stale."""
+    """state: cold | watching | stale; of: backends | gateways | policies."""
 
     state: str
+    reason: str  # why it is stale, "" otherwise
+    of: str
 
 
 class BackendHealth(msgspec.Struct, frozen=True):

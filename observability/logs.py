@@ -48,7 +48,8 @@ _SAID: dict[type, Callable[[Any], tuple[str, str]]] = {
     events.BreakerChanged: lambda e: ("warning" if e.state == "open" else "info", "breaker changed"),
     events.DiscoveryRejected: lambda _: ("warning", "registration ignored"),
     events.DiscoveryResynced: lambda e: (
-        "info" if e.reason in {"start", "periodic"} else "warning",
+        # Once a minute it is no news; there it is counted alone (`weir_discovery_resync_total`).
+        {"periodic": "debug", "start": "info"}.get(e.reason, "warning"),
         "discovery listed",
     ),
     events.DiscoveryState: lambda e: ("warning" if e.state == "stale" else "info", "discovery state"),

@@ -57,5 +57,5 @@ async def test_one_that_speaks_grpc_is_asked_there_too():
 
 @pytest.mark.integration
 async def test_an_etcd_that_is_not_there_is_named():
-    with pytest.raises(CannotRun, match=r"no answer from etcd at http://127\.0\.0\.1:1: .*; start it, or name another"):
+    with pytest.raises(CannotRun, match=r"no answer from etcd: http://127\.0\.0\.1:1: .*; start it, or name another"):
         await backends.look("http://127.0.0.1:1")

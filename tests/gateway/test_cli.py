@@ -150,6 +150,32 @@ def test_policy_check(run, tmp_path):
     assert [line.split(" ")[0] for line in out.splitlines()] == [f"{policy}:1:10", f"{policy}:5:10", f"{policy}:5:11"]
 
 
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        (None, "No such file or directory"),
+        (b"{}", "no keys: a set is"),
+        (b"[", "not a JSON object"),
+    ],
+)
+def test_policy_check_says_whose_keys_are_not_there_and_that_is_no_mistake(keys, why, run, tmp_path):
+    issuer = "issuers: [{issuer: https://idp, audience: a, algorithms: [ES256], jwks: keys.json}]\n"
+    (tmp_path / "policy.yaml").write_text(POLICY + issuer)
+    if keys is not None:
+        (tmp_path / "keys.json").write_bytes(keys)
+    code, out, err = run("policy", "check", tmp_path / "policy.yaml")
+    assert (code, out) == (0, f"{tmp_path / 'policy.yaml'}: ok\n")
+    assert err.startswith(f"weir: {tmp_path / 'keys.json'}: {why}")
+    assert err.endswith("; until then nobody gets in with a token of https://idp\n")
+
+
+def test_policy_check_is_quiet_about_keys_that_are_there(run, key, tmp_path):
+    issuer = "issuers: [{issuer: https://idp, audience: a, algorithms: [ES256], jwks: keys.json}]\n"
+    (tmp_path / "policy.yaml").write_text(POLICY + issuer)
+    (tmp_path / "keys.json").write_bytes(identity.jwks_of(key.read_bytes()))
+    assert run("policy", "check", tmp_path / "policy.yaml") == (0, f"{tmp_path / 'policy.yaml'}: ok\n", "")
+
+
 def test_policy_schema_is_json(run):
     code, out, _ = run("policy", "schema")
     assert code == 0

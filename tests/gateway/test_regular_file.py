@@ -13,6 +13,11 @@ def test_as_much_as_is_wanted(tmp_path):
     assert [regular_file.read(tmp_path / "link", size) for size in (0, 3, 100)] == [b"", b"con", b"content"]
 
 
+def test_a_name_that_no_file_has(tmp_path):
+    with pytest.raises(OSError, match="no file can have this name"):
+        regular_file.read(tmp_path / "a\0b", 10)
+
+
 @pytest.mark.parametrize(
     ("make", "why"),
     [

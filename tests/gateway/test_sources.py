@@ -17,14 +17,14 @@ from tests.support.running_gateway import OPEN_POLICY
     ("event", "told"),
     [
         (heard.Rejected("tiny/1", "not JSON"), events.DiscoveryRejected("tiny/1", "not JSON")),
-        (heard.Resynced("lost", 7), events.DiscoveryResynced("lost", 7)),
-        (heard.StateChanged(heard.SyncState.STALE, "gone"), events.DiscoveryState("stale")),
+        (heard.Resynced("lost", 7), events.DiscoveryResynced("lost", 7, "backends")),
+        (heard.StateChanged(heard.SyncState.STALE, "gone"), events.DiscoveryState("stale", "gone", "backends")),
         (heard.HealthChanged("tiny", "1", False, "no"), events.BackendHealth("tiny", "1", False, "no")),
     ],
 )
 def test_discovery_s_events_are_told_as_others_know_them(event, told) -> None:
     seen = []
-    translated(seen.append)(event)
+    translated(seen.append, "backends")(event)
     assert seen == [told]
 
 

@@ -32,11 +32,12 @@ def test_ports_are_all_different():
     ],
 )
 def test_stages(tmp_path, options, expected):
-    assert names(plan(options, Home(tmp_path), Probe(None), "token")) == expected
+    ports = Ports.choose(options.backends)
+    assert names(plan(options, Home(tmp_path), ports, Probe(None), "token")) == expected
 
 
 def test_the_gateway_is_told_where_its_neighbours_are(tmp_path):
-    [[etcd, _], [backend, _, gateway]] = plan(Options(port=9000), Home(tmp_path), Probe(None), "token")
+    [[etcd, _], [backend, _, gateway]] = plan(Options(port=9000), Home(tmp_path), Ports.choose(2), Probe(None), "token")
     assert gateway.env["WEIR_LISTEN"] == "127.0.0.1:9000"
     assert f"--listen-client-urls={gateway.env['WEIR_ETCD']}" in etcd.argv
     assert gateway.env["WEIR_ETCD"] in backend.argv
@@ -64,15 +65,23 @@ async def test_probe_takes_refusals_and_nonsense_for_a_no():
             "Bearer odd": web.Response(text="<html>"),
         }.get(request.headers["authorization"], web.Response(status=401))
 
+    async def chat(request):
+        return web.Response(status=400 if (await request.json())["model"] == "minilm" else 200)
+
     app = web.Application()
     app.router.add_get("/v1/models", models)
+    app.router.add_post("/v1/chat/completions", chat)
     async with TestServer(app) as server, aiohttp.ClientSession(timeout=stack.PROBE_TIMEOUT) as session:
         probe = Probe(session)
         assert await probe.models(server.port, "good") == ["tiny"]
         assert [await probe.models(server.port, token) for token in ("empty", "odd", "bad")] == [[], [], []]
         assert not await probe.answers(f"http://127.0.0.1:{server.port}/none")()
         assert await stack.accepts(server.port)()
+        ask = "/v1/chat/completions"
+        assert await probe.refuses(server.port, "good", ask, {"model": "minilm"})
+        assert not await probe.refuses(server.port, "good", ask, {"model": "tiny"})
         port = server.port
         await server.close()
+        assert not await probe.refuses(port, "good", ask, {"model": "minilm"})
         assert await probe.models(port, "good") == []
         assert not await stack.accepts(port)()

@@ -1,9 +1,10 @@
-"""`weir up` with small programs in place of the real ones; the real ones run in tests/integration/test_up_real.py."""
+"""`weir up` with small programs in place of the real ones; the real ones run in tests/integration/test_weir_up.py."""
 
 from __future__ import annotations
 
 import asyncio
 import io
+import json
 import os
 import shlex
 import signal
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from gateway import up
 from gateway.children import CannotRun, ChildFailed, Program
-from gateway.stack import Options
+from gateway.stack import Options, Ports
 
 pytestmark = pytest.mark.integration
 
@@ -47,6 +48,9 @@ class FakeProbe:
 
     async def models(self, port, token):
         return ["tiny"]
+
+    async def refuses(self, port, token, path, body):
+        return False
 
 
 @pytest.fixture
@@ -106,9 +110,36 @@ def test_missing_torch_is_told_before_anything_starts(options, monkeypatch):
         up.check_needs(options)
 
 
+def test_one_port_for_both_is_told_before_anything_starts(options):
+    with pytest.raises(CannotRun, match=f"--port and --admin-port are both {options.port}; they must differ"):
+        up.check_needs(Options(options.port, options.port, directory=options.directory))
+
+
+@pytest.mark.parametrize(
+    ("models", "takes", "path"),
+    [
+        (["tiny"], {"/v1/chat/completions", "/v1/embeddings"}, "/v1/chat/completions"),
+        (["minilm"], {"/v1/embeddings"}, "/v1/embeddings"),
+        (["tiny-t2i"], {"/v1/images/generations"}, "/v1/images/generations"),
+        (["adder"], set(), "/v1/models"),
+        ([], set(), "/v1/models"),
+    ],
+)
+async def test_what_is_printed_is_something_that_the_model_takes(models, takes, path):
+    class Probe:
+        async def models(self, port, token):
+            return models
+
+        async def refuses(self, port, token, path, body):
+            return path not in takes
+
+    words = await up.first_request(8080, "token", Probe())
+    assert words[:5] == ["curl", "-N", f"http://127.0.0.1:8080{path}", "-H", "authorization: Bearer token"]
+    assert [json.loads(word)["model"] for word in words if word.startswith("{")] == (models if takes else [])
+
+
 def test_the_curl_line_is_one_line_however_narrow_the_terminal(options, console):
-    up.print_box(console, options, token="a" * 300, model="tiny")
+    curl = up._curl(options.port, "/v1/chat/completions", "a" * 300, "-d", "{}")
+    up.print_box(console, options, Ports.choose(0), "a" * 300, curl)
     [line] = [line for line in console.export_text().splitlines() if line.startswith("curl")]
-    words = shlex.split(line)
-    assert f"authorization: Bearer {'a' * 300}" in words
-    assert f"http://127.0.0.1:{options.port}/v1/chat/completions" in words
+    assert shlex.split(line) == curl

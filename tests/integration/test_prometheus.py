@@ -40,7 +40,7 @@ EVENTS = (
     events.PolicyReloaded("ok", "0123456789ab"),
     events.KeysRefreshed("https://idp.example.com", "ok"),
     events.DiscoveryRejected("/weir/v1/backends/tiny/b-9", "bad url: ftp://"),
-    events.DiscoveryResynced("periodic", 42),
+    events.DiscoveryResynced("periodic", 42, "backends"),
     *(ended(route=text, model=text) for text in HOSTILE),
 )
 

@@ -81,7 +81,7 @@ def test_refusals_and_retries(metrics):
     [
         (events.PolicyReloaded("invalid", "abc", ("x",)), 'weir_policy_reload_total{result="invalid"}'),
         (events.DiscoveryRejected("/k", "bad url: ftp://x"), 'weir_discovery_rejected_total{reason="bad url"}'),
-        (events.DiscoveryResynced("compacted", 7), 'weir_discovery_resync_total{reason="compacted"}'),
+        (events.DiscoveryResynced("compacted", 7, "backends"), 'weir_discovery_resync_total{reason="compacted"}'),
         (events.KeysRefreshed("https://i", "failed"), 'weir_jwks_refresh_total{issuer="https://i",result="failed"}'),
         (events.CertificatesRead("etcd", "ok"), 'weir_tls_reload_total{result="ok",use="etcd"}'),
         (events.CertificatesRead("etcd", "refused", "x"), 'weir_tls_reload_total{result="refused",use="etcd"}'),
