@@ -52,11 +52,16 @@ class Part:
 class Request:
     """What somebody waits for. In the batches of its parts is what has the same `key`."""
 
+    __slots__ = (
+        "answers", "arrival", "arrived_at", "key", "priority", "size", "tenant", "unanswered", "waiting",
+    )  # fmt: skip
+
     def __init__(self, parts: Sequence[tuple[Any, int]], key: Hashable = None, terms: Terms = ANYHOW) -> None:
         self.key = key
         self.tenant, self.priority = terms.tenant, terms.priority
         self.arrival, self.arrived_at = 0, 0.0
-        self.waiting = deque(Part(self, number, *part) for number, part in enumerate(parts))
+        self.waiting = deque([Part(self, number, payload, size) for number, (payload, size) in enumerate(parts)])
+        self.size = sum([size for _, size in parts])  # of what waits
         self.answers: list[Any] = [None] * len(parts)
         self.unanswered = len(parts)
 
@@ -84,13 +89,13 @@ class Batches:
         self._arrivals += 1
         request.arrival, request.arrived_at = self._arrivals, now
         self._queue.push(request)
-        self._size += sum(part.size for part in request.waiting)
+        self._size += request.size
 
     def withdraw(self, request: Request) -> None:
         """Take out what is not wanted any more. Harmless for what is out already."""
         if request.waiting:
             self._queue.remove(request)
-            self._size -= sum(part.size for part in request.waiting)
+            self._size -= request.size
             request.waiting.clear()
 
     def next(self, now: float) -> list[Part]:
@@ -125,6 +130,7 @@ class Batches:
         if not request.waiting:
             self._queue.remove(request)
         self._queue.charge(request.tenant, read=part.size)
+        request.size -= part.size
         self._size -= part.size
         return part
 
@@ -188,7 +194,7 @@ class Batcher:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self.batches.waiting and not self.batches.under_way:  # only a delay makes that so
+        if not self.batches.under_way and self.batches.waiting:  # only a delay makes that so
             left = max(self.batches.due() - self._clock(), 0.0)
             self._timer = asyncio.get_running_loop().call_later(left, self._go)
 
