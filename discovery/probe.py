@@ -118,6 +118,9 @@ class Prober:
         self._turn = itertools.count()  # those due at one time go in order
         self._wake = asyncio.Event()
         self._slots = asyncio.Semaphore(pace.at_once)
+        self._untried: set[_Target] = set()
+        self._all_tried = asyncio.Event()
+        self._all_tried.set()
         self._subscribers: list[Callable[[str, bool], None]] = []
 
     def __repr__(self) -> str:
@@ -138,7 +141,7 @@ class Prober:
     def update(self, snapshot: Snapshot) -> None:
         """From now on checks these. One whose place did not change keeps its health."""
         for key in self._targets.keys() - snapshot.endpoints.keys():
-            del self._targets[key]
+            self._note_tried(self._targets.pop(key))
         for key, endpoint in snapshot.endpoints.items():
             target = self._targets.get(key)
             if target is not None and target.endpoint is endpoint:
@@ -146,8 +149,16 @@ class Prober:
             if target is not None and _place(target.endpoint) == _place(endpoint):
                 target.endpoint = endpoint
                 continue
-            target = self._targets[key] = _Target(endpoint, Tally(self._pace))
-            self._schedule(target, 0.0)
+            new = self._targets[key] = _Target(endpoint, Tally(self._pace))
+            self._untried.add(new)
+            self._all_tried.clear()
+            self._schedule(new, 0.0)
+            if target is not None:
+                self._note_tried(target)
+
+    async def wait_tried(self) -> None:
+        """Until everybody known now was checked once, passing or not."""
+        await self._all_tried.wait()
 
     async def run(self) -> NoReturn:
         async with asyncio.TaskGroup() as tasks:
@@ -178,6 +189,7 @@ class Prober:
             checked = Checked(False, f"the check failed: {type(error).__name__}")
         finally:
             self._slots.release()
+        self._note_tried(target)
         if not self._is_current(target):
             return
         self._schedule(target, self._pace.interval * self._rng.uniform(0.9, 1.1))
@@ -192,6 +204,11 @@ class Prober:
         self._observe(HealthChanged(endpoint.service, endpoint.id, checked.is_passing, checked.reason))
         for subscriber in tuple(self._subscribers):
             subscriber(endpoint.key, checked.is_passing)
+
+    def _note_tried(self, target: _Target) -> None:
+        self._untried.discard(target)
+        if not self._untried:
+            self._all_tried.set()
 
     def _is_current(self, target: _Target) -> bool:
         return self._targets.get(target.endpoint.key) is target

@@ -1,7 +1,8 @@
 """The composition root: from a Config to a running gateway. The only place that knows all parts, clocks and dice.
 
-Start: policy, keys and store first, then discovery's first list, then the data listener; readiness follows. A gateway
-whose etcd or whose identity providers are away starts all the same and says so on /readyz. Stop: the reverse.
+Start: policy, keys and store first, then discovery's first list and the first check of each backend's health, then the
+data listener; readiness follows. A gateway whose etcd or whose identity providers are away starts all the same and says
+so on /readyz. Stop: the reverse.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import contextlib
 import gc
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
 from importlib.metadata import version as version_of
 from random import Random
@@ -185,9 +186,10 @@ class Gateway:
             self.data_address = address_of(listener, listen)
             stack.push_async_callback(drain, self.pipeline, self.forwarder, listener, server, self.grpc)
             if self.worker is None:
+                await sources.wait_checked()
                 await self._open(listener)
             else:
-                background(self._open_when_of_use(listener))
+                background(self._open_when_of_use(listener, sources.wait_checked))
             gc.collect()
             gc.freeze()  # what lives as long as the process need not be looked at again
             gc.set_threshold(GC_ALLOCATIONS, 50, 50)
@@ -306,7 +308,9 @@ class Gateway:
             await self.grpc.start()
         self.is_listening = True
 
-    async def _open_when_of_use(self, listener: asyncio.Server) -> None:
+    async def _open_when_of_use(
+        self, listener: asyncio.Server, wait_checked: Callable[[], Coroutine[None, None, None]]
+    ) -> None:
         """Listen on the shared port, but leave requests to other workers while this one would have to refuse them.
 
         Backends come back one by one to an etcd that was wiped. Other workers go on with those they knew for
@@ -316,6 +320,7 @@ class Gateway:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(GRACE_SECONDS):
                 await wait_useful(self.data_address, lambda: not self._lacks_backends())
+        await wait_checked()
         if not self.pipeline.draining:
             await self._open(listener)
 

@@ -31,6 +31,7 @@ from observability import events
 from policies.problems import InvalidDocument
 
 FIRST_LIST_SECONDS = 5.0
+FIRST_CHECKS_SECONDS = 1.0
 GRPC_PACE = Pace(per_second=50.0)  # a check over gRPC costs some 2 ms of CPU
 MAX_POLICY_BYTES = 1024 * 1024
 
@@ -51,6 +52,7 @@ class Sources:
         self._observe = observe
         self._wall = wall
         self._rng = rng
+        self._probers: list[Prober] = []
 
     async def start_policy(self, stack: contextlib.AsyncExitStack, kept: LastGood | None) -> PolicySource:
         """The policy, loaded. Raises CannotRun."""
@@ -110,14 +112,26 @@ class Sources:
         discovery.store.subscribe(lambda snapshot: fleet.replace(snapshot.endpoints))
         discovery.store.subscribe(lambda snapshot: load_streams.update(snapshot.endpoints))
         discovery.prober.subscribe(fleet.note_health)
+        self._probers.append(discovery.prober)
         if self._config.grpc is not None:
-            background(self._grpc_prober(discovery, fleet).run())
+            self._probers.append(prober := self._grpc_prober(discovery, fleet))
+            background(prober.run())
         background(discovery.run())
         background(load_streams.run())
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FIRST_LIST_SECONDS):
                 await discovery.wait_listed()
         return discovery, load_streams
+
+    async def wait_checked(self) -> None:
+        """Until each backend that is known was asked for its health once: before that it would be passed over.
+
+        Those that say nothing hold up nobody for longer than FIRST_CHECKS_SECONDS.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_CHECKS_SECONDS):
+                for prober in self._probers:
+                    await prober.wait_tried()
 
     def _grpc_prober(self, discovery: Discovery, fleet: Fleet) -> Prober:
         """What asks backends for their health over gRPC, too."""

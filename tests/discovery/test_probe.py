@@ -124,6 +124,40 @@ async def test_known_at_once_and_asked_each_two_seconds():
 
 
 @virtual_time
+async def test_what_is_waited_for_is_the_first_check_of_each_however_it_ends():
+    ward = Ward(backend("s/well"), backend("s/ill"))
+    ward.backends.failing.add("s/ill")
+    ward.backends.takes = 0.5
+    async with rounds(ward):
+        await ward.prober.wait_tried()
+        assert asyncio.get_running_loop().time() == pytest.approx(0.5, abs=0.01)
+        assert ward.changes == [("s/well", True)]
+        await ward.prober.wait_tried()
+        assert len(ward.backends.asked) == 2
+
+
+@virtual_time
+async def test_who_leaves_is_waited_for_no_longer_and_who_moves_is_asked_again():
+    ward = Ward(backend("s/goes"), backend("s/moves"))
+    ward.backends.takes = 100.0
+    async with rounds(ward):
+        waiting = asyncio.create_task(ward.prober.wait_tried())
+        await asyncio.sleep(1)
+        ward.backends.takes = 0.5
+        ward.show(backend("s/moves", port=1))
+        await waiting
+        assert asyncio.get_running_loop().time() == pytest.approx(1.5, abs=0.01)
+        assert ward.changes == [("s/moves", True)]
+        ward.show()
+        await ward.prober.wait_tried()
+
+
+@virtual_time
+async def test_where_nobody_is_nothing_is_waited_for():
+    await Ward().prober.wait_tried()
+
+
+@virtual_time
 async def test_falls_after_three_and_rises_after_two():
     ward = Ward(backend("s/1"))
     async with rounds(ward):

@@ -13,7 +13,9 @@ from gateway import app as module
 from gateway import config as configuration
 from gateway.app import Gateway
 from gateway.children import CannotRun
-from tests.support.running_gateway import OPEN_POLICY, running_gateway
+from tests.support.raw_client import RawClient
+from tests.support.running_gateway import OPEN_POLICY, running_gateway, until
+from tests.support.scripted_backend import ScriptedBackend
 
 pytestmark = pytest.mark.integration
 
@@ -48,6 +50,64 @@ async def test_from_a_config_to_a_gateway_that_is_ready(tmp_path) -> None:
             assert f'weir_policy_info{{version="{gateway.policy.policy.version}"}} 1.0' in await answer.text()
         async with session.get(f"http://{gateway.data_address}/api/policy") as answer:
             assert answer.status == 503  # nothing of the operator's is reachable there: it is a path like any other
+
+
+def two_backends(one: ScriptedBackend, two: ScriptedBackend) -> str:
+    static = ", ".join(f'{{service: tiny, url: "{each.url}", models: [tiny]}}' for each in (one, two))
+    return CONFIG.replace("static: []", f"static: [{static}]")
+
+
+async def is_full(connection) -> None:
+    await connection.json({}, 503, "x-backend-not-started: true")
+
+
+@contextlib.asynccontextmanager
+async def starting(settings):
+    """A gateway whose start goes on meanwhile, from when it tells of itself; the event says that it has started."""
+    gateway, started, enough = Gateway(settings), asyncio.Event(), asyncio.Event()
+
+    async def live() -> None:
+        async with gateway.running():
+            started.set()
+            await enough.wait()
+
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+        group.create_task(live())
+        await until(lambda: hasattr(gateway, "admin_address"))
+        yield gateway, started
+        enough.set()
+
+
+async def readiness(gateway) -> str:
+    async with aiohttp.ClientSession() as session, session.get(f"http://{gateway.admin_address}/readyz") as answer:
+        return await answer.text()
+
+
+async def test_the_data_port_opens_when_each_backend_was_asked_for_its_health(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("gateway.sources.FIRST_CHECKS_SECONDS", 60.0)
+    monkeypatch.setattr("discovery.probe.TIMEOUT_SECONDS", 60.0)
+    async with ScriptedBackend(is_full) as one, ScriptedBackend() as two:
+        two.well = asyncio.Event()
+        async with starting(config(tmp_path, two_backends(one, two))) as (gateway, started):
+            await until(lambda: [each.healthy for each in gateway.fleet.backends.values()].count(True) == 1)
+            assert "the data port is not open yet" in await readiness(gateway)
+            two.well.set()
+            await started.wait()
+            assert await readiness(gateway) == "ok\n"
+            async with RawClient(gateway.data_address) as client:
+                assert (await client.ask()).status == 200  # the second attempt's, at who answered last
+
+
+async def test_a_backend_that_says_nothing_is_waited_for_only_so_long(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("gateway.sources.FIRST_CHECKS_SECONDS", 0.01)
+    monkeypatch.setattr("discovery.probe.TIMEOUT_SECONDS", 60.0)
+    async with ScriptedBackend() as one, ScriptedBackend() as two:
+        one.well, two.well = asyncio.Event(), asyncio.Event()
+        async with starting(config(tmp_path, two_backends(one, two))) as (gateway, started):
+            await started.wait()
+            assert [each.healthy for each in gateway.fleet.backends.values()] == [None, None]
+            async with RawClient(gateway.data_address) as client:
+                assert (await client.ask()).status == 200
 
 
 @pytest.mark.parametrize("key", ["listen", "admin.listen"])

@@ -100,6 +100,7 @@ class ScriptedBackend:
         self.connections = 0
         self.open = 0
         self.healthy = True
+        self.well: asyncio.Event | None = None  # before which it does not answer for its health
         self.reads_body = True
         self.failures: list[BaseException] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -145,6 +146,8 @@ class ScriptedBackend:
         if self.reads_body:
             connection.body = await connection.reader.readexactly(int(connection.header("content-length") or 0))
         if connection.path == "/health":
+            if self.well is not None:
+                await self.well.wait()
             await connection.json({}, 200 if self.healthy else 503)
             return
         connection.requests += 1
