@@ -179,7 +179,7 @@ class Admission:
         if account is None:
             self._forget()
             account = self._accounts[key] = Account(
-                plan, self._request_meter(plan, consumer), self._allowance(plan), self._now
+                plan, self._request_meter(plan, consumer), self._allowance(plan, consumer), self._now
             )
         elif account.plan is not plan:
             self._refit(account, plan, consumer)
@@ -187,18 +187,18 @@ class Admission:
 
     def _request_meter(self, plan: Plan, consumer: str) -> Meter:
         limit = request_limit(plan)
-        if limit is None:
-            return Unmetered()
-        if self._store is None:
-            return LocalMeter(limit, self._now)
-        key = bucket_key(plan.name, consumer)
-        return LeasedMeter(self._store, key, plan, limit, live_gateways=self._live_gateways, now=self._now)
+        return Unmetered() if limit is None else self._meter(plan, limit, bucket_key(plan.name, consumer))
 
-    def _allowance(self, plan: Plan) -> Allowance | None:
+    def _allowance(self, plan: Plan, consumer: str) -> Allowance | None:
         limit = token_limit(plan)
         if limit is None:
             return None
-        return Allowance(plan.name, limit, LocalMeter(limit, self._now))
+        return Allowance(plan.name, limit, self._meter(plan, limit, bucket_key(plan.name, consumer, "tokens|")))
+
+    def _meter(self, plan: Plan, limit: Limit, key: bytes) -> LocalMeter | LeasedMeter:
+        if self._store is None:
+            return LocalMeter(limit, self._now)
+        return LeasedMeter(self._store, key, plan, limit, live_gateways=self._live_gateways, now=self._now)
 
     def _refit(self, account: Account, plan: Plan, consumer: str) -> None:
         if account.plan == plan:  # a reload that changed other things
@@ -211,7 +211,7 @@ class Admission:
             meter.reconfigure(plan, limit)
         tokens, limit = account.tokens, token_limit(plan)
         if limit is None or tokens is None:
-            tokens = self._allowance(plan)
+            tokens = self._allowance(plan, consumer)
         else:
             tokens.meter.reconfigure(plan, limit)
             tokens = Allowance(plan.name, limit, tokens.meter)
@@ -234,10 +234,11 @@ class Admission:
         return f"<Admission {len(self._accounts)} accounts, {self._store!r}>"
 
 
-def bucket_key(plan: str, consumer: str) -> bytes:
-    """Where the store keeps the bucket. Names are hashed: they are private, of any length, and chosen by others.
+def bucket_key(plan: str, consumer: str, unit: str = "") -> bytes:
+    """Where the store keeps the bucket: of requests, or of another `unit`, which begins with a letter.
 
-    The braces make Redis Cluster hash the digest alone.
+    Names are hashed: they are private, of any length, and chosen by others. The braces make Redis Cluster hash the
+    digest alone.
     """
-    name = f"{len(plan)}|{plan}|{consumer}".encode("utf-8", "surrogatepass")
+    name = f"{unit}{len(plan)}|{plan}|{consumer}".encode("utf-8", "surrogatepass")
     return b"weir:v1:bucket:{%b}" % hashlib.sha256(name).hexdigest()[:32].encode()

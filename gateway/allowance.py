@@ -23,7 +23,7 @@ from policies.quota import NOTHING, Estimate, cost
 
 if TYPE_CHECKING:
     from gateway.call import Call
-    from gateway.meter import LocalMeter
+    from gateway.meter import LeasedMeter, LocalMeter
     from gateway.trail import Trail
 
 
@@ -32,7 +32,7 @@ class Allowance:
 
     __slots__ = ("_headers", "_limit", "_rule", "meter")
 
-    def __init__(self, plan: str, limit: Limit, meter: LocalMeter) -> None:
+    def __init__(self, plan: str, limit: Limit, meter: LocalMeter | LeasedMeter) -> None:
         self.meter = meter
         self._limit = limit
         self._rule = f"plans.{plan}.tokens"
@@ -57,6 +57,8 @@ class Allowance:
             raise errors.RateLimited(
                 f"The token limit of this plan is reached: {told(self._limit)}.", rule=self._rule, retry_after=seconds
             )
+        if not self.meter.hold(tokens):
+            return FREE
         trail.reserved = tokens
         return Reservation(self.meter, trail, expected)
 
@@ -77,7 +79,7 @@ class Reservation:
 
     __slots__ = ("_expected", "_meter", "_trail")
 
-    def __init__(self, meter: LocalMeter | None, trail: Trail | None, expected: Estimate) -> None:
+    def __init__(self, meter: LocalMeter | LeasedMeter | None, trail: Trail | None, expected: Estimate) -> None:
         self._meter = meter
         self._trail = trail
         self._expected = expected

@@ -1,15 +1,16 @@
 """What counts a consumer's requests against a plan: nothing, a bucket in this process, or a lease of a shared one.
 
-All three answer alike. `take_nowait` takes one token and returns 0.0, or returns the seconds until there will be one,
-or `UNKNOWN`: only the store knows, `await take()`. Neither holds anything across an await: a token is taken when the
-call returns 0.0, and `put_back` undoes it.
+All three answer alike. `take_nowait` takes a token, or `n`, and returns 0.0, or returns the seconds until they will be
+there, or `UNKNOWN`: only the store knows, `await take()`. Neither holds anything across an await: tokens are taken when
+the call returns 0.0, and `put_back` undoes it. Tokens that are only set aside, because it is not yet known how many
+will be used, are held by `hold`, right after they were taken, until `settle`.
 
 LeasedMeter has at most one question to the store under way; all requests that find the lease empty wait for its answer
 together, at most `STORE_SECONDS`. Without an answer each is decided alone, as the plan says (`when_store_is_down`):
 
 - share: by a bucket of this replica's part of the limit (limit / live gateways, at least one token), which begins as
   full as the store's bucket was when last heard of, less what is owed to it. What it grants is a debt that the store
-  hears of later.
+  hears of later. A request that needs more than that part ever holds takes all of it, and the rest in advance.
 - open: admitted.
 - closed: errors.StoreUnavailable.
 """
@@ -24,7 +25,7 @@ from typing import Final, Protocol
 
 from policies import errors
 from policies.bucket import Bucket
-from policies.lease import Ask, Grant, Limit, Slice
+from policies.lease import RENEW_SECONDS, TELL_SECONDS, Ask, Grant, Limit, Slice
 from policies.policy import Plan, WhenStoreIsDown
 
 UNKNOWN: Final = -1.0
@@ -95,6 +96,9 @@ class LocalMeter:
     def put_back(self, now: float) -> None:  # noqa: ARG002
         self._bucket.give(1.0)
 
+    def hold(self, n: int) -> bool:  # noqa: ARG002
+        return True
+
     def settle(self, now: float, reserved: int, used: int) -> None:
         if used <= reserved:
             self._bucket.give(reserved - used)
@@ -116,7 +120,7 @@ class LeasedMeter:
 
     __slots__ = (
         "_asking", "_keep_timer", "_live_gateways", "_now", "_plan", "_question", "_returning", "_share", "_share_of",
-        "_slice", "_store", "_waiters", "key", "limit",
+        "_slice", "_store", "_tell_timer", "_telling", "_tells_soon", "_waiters", "key", "limit",
     )  # fmt: skip
 
     def __init__(
@@ -136,49 +140,73 @@ class LeasedMeter:
         self._live_gateways = live_gateways
         self._now = now
         self._slice = Slice(limit, now())
-        self._waiters: deque[asyncio.Future[float]] = deque()
+        self._waiters: deque[tuple[asyncio.Future[float], int]] = deque()  # and how many tokens each needs
         self._asking = False
         self._question: Ask | None = None  # as sent
         self._returning = False
+        self._telling = False
         self._keep_timer: asyncio.TimerHandle | None = None
+        self._tell_timer: asyncio.TimerHandle | None = None
+        self._tells_soon = False
         self._share: Bucket | None = None
         self._share_of = 0
 
     # Taking
 
-    def take_nowait(self, now: float) -> float:
+    def take_nowait(self, now: float, n: int = 1) -> float:
         lease = self._slice
-        if lease.take(now):
+        if lease.take(now, n):
             if lease.tokens <= lease.low_water:
                 self._ask_store()
             return 0.0
         if not self._store.up:
-            return self._take_alone(now)
-        if now < lease.closed_until:
-            return lease.refusal(now)
+            return self._take_alone(now, n)
+        if lease.is_closed(now, n):
+            return lease.refusal(now, n)
         return UNKNOWN
 
-    async def take(self) -> float:
+    async def take(self, n: int = 1) -> float:
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[float] = loop.create_future()
-        self._waiters.append(waiter)
+        self._waiters.append((waiter, n))
         self._ask_store()
         timer = loop.call_later(STORE_SECONDS, _settle, waiter, UNKNOWN)
         try:
             seconds = await waiter
         except asyncio.CancelledError:
             if waiter.done() and not waiter.cancelled() and waiter.result() == 0.0:
-                self.put_back(self._now())  # granted, and cancelled before it could go on
+                self.put_back(self._now(), n)  # granted, and cancelled before it could go on
             raise
         finally:
             timer.cancel()
-        return self._take_alone(self._now()) if seconds == UNKNOWN else seconds
+        return self._take_alone(self._now(), n) if seconds == UNKNOWN else seconds
 
-    def put_back(self, now: float) -> None:
-        if self._share is not None and self._slice.forgive():
-            self._share.give(1.0)
-        elif self._store.up or self._plan.when_store_is_down is not WhenStoreIsDown.OPEN:
-            self._slice.put_back(now)
+    def put_back(self, now: float, n: int = 1) -> None:
+        if self._share is not None and (forgiven := self._slice.forgive(n)):
+            self._share.give(forgiven)
+            n -= forgiven
+        if n and (self._store.up or self._plan.when_store_is_down is not WhenStoreIsDown.OPEN):
+            self._slice.put_back(now, n)
+            self._watch_slice()
+
+    def hold(self, n: int) -> bool:
+        """Tokens that were taken just now are only set aside. False: nobody counted them, there is none to settle."""
+        if not self._store.up and self._plan.when_store_is_down is WhenStoreIsDown.OPEN:
+            return False
+        self._slice.reserved += n
+        if not self._tells_soon:
+            self._tells_soon = True
+            self._tell_in(TELL_SECONDS)
+        return True
+
+    def settle(self, now: float, reserved: int, used: int) -> None:
+        self._slice.reserved -= reserved
+        if used < reserved:
+            self.put_back(now, reserved - used)
+        elif used > reserved:
+            if self._share is not None:
+                self._share.charge(now, used - reserved)
+            self._slice.charge(now, used - reserved)
             self._watch_slice()
 
     def remaining(self, now: float) -> float:
@@ -201,16 +229,19 @@ class LeasedMeter:
         self._store.submit(self)
 
     def ask(self) -> Ask:
-        need = sum(not waiter.done() for waiter in self._waiters)
+        needs = [n for waiter, n in self._waiters if not waiter.done()]
+        need, least = sum(needs), needs[0] if needs else 1
         if self._returning:
-            self._question = self._slice.give_back(self._now(), need)
+            self._question = self._slice.give_back(self._now(), need, least)
+        elif self._telling:
+            self._question = self._slice.tell(self._now(), need, least)
         else:
-            self._question = self._slice.ask(self._now(), need, self._live_gateways())
+            self._question = self._slice.ask(self._now(), need, self._live_gateways(), least)
         return self._question
 
     def answer(self, grant: Grant | None) -> None:
         question, self._question = self._question, None
-        self._asking = self._returning = False
+        self._asking = self._returning = self._telling = False
         if question is None or grant is None:
             self._slice.lost()
             self._settle_all(UNKNOWN)
@@ -218,38 +249,34 @@ class LeasedMeter:
         now = self._now()
         self._share = None
         self._serve(self._slice.answered(question, grant, now), now)
-        if self._slice.to_return():
+        if self._slice.has_news():
             self._watch_slice()
 
     def _serve(self, going: int, now: float) -> None:
         """Let go who was asked for, then who came since, as far as the tokens reach."""
-        lease = self._slice
-        while waiter := self._next_waiter():
-            if going:
-                going -= 1
+        lease, waiters = self._slice, self._waiters
+        while waiters:
+            waiter, n = waiters[0]
+            if waiter.done():
+                pass
+            elif going >= n:
+                going -= n
                 waiter.set_result(0.0)
-            elif lease.take(now):
+            elif lease.take(now, n):
                 waiter.set_result(0.0)
-            elif now < lease.closed_until:
-                self._waiters.appendleft(waiter)
-                self._settle_all(lease.refusal(now))
+            elif lease.is_closed(now, n):
+                waiter.set_result(lease.refusal(now, n - going))
             else:
-                self._waiters.appendleft(waiter)
-                self._ask_store()
-                return
+                break
+            waiters.popleft()
         if going:
-            lease.put_back(now, going)  # who was asked for has left
-
-    def _next_waiter(self) -> asyncio.Future[float] | None:
-        while self._waiters:
-            waiter = self._waiters.popleft()
-            if not waiter.done():
-                return waiter
-        return None
+            lease.put_back(now, going)  # who was asked for has left, or needs more than there was
+        if waiters:
+            self._ask_store()
 
     def _settle_all(self, seconds: float) -> None:
         while self._waiters:
-            _settle(self._waiters.popleft(), seconds)
+            _settle(self._waiters.popleft()[0], seconds)
 
     # Giving back what is not needed
 
@@ -260,7 +287,7 @@ class LeasedMeter:
 
     def _give_back(self) -> None:
         self._keep_timer = None
-        if not self._slice.to_return() or self._asking or not self._store.up:
+        if not self._slice.has_news() or self._asking or not self._store.up:
             return  # the next answer watches again
         if self._slice.outlasts_need(self._now()) > 0.0:
             self._watch_slice()
@@ -268,9 +295,25 @@ class LeasedMeter:
         self._returning = True
         self._ask_store()
 
+    # Telling of what is set aside
+
+    def _tell_in(self, seconds: float) -> None:
+        if self._tell_timer is not None:
+            self._tell_timer.cancel()
+        self._tell_timer = asyncio.get_running_loop().call_later(seconds, self._tell)
+
+    def _tell(self) -> None:
+        self._tell_timer, self._tells_soon = None, False
+        if self._asking:  # something that may be older
+            self._tell_in(TELL_SECONDS)
+        elif self._slice.is_reserved():
+            self._telling = True
+            self._ask_store()
+            self._tell_in(RENEW_SECONDS)
+
     # Without the store
 
-    def _take_alone(self, now: float) -> float:
+    def _take_alone(self, now: float, n: int) -> float:
         if self._plan.when_store_is_down is WhenStoreIsDown.OPEN:
             return 0.0
         if self._plan.when_store_is_down is WhenStoreIsDown.CLOSED:
@@ -279,9 +322,12 @@ class LeasedMeter:
                 rule=f"plans.{self._plan.name}.when_store_is_down",
                 retry_after=UNAVAILABLE_RETRY_SECONDS,
             )
-        seconds = self._fitted_share(now).take(now)
+        share = self._fitted_share(now)
+        seconds = share.take(now, min(n, share.capacity))
         if seconds == 0.0:
-            self._slice.spend_alone()
+            if n > share.capacity:
+                share.charge(now, n - share.capacity)
+            self._slice.spend_alone(n)
         return seconds
 
     def _fitted_share(self, now: float) -> Bucket:

@@ -18,7 +18,8 @@ Only that change is told (StoreChanged), once each way.
 
 The script works in whole microseconds (Redis's own clock, which may be set back or forth) and microtokens. It writes
 only when something changes hands: a refusal is a read. Its key lives until the bucket is full again and a second more.
-A value that it cannot read is deleted and starts over as an empty bucket.
+A value that it cannot read is deleted and starts over as an empty bucket. What stands there for a replica is
+"number held pending ends", and "reserved expires" behind it where it has set tokens aside.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from redis.backoff import NoBackoff
 from gateway.meter import STORE_SECONDS, Borrower
 from gateway.redis_url import Address, read_address
 from observability.events import Observer, StoreChanged
-from policies.lease import LEASE_SECONDS, Ask, Grant, Limit
+from policies.lease import LEASE_SECONDS, RESERVED_SECONDS, Ask, Grant, Limit
 from policies.policy import Rate
 
 CONNECT_SECONDS = 0.1
@@ -64,11 +65,13 @@ local key, replica = KEYS[1], ARGV[1]
 local number, ack, need, spare = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local kept, back, debt, quiet = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9])
 local capacity, count, period = tonumber(ARGV[10]) * MICRO, tonumber(ARGV[11]), tonumber(ARGV[12])
-local lease_time = tonumber(ARGV[13])
+local lease_time, least = tonumber(ARGV[13]), tonumber(ARGV[14] or 1)
+local reserved, told = tonumber(ARGV[15] or 0), tonumber(ARGV[16] or 0)
+local reserve_time = ARGV[17] and tonumber(ARGV[17]) or math.huge
 local clock = redis.call('TIME')
 local now = tonumber(clock[1]) * MICRO + tonumber(clock[2])
 
--- Read. Leases are "number held pending ends", by replica.
+-- Read. Leases, by replica.
 local stored = redis.pcall('HGETALL', key)
 local level, at, leases, write = capacity, now, {}, false
 local sound = not stored.err
@@ -77,13 +80,15 @@ if sound and #stored > 0 then
   for i = 1, #stored, 2 do
     local name, value = stored[i], stored[i + 1]
     if name == 'level' then
-      level = tonumber(string.match(value, '^%d+$'))
+      level = tonumber(string.match(value, '^-?%d+$'))
     elseif name == 'at' then
       at = tonumber(string.match(value, '^%d+$'))
     else
-      local n, held, pending, ends = string.match(value, '^(%d+) (%d+) (%d+) (%d+)$')
-      sound = sound and n
-      leases[name] = {number = tonumber(n), held = tonumber(held), pending = tonumber(pending), ends = tonumber(ends)}
+      local n, held, pending, ends, more = string.match(value, '^(%d+) (%d+) (%d+) (%d+)(.*)$')
+      local aside, expires = string.match(more or '', '^ (%d+) (%d+)$')
+      sound = sound and n and (aside or more == '')
+      leases[name] = {number = tonumber(n), held = tonumber(held), pending = tonumber(pending), ends = tonumber(ends),
+        reserved = tonumber(aside or 0), expires = tonumber(expires or 0)}
     end
   end
   sound = sound and level and at
@@ -98,17 +103,20 @@ local mine = leases[replica]
 if mine and mine.number >= number then return {number, 0, '0', 0} end -- overtaken by a later question
 
 local fields = {}
-local function record(name, number, held, pending)
+local function record(name, lease)
+  local value = string.format('%.0f %.0f %.0f %.0f', lease.number, lease.held, lease.pending, lease.ends)
+  if lease.reserved > 0 then value = value .. string.format(' %.0f %.0f', lease.reserved, lease.expires) end
   fields[#fields + 1] = name
-  fields[#fields + 1] = string.format('%.0f %.0f %.0f %.0f', number, held, pending, now + lease_time)
+  fields[#fields + 1] = value
 end
 
 -- The clock was set back: go on from here.
 if at > now then at, write = now, true end
 for name, lease in pairs(leases) do
-  if lease.ends > now + lease_time then
-    lease.ends, write = now + lease_time, true
-    if name ~= replica then record(name, lease.number, lease.held, lease.pending) end
+  if lease.ends > now + lease_time or lease.expires > now + reserve_time then
+    lease.ends, lease.expires = math.min(lease.ends, now + lease_time), math.min(lease.expires, now + reserve_time)
+    write = true
+    if name ~= replica then record(name, lease) end
   end
 end
 
@@ -118,18 +126,32 @@ for name, lease in pairs(leases) do
   outstanding = outstanding + lease.held
   local spent = 0
   if name == replica then
-    if ack >= lease.number then spent = math.max(0, lease.held - kept - back) end
+    if ack >= lease.number then spent = math.max(0, lease.held - kept - math.max(0, back)) end
     released[#released + 1] = {math.min(lease.ends, now - quiet), spent}
   end
   if lease.ends <= now then
     released[#released + 1] = {lease.ends, lease.held - spent}
-    gone[#gone + 1] = name
+    if lease.expires <= now then gone[#gone + 1] = name end
   elseif name ~= replica then
     others = others + lease.held
     if lease.held > 0 then first_end = math.min(first_end or lease.ends, lease.ends) end
   end
 end
 if mine and mine.ends > now and ack < mine.number then back = back + mine.pending end -- its answer was lost
+
+-- What was set aside by who has not told of it for so long comes back; who then does tell of it takes it anew.
+local last = 0
+for name, lease in pairs(leases) do
+  if lease.reserved > 0 and lease.expires <= now then
+    back, write = back + lease.reserved, true
+  elseif name ~= replica then
+    last = math.max(last, lease.expires)
+  end
+end
+if told > 0 and not (mine and (mine.reserved == 0 or mine.expires > now)) then back, write = back - told, true end
+if reserved > 0 then last = now + reserve_time end
+if reserved ~= (mine and mine.reserved or 0) then write = true end
+if reserved > 0 and mine and mine.expires < now + reserve_time / 2 then write = true end
 
 -- Refill, never above what is not held.
 released[#released + 1] = {now, 0}
@@ -141,22 +163,25 @@ for _, release in ipairs(released) do
   end
   outstanding = outstanding - release[2]
 end
-level = math.min(capacity - (others + kept) * MICRO, level + back * MICRO)
-level = math.max(0, level - debt * MICRO)
+level = math.min(capacity - (others + kept) * MICRO, level + math.max(0, back) * MICRO)
+level = math.max(math.min(0, level), level - debt * MICRO)
+level = math.max(-capacity, level + math.min(0, back) * MICRO)
 
 -- Grant.
-local granted = math.min(need + spare, math.floor(level / MICRO))
+local granted = 0
+if level >= least * MICRO then granted = math.min(need + spare, math.floor(level / MICRO)) end
 level = math.floor(level - granted * MICRO)
 kept = kept + math.max(0, granted - need)
 local wait = 0
-if level < MICRO then
-  wait = math.ceil((MICRO - level) * period / count)
-  if first_end and capacity - (others + kept) * MICRO < MICRO then wait = math.max(wait, first_end - now) end
+if level < least * MICRO then
+  wait = math.ceil((least * MICRO - level) * period / count)
+  if first_end and capacity - (others + kept) * MICRO < least * MICRO then wait = math.max(wait, first_end - now) end
 end
 
-if write or granted > 0 or back > 0 or debt > 0 then
-  record(replica, number, kept, granted)
-  local live = math.max((capacity - level) * period / count, lease_time)
+if write or granted > 0 or back ~= 0 or debt > 0 then
+  record(replica, {number = number, held = kept, pending = granted, ends = now + lease_time,
+    reserved = reserved, expires = now + reserve_time})
+  local live = math.max((capacity - level) * period / count, lease_time, last - now)
   if #gone > 0 then redis.pcall('HDEL', key, unpack(gone)) end
   local put = redis.pcall('HSET', key, 'level', string.format('%.0f', level), 'at', string.format('%.0f', now),
     unpack(fields))
@@ -368,11 +393,13 @@ def _seen(task: asyncio.Future[Any]) -> None:
 
 
 def script_arguments(key: bytes, replica: str, number: int, limit: Limit, ask: Ask) -> tuple[bytes | str | int, ...]:
-    """What follows the script, or its hash, in a call of it."""
+    """What follows the script, or its hash, in a call of it. Of most questions the last four are left out."""
     rate = limit.rate
+    is_usual = ask.least == 1 and not ask.reserved and not ask.told
     return (
         *(1, key, replica, number, ask.ack, ask.need, ask.spare, ask.held, ask.back, ask.debt, int(ask.quiet * MICRO)),
         *(limit.capacity, round(rate.count * MICRO), round(rate.seconds * MICRO), int(LEASE_SECONDS * MICRO)),
+        *(() if is_usual else (ask.least, ask.reserved, ask.told, int(RESERVED_SECONDS * MICRO))),
     )
 
 

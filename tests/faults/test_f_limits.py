@@ -4,9 +4,12 @@ Scales: 300 clients that abort for 1,000; they wait for Redis 5 s for 25 ms, so 
 """
 
 import asyncio
+import contextlib
 import json
+import os
 import random
 import re
+import signal
 import time
 
 import pytest
@@ -21,6 +24,7 @@ from tests.support.raw_client import RawClient, chat_request
 from tests.support.redis_server import RedisServer
 from tests.support.running_gateway import OPEN_POLICY, until
 from tests.support.scripted_backend import BackendConnection, Hangup, ScriptedBackend
+from tests.support.serving import serving
 from tests.support.traffic import Traffic
 
 pytestmark = pytest.mark.integration
@@ -306,8 +310,8 @@ async def wait_returned(redis) -> None:
             await asyncio.sleep(0.02)
 
 
-def leases(redis) -> bytes:
-    fields = redis.command("HGETALL", key_of())
+def leases(redis, key: str | None = None) -> bytes:
+    fields = redis.command("HGETALL", key or key_of())
     pairs = dict(zip(fields[::2], fields[1::2], strict=True))
     return b"\n".join(value for name, value in pairs.items() if name not in (b"level", b"at"))
 
@@ -422,6 +426,63 @@ async def test_F10_tokens_are_set_aside_and_settled_once(row) -> None:
         assert (await client.ask({**asks("whole"), "max_tokens": 10_000})).status == 413
         told = await scrape(gateway)
         assert told.value("weir_limited_total", rule="plans.p.tokens") == 2
+
+
+async def test_F10_what_a_killed_worker_had_set_aside_comes_back_once(row, redis) -> None:
+    async def serve(connection: BackendConnection) -> None:
+        if json.loads(connection.body).get("stream"):
+            await connection.begin_events()
+            await connection.chunk(b"data: {}\n\n")
+            await connection.wait_closed()
+            raise Hangup
+        await connection.json({"choices": [], "usage": USAGE})
+
+    asks = {"model": "tiny", "messages": [], "max_tokens": 8000}
+    plan = "tokens: 10k/month, when_store_is_down: closed"  # on a busy machine it may seem so: 503, and ask again
+    config = f"redis: {{url: redis://127.0.0.1:{redis.port}/0}}\n"
+    async with (
+        ScriptedBackend(serve) as backend,
+        serving(row.home, backend.url, policy=planned(plan), config=config, workers=2) as weir,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        while True:
+            cut = await stack.enter_async_context(RawClient(weir.data_address))
+            cut.send(chat_request({**asks, "stream": True}))
+            if b" 200 " in await cut.reader.readline():
+                break
+        await cut.reader.readuntil(b"data: {}\n\n\r\n")
+        await until(lambda: re.search(rb" 80\d\d \d+$", leases(redis, TOKENS), re.MULTILINE))
+        async with asyncio.timeout(60):
+            while await status_of(weir, asks) != 429:
+                pass
+        await until(lambda: all(answer.headers["x-request-id"] in weir.log for answer in row._answers))
+        for worker in weir.children():
+            os.kill(worker, signal.SIGKILL)
+        assert await cut.reader.read() == b""
+        async with asyncio.timeout(60):
+            while await status_of(weir, asks) != 200:
+                await asyncio.sleep(0.02)
+        await until(lambda: tokens_in(redis) == 10_000 - 37)
+        await weir.wait_listening()
+    row.read_log(weir.log)
+    assert "Traceback" not in weir.errors
+    backend.heads.pop(0)  # who was killed has written no line about it
+
+
+TOKENS = bucket_key("p", "anonymous", "tokens|").decode()
+
+
+def tokens_in(redis) -> int:
+    return int(redis.text("HGET", TOKENS, "level")) // 1_000_000
+
+
+async def status_of(weir, document) -> int | None:
+    """None: there is nobody at the moment."""
+    try:
+        async with RawClient(weir.data_address) as client:
+            return (await client.ask(document)).status
+    except (ConnectionError, asyncio.IncompleteReadError):
+        return None
 
 
 NAMES = ["a", "a}", "{a", "a:b", "b", "p|b", "weir:v1:probe", "*", "ü" * 100, "a b", "'; FLUSHALL"]

@@ -8,7 +8,7 @@ import pytest
 from gateway.meter import STORE_SECONDS, UNKNOWN, LeasedMeter, LocalMeter, Unmetered
 from policies import errors
 from policies.bucket import Bucket
-from policies.lease import BELIEVED_SECONDS, KEEP_SECONDS, Limit
+from policies.lease import BELIEVED_SECONDS, KEEP_SECONDS, RESERVED_SECONDS, TELL_SECONDS, Limit
 from policies.policy import Plan, Rate, WhenStoreIsDown
 from tests.support.lease_ledger import MICRO, Ledger
 from tests.support.ledger_store import LedgerStore
@@ -30,9 +30,9 @@ def now() -> float:
     return asyncio.get_running_loop().time()
 
 
-async def take(meter: LeasedMeter) -> float:
-    seconds = meter.take_nowait(now())
-    return await meter.take() if seconds == UNKNOWN else seconds
+async def take(meter: LeasedMeter, n: int = 1) -> float:
+    seconds = meter.take_nowait(now(), n)
+    return await meter.take(n) if seconds == UNKNOWN else seconds
 
 
 async def take_many(meter: LeasedMeter, count: int) -> int:
@@ -364,6 +364,187 @@ class TestWithoutTheStore:
         await take_many(meter, 1)
         store.up = False
         assert meter.take_nowait(now()) == 0.0
+
+
+NEVER = plan(Rate(1, 1e9), 1000)
+"""What is spent stays spent."""
+
+
+class TestAmounts:
+    @virtual_time
+    async def test_of_any_size_are_admitted_as_far_as_the_bucket_reaches(self, ledger):
+        meter = leased(LedgerStore(ledger), NEVER)
+        assert [await take(meter, n) == 0.0 for n in (600, 300, 200, 100, 1)] == [True, True, False, True, False]
+
+    @virtual_time
+    async def test_at_once_go_in_the_order_in_which_they_came_and_who_is_too_large_stops_nobody(self, ledger):
+        store = LedgerStore(ledger)
+        meter = leased(store, NEVER)
+        seconds = await asyncio.gather(*(take(meter, n) for n in (600, 500, 300, 50)))
+        assert [each == 0.0 for each in seconds[:2]] == [True, False]
+        assert seconds[1] == pytest.approx(1e9 * 100, rel=0.01)
+        assert await take(meter, 50) == 0.0
+
+    @virtual_time
+    async def test_a_refusal_tells_when_so_many_will_be_there_and_does_not_drain_the_bucket(self, ledger):
+        store = LedgerStore(ledger)
+        meter = leased(store, plan(Rate(100, 1.0), 1000))
+        assert await take(meter, 900) == 0.0
+        assert await take(meter, 600) == pytest.approx(5.0, rel=0.01)
+        asked = len(store.asked)
+        assert meter.take_nowait(now(), 700) == pytest.approx(6.0, rel=0.01)
+        assert len(store.asked) == asked
+        assert meter.remaining(now()) == pytest.approx(100, abs=1)
+        assert await take(meter, 100) == 0.0
+        await asyncio.sleep(6.1)
+        assert await take(meter, 600) == 0.0
+
+    @virtual_time
+    async def test_over_several_replicas_are_one_bucket(self, ledger):
+        meters = [leased(LedgerStore(ledger, name), NEVER, gateways=3) for name in "abc"]
+        sizes = [70, 130, 40, 210, 90, 160] * 4
+        admitted = await asyncio.gather(*(take(meters[i % 3], n) for i, n in enumerate(sizes)))
+        granted = sum(n for n, seconds in zip(sizes, admitted, strict=True) if seconds == 0.0)
+        await asyncio.sleep(BELIEVED_SECONDS + 0.5)
+        assert await take(meters[0], 1001 - granted) > 0.0
+        assert await take(meters[0], 1000 - granted) == 0.0
+
+    @pytest.mark.parametrize("after", [0.0, 0.0001, 0.0004, 0.0005, 0.0006])
+    @virtual_time
+    async def test_cancelled_at_any_moment_leave_the_bucket_as_it_was(self, ledger, after):
+        meter = leased(LedgerStore(ledger), NEVER)
+        waiting = [asyncio.create_task(take(meter, 150)) for _ in range(5)]
+        await asyncio.sleep(after)
+        for each in waiting:
+            each.cancel()
+        admitted = (await asyncio.gather(*waiting, return_exceptions=True)).count(0.0)
+        await asyncio.sleep(0.01)
+        assert await take(meter, 1000 - 150 * admitted) == 0.0
+
+    @virtual_time
+    async def test_larger_than_the_share_take_all_of_it_and_the_rest_in_advance(self, ledger):
+        store = LedgerStore(ledger)
+        store.up = False
+        meter = leased(store, plan(Rate(100, 1.0), 1000), gateways=4)  # 25 a second, 250 at once
+        assert meter.take_nowait(0.0, 300) == 0.0
+        assert meter.take_nowait(0.0, 100) == pytest.approx(6.0)
+
+
+async def reserve(meter: LeasedMeter, n: int) -> None:
+    assert await take(meter, n) == 0.0
+    assert meter.hold(n)
+
+
+class TestSettling:
+    @pytest.mark.parametrize("used", [0, 300, 600])
+    @virtual_time
+    async def test_what_was_not_used_can_be_used_by_all(self, ledger, used):
+        one, other = (leased(LedgerStore(ledger, name), NEVER, gateways=2) for name in "ab")
+        await reserve(one, 600)
+        one.settle(now(), 600, used)
+        await asyncio.sleep(KEEP_SECONDS + 0.01)
+        assert await take(other, 1001 - used) > 0.0
+        assert await take(other, 1000 - used) == 0.0
+
+    @virtual_time
+    async def test_what_was_used_beyond_is_owed_by_all(self, ledger):
+        one, other = (leased(LedgerStore(ledger, name), plan(Rate(1000, 60.0), 1000), gateways=2) for name in "ab")
+        await reserve(one, 600)
+        one.settle(now(), 600, 1300)
+        assert one.take_nowait(now(), 10) == UNKNOWN
+        await asyncio.sleep(KEEP_SECONDS + 0.01)
+        assert level(ledger) == pytest.approx(-297, abs=1)
+        assert await take(other, 10) == pytest.approx(307 * 0.06, rel=0.02)
+
+    @virtual_time
+    async def test_what_is_owed_is_told_again_when_the_answer_was_lost(self, ledger):
+        store = LedgerStore(ledger)
+        meter = leased(store, NEVER)
+        await reserve(meter, 600)
+        store.up = False
+        meter.settle(now(), 600, 900)
+        await asyncio.sleep(1.0)
+        store.up = True
+        assert await take(meter, 101) > 0.0
+        assert await take(meter, 100) == 0.0
+
+    @virtual_time
+    async def test_alone_it_is_the_share_that_gets_back_or_owes(self, ledger):
+        store = LedgerStore(ledger)
+        meter = leased(store, NEVER)
+        store.up = False
+        await reserve(meter, 600)
+        meter.settle(now(), 600, 100)
+        assert meter.remaining(now()) == pytest.approx(900)
+        await reserve(meter, 600)
+        meter.settle(now(), 600, 1000)
+        assert meter.remaining(now()) == pytest.approx(-100)
+        store.up = True
+        assert await take(meter, 1) > 0.0
+        assert level(ledger) == pytest.approx(-100, abs=1)
+
+    @virtual_time
+    async def test_what_nobody_counted_is_not_settled(self, ledger):
+        store = LedgerStore(ledger)
+        store.up = False
+        meter = leased(store, plan(Rate(1, 1.0), 10, WhenStoreIsDown.OPEN))
+        assert await take(meter, 10_000) == 0.0
+        assert not meter.hold(10_000)
+
+
+class TestDying:
+    """A meter that is not asked any more after `store.up = False` is as good as a dead process."""
+
+    @virtual_time
+    async def test_what_a_dead_replica_had_set_aside_comes_back(self, ledger):
+        store = LedgerStore(ledger)
+        dead, other = leased(store, NEVER, gateways=2), leased(LedgerStore(ledger, "b"), NEVER, gateways=2)
+        await reserve(dead, 600)
+        await asyncio.sleep(TELL_SECONDS + 0.01)
+        store.up = False
+        await asyncio.sleep(RESERVED_SECONDS - 1.2)
+        assert await take(other, 500) > 0.0
+        await asyncio.sleep(1.2)
+        assert await take(other, 1000) == 0.0
+
+    @virtual_time
+    async def test_while_it_lives_it_stays_set_aside(self, ledger):
+        store = LedgerStore(ledger)
+        meter = leased(store, NEVER)
+        other = leased(LedgerStore(ledger, "b"), NEVER, gateways=2)
+        await reserve(meter, 600)
+        await asyncio.sleep(60)
+        assert await take(other, 401) > 0.0
+        assert len(store.asked) < 50
+        meter.settle(now(), 600, 200)
+        await asyncio.sleep(BELIEVED_SECONDS + 0.01)
+        assert await take(other, 801) > 0.0
+        assert await take(other, 800) == 0.0
+        asked = len(store.asked)
+        await asyncio.sleep(60)
+        assert len(store.asked) - asked <= 2  # there is nothing to tell any more
+
+    @pytest.mark.parametrize("how", ["cut off", "forgotten"])
+    @virtual_time
+    async def test_who_was_only_taken_for_dead_takes_it_anew(self, ledger, how):
+        store = LedgerStore(ledger)
+        meter = leased(store, NEVER)
+        other = leased(LedgerStore(ledger, "b"), NEVER, gateways=2)
+        await reserve(meter, 600)
+        await asyncio.sleep(TELL_SECONDS + 0.01)
+        if how == "forgotten":
+            ledger.flush()
+        else:
+            store.up = False
+            await asyncio.sleep(RESERVED_SECONDS + 1)
+            assert await take(other, 1) == 0.0  # and with it the other's tokens are back
+            assert level(ledger) == 999
+            store.up = True
+        await asyncio.sleep(RESERVED_SECONDS)
+        assert await take(other, 500) > 0.0
+        meter.settle(now(), 600, 100)
+        await asyncio.sleep(RESERVED_SECONDS)
+        assert await take(other, 899) == 0.0
 
 
 STEADY = [

@@ -111,7 +111,7 @@ PATIENCE = 0.5
 """Seconds in which a request must be through when it may wait 25 ms: this machine has other things to do, too."""
 
 
-SCRIPT_ON_A_GIVEN_CLOCK = SCRIPT.replace("redis.call('TIME')", "{ARGV[14], ARGV[15]}")
+SCRIPT_ON_A_GIVEN_CLOCK = SCRIPT.replace("redis.call('TIME')", "{KEYS[2], KEYS[3]}")
 
 
 class TestScript:
@@ -123,16 +123,21 @@ class TestScript:
         questions=st.lists(
             st.fixed_dictionaries(
                 {
-                    "later": st.sampled_from([-3_600_000_000, 0, 7, 1_000, 90_000, 450_000, 600_000, 20_000_000]),
+                    "later": st.sampled_from(
+                        [-3_600_000_000, 0, 7, 1_000, 90_000, 450_000, 600_000, 3_500_000, 20_000_000]
+                    ),
                     "replica": st.sampled_from("ab"),
                     "unseen": st.booleans(),
                     "stray": st.sampled_from([False, False, False, True]),
                     "need": st.integers(0, 12),
                     "spare": st.integers(0, 5),
                     "held": st.integers(0, 5),
-                    "back": st.sampled_from([0, 0, 1, 5]),
+                    "back": st.sampled_from([0, 0, 1, 5, -1, -30]),
                     "debt": st.sampled_from([0, 0, 3]),
                     "quiet": st.sampled_from([0.0, 0.002, 0.3, 5.0]),
+                    "least": st.sampled_from([1, 1, 2, 7]),
+                    "reserved": st.sampled_from([0, 0, 4, 9]),
+                    "told": st.sampled_from([0, 0, 4]),
                 }
             ),
             min_size=1,
@@ -150,8 +155,8 @@ class TestScript:
             number += 1
             this = number - 5 if stray else number
             expected = ledger.lease(key, limit, replica, this, ask, now)
-            arguments = script_arguments(key, replica, this, limit, ask)
-            reply = redis.command("EVAL", SCRIPT_ON_A_GIVEN_CLOCK, *arguments, now // MICRO, now % MICRO)
+            _, _, *arguments = script_arguments(key, replica, this, limit, ask)
+            reply = redis.command("EVAL", SCRIPT_ON_A_GIVEN_CLOCK, 3, key, now // MICRO, now % MICRO, *arguments)
             assert [int(part) for part in reply] == [
                 this, expected.tokens, round(expected.level * MICRO), round(expected.wait * MICRO)
             ]  # fmt: skip

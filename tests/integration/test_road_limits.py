@@ -9,12 +9,13 @@ import time
 import pytest
 
 from discovery.etcd import EtcdClient, EtcdSettings
+from gateway.admission import bucket_key
 from tests.support.admin_client import scrape
 from tests.support.etcd_server import EtcdServer
 from tests.support.raw_client import CHAT, RawClient, chat_request
 from tests.support.redis_server import RedisServer
 from tests.support.running_gateway import OPEN_POLICY, announced, etcd_gateway, running_gateway, until
-from tests.support.scripted_backend import BackendConnection, Hangup, ScriptedBackend
+from tests.support.scripted_backend import BackendConnection, Hangup, ScriptedBackend, answer_ok
 from tests.support.traffic import Traffic
 
 pytestmark = pytest.mark.integration
@@ -41,10 +42,10 @@ def planned(plan: str) -> str:
 
 
 @contextlib.asynccontextmanager
-async def gateways(count: int, home, etcd, redis, plan: str):
+async def gateways(count: int, home, etcd, redis, plan: str, script=answer_ok):
     """This many gateways that share a Redis and know of each other, before one backend."""
     prefix, config = next(PREFIXES), f"redis: {{url: {redis.url}}}\n"
-    async with ScriptedBackend() as backend, contextlib.AsyncExitStack() as stack:
+    async with ScriptedBackend(script) as backend, contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(announced(etcd.url, "tiny/1", backend.url, prefix))
         running = [
             await stack.enter_async_context(etcd_gateway(home, etcd.url, prefix, policy=planned(plan), config=config))
@@ -223,6 +224,59 @@ async def test_places_are_counted_to_the_last_byte_and_cost_no_token_when_there_
         await until(lambda: account(gateway).in_flight == 0)
         assert (await client.ask()).status == 200
         assert (await client.ask()).json["error"]["code"] == "rate_limited"  # four of four: the refused cost none
+
+
+async def test_tokens_are_set_aside_for_both_gateways_and_settled_once_with_what_was_used(
+    tmp_path, etcd, redis, monkeypatch
+) -> None:
+    """Of 20,000 four requests set aside 5,000 each; two of them use 1,000, one is left by its client, one states nothing."""
+    for module in ("store", "meter"):  # who counts tokens must not take a machine that is busy for a Redis that is away
+        monkeypatch.setattr(f"gateway.{module}.STORE_SECONDS", 5.0)
+    end = asyncio.Event()
+
+    async def stream(connection: BackendConnection) -> None:
+        asked = json.loads(connection.body)
+        await connection.begin_events()
+        for _ in range(6):
+            await connection.chunk(b'data: {"choices": []}\n\n')
+        if asked["user"] == "leaves":
+            await connection.wait_closed()
+            raise Hangup
+        await end.wait()
+        if asked["user"] == "states":
+            usage = json.dumps({"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": 900}})
+            await connection.chunk(b"data: %b\n\n" % usage.encode())
+        await connection.chunk(b"data: [DONE]\n\n")
+        await connection.send(b"0\r\n\r\n")
+
+    def asks(user: str) -> dict:
+        return {**CHAT, "user": user, "stream": True, "max_tokens": 4950}
+
+    prompt = {user: -(-len(json.dumps(asks(user))) // 4) for user in ("states", "leaves", "silent")}
+    assert all(tokens <= 50 for tokens in prompt.values())
+
+    async with (
+        gateways(2, tmp_path, etcd, redis, "{requests: 1000/second, tokens: 20k/month}", stream) as running,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        streams = {}
+        for number, user in enumerate(("states", "states", "leaves", "silent")):
+            client = await stack.enter_async_context(RawClient(running[number % 2].data_address))
+            client.send(chat_request(asks(user)))
+            await client.reader.readuntil(b"choices")
+            streams[number] = client
+        for gateway in running:
+            async with RawClient(gateway.data_address) as client:
+                refused = await client.ask(asks("states"))
+            assert (refused.status, refused.json["error"]["rule"]) == (429, "plans.p.tokens")
+            assert int(refused.headers["x-ratelimit-remaining-tokens"]) < 5000
+        await streams[2].__aexit__()
+        end.set()
+        for number in (0, 1, 3):
+            await streams[number].reader.readuntil(b"0\r\n\r\n")
+        used = 2 * 1000 + prompt["leaves"] + 6 + prompt["silent"] + 7  # and [DONE]
+        key = bucket_key("p", "anonymous", "tokens|")
+        await until(lambda: int(redis.text("HGET", key, "level")) // 1_000_000 == 20_000 - used)
 
 
 # Redis dies, freezes, forgets

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -10,6 +12,7 @@ from policies.lease import (
     KEEP_SECONDS,
     LEASE_SECONDS,
     MOST_CLOSED_SECONDS,
+    RENEW_SECONDS,
     SPENDABLE_SECONDS,
     Ask,
     Grant,
@@ -204,6 +207,64 @@ class TestDebt:
         assert lease.ask(0.0, 1, 1).debt == 0
 
 
+class TestAmounts:
+    def test_are_spent_whole_or_not_at_all(self):
+        lease = busy_slice()
+        assert [lease.take(0.0, n) for n in (15, 6, 5, 1)] == [True, False, True, False]
+
+    def test_a_bucket_that_is_too_empty_for_one_is_closed_for_as_many_and_more(self):
+        lease = Slice(Limit(1000, Rate(100, 1.0)), 0.0)
+        lease.answered(lease.ask(0.0, 600, 1, 600), Grant(1, 0, 400.5, 2.0), 0.0)
+        assert [lease.is_closed(0.1, n) for n in (1, 400, 401, 600)] == [False, False, True, True]
+        assert [lease.refusal(0.5, n) for n in (600, 800)] == [1.5, 3.5]
+        assert lease.remaining(0.1) == 400.0
+
+    def test_what_is_owed_to_the_bucket_closes_it_for_all(self):
+        lease = Slice(Limit(1000, Rate(100, 1.0)), 0.0)
+        lease.answered(lease.ask(0.0, 600, 1, 600), Grant(1, 0, -200.0, 8.0), 0.0)
+        assert lease.is_closed(0.1, 1)
+        assert lease.refusal(0.0, 1) == pytest.approx(2.01)
+        assert lease.remaining(0.1) == 0.0
+
+    def test_what_was_used_beyond_comes_out_of_the_hand_and_the_rest_is_owed(self):
+        lease = busy_slice()
+        lease.charge(0.0, 50)
+        assert (lease.tokens, lease.ask(0.0, 0, 1).back) == (0, -30)
+        assert lease.ask(0.1, 0, 1).back == 0
+
+    def test_what_is_owed_is_told_until_an_answer_comes(self):
+        lease = Slice(TEN, 0.0)
+        lease.charge(0.0, 5)
+        assert lease.ask(0.0, 1, 1).back == -5
+        lease.lost()
+        lease.put_back(0.0, 2)
+        again = lease.ask(1.0, 1, 1)
+        assert again.back == -3
+        lease.answered(again, Grant(2, 0, 0.0, 1.0), 1.0)
+        lease.lost()
+        assert lease.ask(2.0, 1, 1).back == 0
+
+    def test_is_owed_what_the_bucket_holds_at_most(self):
+        lease = Slice(TEN, 0.0)
+        lease.charge(0.0, 10**9)
+        assert lease.ask(0.0, 1, 1).back == -10
+
+    def test_what_is_set_aside_is_told_beside_what_the_store_may_think(self):
+        lease = Slice(TEN, 0.0)
+        lease.reserved = 6
+        first = lease.tell(0.0, 0, 1)
+        lease.lost()
+        lease.reserved = 4
+        second = lease.tell(0.1, 0, 1)
+        assert [(ask.reserved, ask.told, ask.spare) for ask in (first, second)] == [(6, 0, 0), (4, 6, 0)]
+        lease.answered(second, Grant(2, 0, 0.0, 1.0), 0.1)
+        assert lease.tell(0.2, 0, 1).told == 4
+        lease.reserved = 0
+        assert lease.is_reserved()
+        lease.answered(lease.tell(0.3, 0, 1), Grant(3, 0, 0.0, 1.0), 0.3)
+        assert not lease.is_reserved()
+
+
 class TestKnowing:
     def test_remaining_counts_the_slice_and_the_bucket(self):
         lease = busy_slice()
@@ -247,9 +308,11 @@ class Replicas(RuleBasedStateMachine):
     @initialize(
         limit=st.sampled_from([(4, 20.0), (8, 50.0), (20, 100.0), (40, 100.0), (100, 400.0), (2, 1.0)]),
         count=st.integers(1, 3),
+        each=st.sampled_from([1, 1, 2, 7]),
     )
-    def start(self, limit: tuple[int, float], count: int) -> None:
+    def start(self, limit: tuple[int, float], count: int, each: int) -> None:
         capacity, per_second = limit
+        self.each = each  # tokens that a request needs
         self.limit = Limit(capacity, Rate(per_second, 1.0))
         self.ledger = Ledger()
         self.replicas = [Replica(f"r{i}", self.limit) for i in range(count)]
@@ -266,9 +329,9 @@ class Replicas(RuleBasedStateMachine):
     def burst_comes(self, who: int, share: float) -> None:
         """Requests at one replica, as many as are this share of the bucket; what is spare is asked for afterwards."""
         replica = self._replica(who)
-        waiting = self._spend(replica, max(1, round(share * self.limit.capacity)))
+        waiting = self._spend(replica, max(1, round(share * self.limit.capacity / self.each)))
         if replica.ask is None:
-            self._send(replica, replica.slice.ask(self.now, waiting, len(self.replicas)))
+            self._send(replica, replica.slice.ask(self.now, waiting, len(self.replicas), self.each))
             self._store_answers(replica)
             self._answer_arrives(replica)
         if replica.ask is None:
@@ -286,7 +349,7 @@ class Replicas(RuleBasedStateMachine):
         replica = self._replica(who)
         if replica.ask is None:
             waiting = self._spend(replica, requests)
-            self._send(replica, replica.slice.ask(self.now, waiting, len(self.replicas)))
+            self._send(replica, replica.slice.ask(self.now, waiting, len(self.replicas), self.each))
 
     @rule(who=st.integers(0, 2))
     def store_answers(self, who: int) -> None:
@@ -345,11 +408,11 @@ class Replicas(RuleBasedStateMachine):
         return self.replicas[who % len(self.replicas)]
 
     def _spend(self, replica: Replica, requests: int) -> int:
-        """Admits what the slice allows; returns how many must wait."""
-        while requests and replica.slice.take(self.now):
-            self.admitted.append((self.now, 1))
+        """Admits what the slice allows; returns how many tokens those need who must wait."""
+        while requests and replica.slice.take(self.now, self.each):
+            self.admitted.append((self.now, self.each))
             requests -= 1
-        return requests
+        return requests * self.each
 
     def _send(self, replica: Replica, ask: Ask) -> None:
         self.numbers += 1
@@ -365,8 +428,9 @@ class Replicas(RuleBasedStateMachine):
         if replica.ask is None or replica.grant is None:
             return
         going = replica.slice.answered(replica.ask, replica.grant, self.now)
-        if min(left, going):
-            self._put_back(replica, min(left, going))
+        unused = min(left * self.each, going) if going % self.each == 0 else going % self.each
+        if unused:
+            self._put_back(replica, unused)
         replica.ask = replica.grant = None
 
     def _put_back(self, replica: Replica, tokens: int) -> None:
@@ -396,3 +460,134 @@ class Replicas(RuleBasedStateMachine):
 
 Replicas.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestReplicas = Replicas.TestCase
+
+
+class Reserving:
+    """A replica whose requests set tokens aside."""
+
+    def __init__(self, name: str, limit: Limit) -> None:
+        self.name = name
+        self.slice = Slice(limit, 0.0)
+        self.open: list[int] = []  # what each request under way has set aside
+
+
+class Reservations(RuleBasedStateMachine):
+    """Requests set aside what they may need and are settled with what they used; exchanges are lost, replicas die.
+
+    The bucket does not refill, so it holds the whole account: what it lacks is what was used and what is set aside.
+    """
+
+    CAPACITY = 1000
+
+    @initialize(count=st.integers(1, 3))
+    def start(self, count: int) -> None:
+        self.limit = Limit(self.CAPACITY, Rate(1, 1e12))
+        self.ledger = Ledger()
+        self.names = (f"r{number}" for number in itertools.count())
+        self.replicas = [Reserving(next(self.names), self.limit) for _ in range(count)]
+        self.now = 0.0
+        self.numbers = 0
+        self.used = 0
+        self.is_exact = True  # nothing was lost so far: what may be lost makes the bucket poorer
+
+    @rule(who=st.integers(0, 2), tokens=st.integers(1, 400))
+    def request_comes(self, who: int, tokens: int) -> None:
+        replica = self._replica(who)
+        if not replica.slice.take(self.now, tokens):
+            ask = replica.slice.ask(self.now, tokens, len(self.replicas), tokens)
+            going = self._exchange(replica, ask)
+            if going < tokens:
+                assert not going
+                return
+        replica.slice.reserved += tokens
+        replica.open.append(tokens)
+
+    @rule(who=st.integers(0, 2), share=st.sampled_from([0.0, 0.3, 1.0, 1.5]))
+    def request_ends(self, who: int, share: float) -> None:
+        replica = self._replica(who)
+        if replica.open:
+            self._settle(replica, share)
+
+    @rule(who=st.integers(0, 2), how=st.sampled_from(["arrives", "arrives", "is lost", "is not answered"]))
+    def news_is_told(self, who: int, how: str) -> None:
+        replica = self._replica(who)
+        ask = replica.slice.tell(self.now, 0, 1)
+        if how == "arrives":
+            self._exchange(replica, ask)
+            return
+        if how == "is not answered":
+            self._lease(replica, ask)
+        replica.slice.lost()
+        self.is_exact &= ask.back == 0
+
+    @rule(who=st.integers(0, 2))
+    def slice_goes_back(self, who: int) -> None:
+        replica = self._replica(who)
+        self._exchange(replica, replica.slice.give_back(self.now, 0))
+
+    @rule()
+    def time_passes(self) -> None:
+        """Who lives tells of itself three times in the life of a reservation."""
+        for _ in range(4):
+            for replica in self.replicas:
+                self._exchange(replica, replica.slice.give_back(self.now, 0))
+            self.now += RENEW_SECONDS
+
+    @rule(who=st.integers(0, 2))
+    def replica_dies(self, who: int) -> None:
+        """All it had set aside and told comes back in time, also what its requests had used."""
+        dead = self._replica(who)
+        self._exchange(dead, dead.slice.tell(self.now, 0, 1))
+        self.is_exact &= not dead.slice.has_news()
+        self.replicas[self.replicas.index(dead)] = Reserving(next(self.names), self.limit)
+
+    @invariant()
+    def no_token_is_there_twice(self) -> None:
+        bucket = self.ledger.buckets.get(KEY)
+        if bucket is None:
+            return
+        now = EPOCH + round(self.now * MICRO)
+        alive = {replica.name for replica in self.replicas}
+        dead = sum(each.reserved for name, each in bucket.leases.items() if name not in alive and each.expires > now)
+        in_hand = sum(each.slice.to_return() for each in self.replicas if self.now < each.slice._expires_at)
+        credit = sum(each.slice._credit for each in self.replicas if self.now >= each.slice._expires_at)
+        set_aside = sum(sum(replica.open) for replica in self.replicas)
+        assert bucket.level / MICRO + in_hand + credit + dead <= self.CAPACITY - self.used - set_aside
+
+    def teardown(self) -> None:
+        if not hasattr(self, "ledger"):
+            return
+        for replica in self.replicas:
+            while replica.open:
+                self._settle(replica, 0.3)
+        for _ in range(2):  # those of the dead come back meanwhile
+            self.time_passes()
+        bucket = self.ledger.buckets.get(KEY)
+        if bucket is not None:
+            left = self.CAPACITY - self.used
+            assert bucket.level == left * MICRO if self.is_exact else bucket.level <= left * MICRO
+
+    def _replica(self, who: int) -> Reserving:
+        return self.replicas[who % len(self.replicas)]
+
+    def _settle(self, replica: Reserving, share: float) -> None:
+        reserved = replica.open.pop()
+        used = int(share * reserved)
+        self.used += used
+        replica.slice.reserved -= reserved
+        if used > reserved:
+            replica.slice.charge(self.now, used - reserved)
+        elif used < reserved:
+            replica.slice.put_back(self.now, reserved - used)
+
+    def _exchange(self, replica: Reserving, ask: Ask) -> int:
+        return replica.slice.answered(ask, self._lease(replica, ask), self.now)
+
+    def _lease(self, replica: Reserving, ask: Ask) -> Grant:
+        self.numbers += 1
+        now = EPOCH + round(self.now * MICRO)
+        return self.ledger.lease(KEY, self.limit, replica.name, self.numbers, ask, now)
+
+
+Reservations.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestReservations = Reservations.TestCase
