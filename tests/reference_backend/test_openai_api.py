@@ -235,10 +235,11 @@ async def test_a_deadline_cuts_an_answer_that_has_begun():
     now = [0.0]
     async with running_api(clock=lambda: now[0]) as backend, aiohttp.ClientSession() as session:
         headers = {"x-weir-deadline-ms": "1000"}
-        async with session.post(f"{backend.url}/v1/chat/completions", json=ENDLESS, headers=headers) as response:
-            first = await response.content.readuntil(b"\n\n")
-            now[0] = 1.0
-            rest = events(first + await response.read())
+        with backend.slowly():
+            async with session.post(f"{backend.url}/v1/chat/completions", json=ENDLESS, headers=headers) as response:
+                first = await response.content.readuntil(b"\n\n")
+                now[0] = 1.0
+                rest = events(first + await response.read())
     assert rest[-1]["choices"][0]["finish_reason"] == "length"
     assert len(rest) < 400
 
@@ -289,8 +290,9 @@ async def test_load_is_pushed_while_it_changes():
                 return report
 
             idle = await wait_for(lambda report: True)
-            asking = asyncio.ensure_future(post(backend.url, QUESTION | {"ignore_eos": True, "max_tokens": 300}))
-            busy = await wait_for(lambda report: report["running"] and report["kv_used"])
+            with backend.slowly():
+                asking = asyncio.ensure_future(post(backend.url, QUESTION | {"ignore_eos": True, "max_tokens": 300}))
+                busy = await wait_for(lambda report: report["running"] and report["kv_used"])
             await asking
             after = await wait_for(lambda report: not report["running"])
     assert (idle["running"], idle["max_running"], idle["free_slots"], idle["draining"]) == (0, 4, 8, False)
@@ -386,14 +388,14 @@ async def test_a_client_that_leaves_frees_its_slot(stream):
     async with running_api(slots=1) as backend, aiohttp.ClientSession() as session:
         request = session.post(f"{backend.url}/v1/chat/completions", json=ENDLESS | {"stream": stream})
         leaving = asyncio.ensure_future(request)
-        async with asyncio.timeout(5):
-            while not backend.language.load().running:
-                await asyncio.sleep(0.002)
+        with backend.slowly():
+            await backend.wait_load(lambda load: load.running)
             if stream:
                 response = await leaving
                 await response.content.readuntil(b"\n\n")
                 response.close()
             leaving.cancel()
+            await asyncio.wait({leaving})
         await backend.wait_idle()
         await asyncio.wait_for(backend.api.in_flight.wait_idle(), 5)
         assert (await post(backend.url, QUESTION))[0] == 200
@@ -402,26 +404,25 @@ async def test_a_client_that_leaves_frees_its_slot(stream):
 async def test_a_client_that_leaves_while_it_waits_leaves_the_queue():
     async with running_api(slots=1) as backend, aiohttp.ClientSession() as session:
         url = f"{backend.url}/v1/chat/completions"
-        async with session.post(url, json=ENDLESS | {"max_tokens": 500}) as running:
-            waiting = asyncio.ensure_future(session.post(url, json=QUESTION))
-            async with asyncio.timeout(5):
-                while not backend.language.load().waiting:
-                    await asyncio.sleep(0.002)
+        with backend.slowly():
+            async with session.post(url, json=ENDLESS) as running:
+                waiting = asyncio.ensure_future(session.post(url, json=QUESTION))
+                await backend.wait_load(lambda load: load.waiting)
                 waiting.cancel()
-                while backend.language.load().waiting:
-                    await asyncio.sleep(0.002)
-            assert backend.language.load().running == 1
-            running.close()
+                await backend.wait_load(lambda load: not load.waiting)
+                assert backend.language.load().running == 1
+                running.close()
         await backend.wait_idle()
 
 
 async def test_a_worker_that_ends_in_a_stream_never_looks_complete(monkeypatch):
     async with running_api() as backend, aiohttp.ClientSession() as session:
-        async with session.post(f"{backend.url}/v1/chat/completions", json=ENDLESS) as response:
-            lines = [await response.content.readline()]
-            monkeypatch.setattr(backend.engine.runner, "model", None)
-            with pytest.raises(aiohttp.ClientPayloadError):
-                await collect(lines, response.content)
+        with backend.slowly():
+            async with session.post(f"{backend.url}/v1/chat/completions", json=ENDLESS) as response:
+                lines = [await response.content.readline()]
+                monkeypatch.setattr(backend.engine.runner, "model", None)
+                with pytest.raises(aiohttp.ClientPayloadError):
+                    await collect(lines, response.content)
         *_, last, blank = lines
         assert blank == b"\n"
         assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "engine_restarted"
@@ -434,12 +435,13 @@ async def test_a_worker_that_ends_in_a_stream_never_looks_complete(monkeypatch):
 
 async def test_scores_that_are_no_numbers_end_a_stream_and_not_the_backend(monkeypatch):
     async with running_api() as backend, aiohttp.ClientSession() as session:
-        async with session.post(f"{backend.url}/v1/chat/completions", json=ENDLESS) as response:
-            lines = [await response.content.readline()]
-            embedding = backend.engine.runner.model._embedding
-            monkeypatch.setattr(backend.engine.runner.model, "_embedding", torch.full_like(embedding, torch.nan))
-            with pytest.raises(aiohttp.ClientPayloadError):
-                await collect(lines, response.content)
+        with backend.slowly():
+            async with session.post(f"{backend.url}/v1/chat/completions", json=ENDLESS) as response:
+                lines = [await response.content.readline()]
+                embedding = backend.engine.runner.model._embedding
+                monkeypatch.setattr(backend.engine.runner.model, "_embedding", torch.full_like(embedding, torch.nan))
+                with pytest.raises(aiohttp.ClientPayloadError):
+                    await collect(lines, response.content)
         assert json.loads(lines[-2].removeprefix(b"data: "))["error"]["code"] == "engine_failed"
         assert await error_of(backend.url, QUESTION) == (500, "engine_failed")
         monkeypatch.undo()
@@ -449,11 +451,12 @@ async def test_scores_that_are_no_numbers_end_a_stream_and_not_the_backend(monke
 
 async def test_a_bug_of_ours_in_a_stream_cuts_it(monkeypatch):
     async with running_api() as backend, aiohttp.ClientSession() as session:
-        async with session.post(f"{backend.url}/v1/chat/completions", json=ENDLESS) as response:
-            lines = [await response.content.readline()]
-            monkeypatch.setattr(backend.language.tokenizer, "decode", None)
-            with pytest.raises(aiohttp.ClientPayloadError):
-                await collect(lines, response.content)
+        with backend.slowly():
+            async with session.post(f"{backend.url}/v1/chat/completions", json=ENDLESS) as response:
+                lines = [await response.content.readline()]
+                monkeypatch.setattr(backend.language.tokenizer, "decode", None)
+                with pytest.raises(aiohttp.ClientPayloadError):
+                    await collect(lines, response.content)
         monkeypatch.undo()
         assert b"internal error" not in b"".join(lines)
         assert (await post(backend.url, QUESTION))[0] == 200

@@ -87,10 +87,10 @@ async def test_a_client_that_leaves_has_a_span_too():
     async with running_api(trace) as backend, aiohttp.ClientSession() as session:
         body = QUESTION | {"max_tokens": 400}
         leaving = asyncio.ensure_future(session.post(f"{backend.url}/v1/chat/completions", json=body))
-        async with asyncio.timeout(5):
-            while not backend.engine.load().running:
-                await asyncio.sleep(0.002)
+        with backend.slowly():
+            await backend.wait_load(lambda load: load.running)
             leaving.cancel()
-            while not spans.found:
-                await asyncio.sleep(0.002)
+            async with asyncio.timeout(10):
+                while not spans.found:
+                    await asyncio.sleep(0.002)
     assert spans.found[0][1]["attributes"]["http.response.status_code"] == 499

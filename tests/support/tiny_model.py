@@ -63,18 +63,33 @@ class Running:
     engine: Engine
 
     async def wait_load(self, condition) -> None:
-        """Until the condition holds for the load; fails after 10 s."""
-        async with asyncio.timeout(10):
+        """Until the condition holds for the load; fails after 60 s."""
+        async with asyncio.timeout(60):
             while not condition(self.language.load()):
                 await asyncio.sleep(0.002)
 
     async def wait_idle(self) -> None:
-        """Until no sequence runs or waits, here and in the engine; fails after 10 s."""
+        """Until no sequence runs or waits, here and in the engine; fails after 60 s."""
         await self.wait_load(lambda load: not load.running and not load.waiting)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while self.engine.is_busy:
                 await asyncio.sleep(0.002)
         assert faults(self.engine.scheduler) == []
+
+    @contextlib.contextmanager
+    def slowly(self):
+        """Meanwhile each turn takes 10 ms: what runs is still under way when the test has done what it does to it."""
+        turn = self.engine.turn
+
+        def slow(now):
+            time.sleep(0.01)
+            return turn(now)
+
+        self.engine.turn = slow
+        try:
+            yield
+        finally:
+            del self.engine.turn
 
 
 @contextlib.asynccontextmanager
