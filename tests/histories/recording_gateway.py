@@ -4,8 +4,9 @@
 
 Each line of RECORD is a JSON document with `kind`: ready, view, pulse, breaker, ended. Times are those of
 `time.perf_counter`. Delays of discovery are shortened (`GRACE_SECONDS` and so on below), so that a history of seconds
-holds what would take minutes. The last argument is how many seconds a request waits for Redis (for 0.025), and leases of
-tokens are longer, so that a busy machine is no outage: what is then admitted alone would blur what is counted.
+holds what would take minutes. The last argument is how many seconds a request waits for Redis (for 0.025), and a
+connection to it (for 0.1), and leases of tokens are longer, so that a busy machine is no outage: what is then admitted
+alone would blur what is counted.
 """
 
 from __future__ import annotations
@@ -145,6 +146,7 @@ async def run(file: Path, record: Path, name: str) -> None:
 def main() -> None:
     file, record, name, store_seconds = sys.argv[1:]
     gateway.store.STORE_SECONDS = gateway.meter.STORE_SECONDS = float(store_seconds)
+    gateway.store.CONNECT_SECONDS = float(store_seconds)
     gateway.store.LEASE_SECONDS, policies.lease.SPENDABLE_SECONDS = LEASE_SECONDS, 0.98 * LEASE_SECONDS
     gateway.drain.ACCEPT_SECONDS = 0.0
     discovery.store.GRACE_SECONDS = GRACE_SECONDS

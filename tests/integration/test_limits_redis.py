@@ -257,6 +257,7 @@ class TestForgetting:
 
 
 class TestAway:
+    @pytest.mark.usefixtures("patient")
     async def test_never_there(self, tmp_path):
         async with running(f"redis://:secret@127.0.0.1:{free_port()}") as (store, events):
             assert events == [StoreChanged(up=False, reason="no connection")]
@@ -274,6 +275,7 @@ class TestAway:
             await until(lambda: store.up)
         assert [event.up for event in events] == [True, False, True]
 
+    @pytest.mark.usefixtures("patient")
     async def test_killed_and_started_again(self, fragile):
         async with running(fragile.url) as (store, events):
             meter = leased(store, gateways=2)
@@ -289,6 +291,7 @@ class TestAway:
             assert await take_many(meter, 20) == 7  # empty after the restart, less the three
         assert [event.up for event in events] == [True, False, True]
 
+    @pytest.mark.usefixtures("patient")
     async def test_reset_while_nobody_asks(self, fragile):
         """uvloop then says RuntimeError to whoever writes."""
         async with FaultProxy(fragile.port) as line, running(f"redis://127.0.0.1:{line.port}/0") as (store, events):
@@ -304,11 +307,14 @@ class TestAway:
             (True, "answered"), (False, "no connection"), (True, "answered")
         ]  # fmt: skip
 
-    async def test_frozen(self, fragile):
+    @pytest.mark.usefixtures("patient")
+    async def test_frozen(self, fragile, monkeypatch):
         async with running(fragile.url) as (store, events):
             meter = leased(store)
             assert await take_many(meter, 4) == 4
             fragile.pause()
+            for name in ("store.STORE_SECONDS", "meter.STORE_SECONDS", "store.CONNECT_SECONDS"):
+                monkeypatch.setattr(f"gateway.{name}", 0.025)
             admitted, longest = await take_in_turn(meter, 20)
             assert admitted == 6
             assert longest < PATIENCE
@@ -332,6 +338,7 @@ class TestAway:
             assert [event.up for event in events] == [True]
             assert await take_many(meter, 20) <= 9
 
+    @pytest.mark.usefixtures("patient")
     async def test_closed_plans_are_refused(self, fragile):
         async with running(fragile.url) as (store, _):
             meter = leased(store, CLOSED)
@@ -340,6 +347,7 @@ class TestAway:
                 with pytest.raises(errors.StoreUnavailable):
                     await take(meter)
 
+    @pytest.mark.usefixtures("patient")
     async def test_read_only_after_a_failover(self, fragile):
         async with running(fragile.url) as (store, events):
             meter = leased(store, CLOSED)
@@ -352,6 +360,7 @@ class TestAway:
             await until(lambda: store.up)
             assert await take_many(meter, 20) == 10
 
+    @pytest.mark.usefixtures("patient")
     async def test_out_of_memory(self, fragile):
         async with running(fragile.url) as (store, events):
             meter = leased(store, CLOSED)
