@@ -54,6 +54,7 @@ async def test_a_policy_in_etcd(tmp_path):
             await until(lambda: "no such key" in policy.last_error.errors[0])
             assert name() == "flip-19"
             await asyncio.to_thread(etcd.restart)
+            await writer.close()  # its old connection is dead
             await writer.put(PREFIX + "default", text("after"))
             await until(lambda: name() == "after")
             running.cancel()
