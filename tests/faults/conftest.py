@@ -60,7 +60,7 @@ BYSTANDER = "bystander"
 CALM = {"model": "calm", "messages": [{"role": "user", "content": "good day"}]}
 PLAN = {"requests": "1/month", "burst": 100_000}
 MOST_GROWTH = 64 * 2**20
-PATIENCE_SECONDS = 10.0  # for what has to come back
+PATIENCE_SECONDS = 30.0  # for what has to come back
 NOT_CHARGED = {  # a request that ended so, without work for a backend, did not cost its caller anything
     "rate_limited", "concurrency", "client_timeout", "no_backend", "circuit_open", "queue_full", "overloaded",
 }  # fmt: skip
@@ -294,7 +294,7 @@ class _Bystander:
             is_last = False
             while not is_last:
                 is_last = self._ending.is_set()  # so the last one is sent after the fault
-                answer = await asyncio.wait_for(client.ask(CALM, self._line), 10)
+                answer = await asyncio.wait_for(client.ask(CALM, self._line), 60)
                 self._statuses[f"{answer.status}" if answer.whole else "cut"] += 1
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(0.05):

@@ -373,8 +373,11 @@ async def test_B12_a_body_without_an_end(row, how, monkeypatch):
                     sent += len(piece)
                     try:
                         await asyncio.wait_for(client.writer.drain(), 0.25)
-                    except (TimeoutError, ConnectionError):
-                        break  # nobody reads it any more
+                    except ConnectionError:
+                        break
+                    except TimeoutError:
+                        if sent > 2 << 20:  # else it is a machine that was elsewhere
+                            break  # nobody reads it any more
                 answer = await answer
                 assert (answer.status, code(answer), answer.headers["connection"]) == (413, "too_large", "close")
                 assert await is_closed(client)

@@ -33,7 +33,7 @@ import pytest
 
 from tests.support.ports import free_ports
 
-READY_WITHIN = 20.0
+READY_WITHIN = 60.0
 
 
 def etcd_binary() -> str | None:

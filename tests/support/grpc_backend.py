@@ -163,7 +163,7 @@ async def grpc_gateway(home, *backends: GrpcBackend, config: str = "", grpc_port
         grpc_ports=[backend.port for backend in backends] if grpc_ports is None else grpc_ports,
         **options,
     ) as gateway:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while grpc_ports is None and any(each.grpc_healthy is None for each in gateway.fleet.backends.values()):
                 await asyncio.sleep(0.01)
         async with Caller(gateway.grpc_address, credentials) as caller:

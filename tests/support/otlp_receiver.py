@@ -56,7 +56,7 @@ class OtlpReceiver:
     async def __aexit__(self, *_error: object) -> None:
         await self._runner.cleanup()
 
-    async def wait_spans(self, count: int, timeout: float = 10.0) -> list[ReceivedSpan]:
+    async def wait_spans(self, count: int, timeout: float = 60.0) -> list[ReceivedSpan]:
         """Wait until `count` spans are here; raises TimeoutError."""
         async with asyncio.timeout(timeout):
             while len(self.spans) < count:

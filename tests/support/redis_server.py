@@ -1,7 +1,7 @@
 """A real Redis as a child process that a test may stop, kill, freeze, restart, flush and talk to.
 
 It listens on a free loopback port and keeps it, so that clients can come back to it after a restart. Nothing is written
-to disk: a restart is a restart with lost writes. Every method blocks until its effect is seen (at most 10 s): inside a
+to disk: a restart is a restart with lost writes. Every method blocks until its effect is seen (at most 60 s): inside a
 running event loop the longer ones (start, stop, restart) are called through `asyncio.to_thread`.
 
     with RedisServer(tmp_path) as redis:
@@ -33,7 +33,7 @@ import pytest
 
 from tests.support.ports import free_port
 
-READY_WITHIN = 10.0
+READY_WITHIN = 60.0
 
 Reply = bytes | int | list["Reply"] | None
 

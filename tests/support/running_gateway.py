@@ -57,7 +57,7 @@ async def running_gateway(
     backends = backends or "    []\n"
     (home / "policy.yaml").write_text(policy)
     async with _gateway(home, f"discovery:\n  static:\n{backends}{config}").running() as gateway:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while len(gateway.fleet.backends) < len(urls) + len(others) or (
                 healthy and any(backend.healthy is None for backend in gateway.fleet.backends.values())
             ):
@@ -109,12 +109,12 @@ async def announced(
     client = EtcdClient(EtcdSettings((etcd,)))
     announcement = backend_announcement(client, key, registration, rng=Random(0), prefix=prefix)
     async with client, announcement:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await announcement.wait_held()
         yield announcement
 
 
-async def until(condition, seconds: float = 10.0) -> None:
+async def until(condition, seconds: float = 30.0) -> None:
     """Wait for a condition that something else brings about."""
     async with asyncio.timeout(seconds):
         while not condition():
