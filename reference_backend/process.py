@@ -17,7 +17,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, get_args, get_type_hints
+from typing import Annotated, NoReturn, get_args, get_type_hints
 from urllib.parse import urlsplit
 
 import uvloop
@@ -145,9 +145,16 @@ class Options:
         return Sizes(**{each.name: getattr(self, each.name) for each in fields(Sizes)})
 
 
+class _Parser(argparse.ArgumentParser):
+    """Wrong use is told in one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"reference_backend: {message}; see `{self.prog} --help`\n")
+
+
 def parse(arguments: Sequence[str]) -> Options:
     """Read the command line. Exits with 2 and a line that says why when it is wrong."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m reference_backend",
         description="Serve models over the OpenAI API and the Open Inference Protocol.",
         epilog=EPILOG,

@@ -46,6 +46,7 @@ DOORS = {
     "prometheus_client": ("observability/metrics.py",),
     "opentelemetry": ("observability/tracing.py",),
     "torch": ("reference_backend/",),
+    "triton": ("reference_backend/engine/",),
     "llguidance": ("reference_backend/engine/grammar.py",),
     "torchao": ("reference_backend/executors/quantize.py",),
     "onnxruntime": ("reference_backend/executors/onnx.py",),

@@ -70,7 +70,9 @@ def test_wrong_use_is_exit_code_2(arguments, message, capsys):
     with pytest.raises(SystemExit) as end:
         command.parse(arguments)
     assert end.value.code == 2
-    assert message in capsys.readouterr().err
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("reference_backend: ")
+    assert message in line
 
 
 def test_help_has_an_example(capsys):
