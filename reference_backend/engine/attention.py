@@ -16,9 +16,11 @@ of its own blocks, and nothing else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from mmap import MAP_PRIVATE, mmap
 from typing import NamedTuple
 
 import torch
@@ -72,9 +74,8 @@ class PagedCache:
 
     def take(self) -> None:
         """Take the memory that it needs."""
-        # Zeroed rather than empty: masked garbage could be NaN, and zero times NaN is NaN. Pages are only
-        # committed by the system once they are written.
-        self._pages = self._pages.new_zeros(self._shape)
+        # Zeroed rather than empty: masked garbage could be NaN, and zero times NaN is NaN.
+        self._pages = _zeros(self._shape, self._pages)
         self._layers = [layer.flatten(1, 2) for layer in self._pages]
 
     def free(self) -> None:
@@ -88,7 +89,7 @@ class PagedCache:
 
     @property
     def bytes(self) -> int:
-        """What it takes now."""
+        """What it takes now, once all of it has been used."""
         return self._pages.untyped_storage().nbytes()
 
     def layer(self, layer: int) -> Tensor:
@@ -118,6 +119,17 @@ class PagedCache:
     def clear(self, blocks: list[int]) -> None:
         """Make zero again what must not be met by whoever gets these blocks next."""
         self._pages[:, :, blocks] = 0
+
+
+def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """On a CPU each page takes memory when it is first written: torch would write them all. Raises MemoryError."""
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    try:
+        memory = mmap(-1, math.prod(shape) * like.itemsize, flags=MAP_PRIVATE)
+    except (OSError, OverflowError) as error:
+        raise MemoryError(f"no {math.prod(shape) * like.itemsize:,} bytes for keys and values: {error}") from error
+    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 
 @dataclass(frozen=True, slots=True)

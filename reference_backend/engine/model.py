@@ -10,6 +10,8 @@ arithmetic; so what can be done to the weights once is not done to each token:
   one complex multiplication, done in place; scores do not change, as both sides are paired alike;
 - the residual is added by the matrix product itself.
 
+Nor is anything kept twice: a tied head is the embedding, whose rows are picked out of what its product wants.
+
 Sources: Llama 2 (arXiv 2307.09288) for the block, RoFormer (2104.09864) for rotary positions, GQA (2305.13245),
 and the `llama3` frequency scaling as published with Llama 3.1.
 """
@@ -84,12 +86,8 @@ class Llama:
         # A norm's root of the sum of squares needs no mean: the root of the size is in the weights.
         self._head_epsilon = config.norm_eps * config.head_dim
         self._head_root = torch.tensor(math.sqrt(self._head_epsilon), device=device)
-        self._embedding = weights["model.embed_tokens.weight"].to(device, dtype)
-        head = self._embedding if config.tied else weights["lm_head.weight"].to(device, dtype)
-        mine = head[ranks.share(config.vocab_size)]
-        missing = -(-config.vocab_size // ranks.size) - mine.shape[0]
-        mine = functional.pad(mine, (0, 0, 0, missing)) if missing else mine
-        self._head = Linear(self.operations.kept(mine), None)
+        self._embedding, head = self._ends(weights)
+        self._head = Linear(head, None)
         self._final_norm = self._scale(weights["model.norm.weight"]).to(device, dtype)
         self._layers = [self._layer(weights, f"model.layers.{index}.") for index in range(config.layers)]
         positions = torch.arange(config.context, dtype=torch.float32)
@@ -115,7 +113,7 @@ class Llama:
         do, heads = self.operations, self.heads + 2 * self.kv_heads
         turns = self._turns.index_select(0, positions)[:, None]
         rotary = Rotary(self._turns, turns, positions, self.heads, self.kv_heads, self._head_epsilon, self._head_root)
-        x = self._embedding.index_select(0, tokens)
+        x = do.rows(self._embedding, tokens)
         if seen is not None:
             x.index_copy_(0, *seen)
         normed = do.norm(x)
@@ -128,6 +126,18 @@ class Llama:
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores in float32, whatever the weights are kept in."""
         return self._ranks.side_by_side(self.operations.linear(hidden, self._head).float())[:, : self.config.vocab_size]
+
+    def _ends(self, weights: Weights) -> tuple[Tensor, Tensor]:
+        """The embedding and this rank's part of the head, as they are kept: the same, where they can be."""
+        config, ranks = self.config, self._ranks
+        rows = weights["model.embed_tokens.weight"].to(self.device, self.dtype)
+        embedding = self.operations.kept(rows)
+        if config.tied and ranks.size == 1:
+            return embedding, embedding
+        head = rows if config.tied else weights["lm_head.weight"].to(self.device, self.dtype)
+        mine = head[ranks.share(config.vocab_size)]
+        missing = -(-config.vocab_size // ranks.size) - mine.shape[0]
+        return embedding, self.operations.kept(functional.pad(mine, (0, 0, 0, missing)) if missing else mine)
 
     def _layer(self, weights: Weights, prefix: str) -> Layer:
         config, ranks = self.config, self._ranks

@@ -66,6 +66,13 @@ void product(const float *x, const float *panels, const float *start, Int step, 
     }
 }
 
+// Rows of a matrix that is kept in panels.
+void rows(const float *restrict panels, const Int *restrict ids, float *restrict y, Int count, Int in)
+{
+    for (; count--; ids++)
+        for (Int i = 0; i < in; i++) *y++ = panels[(*ids / PANEL * in + i) * PANEL + *ids % PANEL];
+}
+
 // y = x over the root of its sum of squares plus epsilon; rows of x [rows, width].
 void norm(const float *restrict x, float *restrict y, Int rows, Int width, float epsilon)
 {

@@ -43,14 +43,15 @@ class Native:
 
     def __init__(self, library: Path) -> None:
         found = ctypes.PyDLL(str(library))  # calls take microseconds: to let go of the interpreter would cost more
-        self._norm, self._silu_times, self._product, self._attend = (
-            found.norm, found.silu_times, found.product, found.attend,
+        self._norm, self._silu_times, self._product, self._attend, self._rows = (
+            found.norm, found.silu_times, found.product, found.attend, found.rows,
         )  # fmt: skip
         self._product.argtypes = (Pointer, Pointer, Pointer, Int, Pointer, Int, Int, Int)
         self._norm.argtypes = (Pointer, Pointer, Int, Int, Float)
         self._silu_times.argtypes = (Pointer, Pointer, Int, Int)
         self._attend.argtypes = (*[Int] * 8, Float, *[Pointer] * 8)
-        for each in (self._norm, self._silu_times, self._product, self._attend):
+        self._rows.argtypes = (Pointer, Pointer, Pointer, Int, Int)
+        for each in (self._norm, self._silu_times, self._product, self._attend, self._rows):
             each.restype = None
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -81,6 +82,12 @@ class Native:
             x.data_ptr(), panels.data_ptr(), None if start is None else start.data_ptr(), step, found.data_ptr(),
             rows, panels.shape[1], width,
         )  # fmt: skip
+        return found
+
+    def rows(self, panels: Tensor, ids: Tensor) -> Tensor:
+        """Rows of a matrix in panels [out / 32, in, 32]: [ids, in]. Whoever calls knows that they are there."""
+        found = panels.new_empty(len(ids), panels.shape[1])
+        self._rows(panels.data_ptr(), ids.data_ptr(), found.data_ptr(), *found.shape)
         return found
 
     def attend(

@@ -76,6 +76,9 @@ class Operations(Protocol):
     def kept(self, matrix: Tensor) -> Tensor:
         """A matrix [out, in] as its products want it: [in, out], or in panels."""
 
+    def rows(self, matrix: Tensor, ids: Tensor) -> Tensor:
+        """Rows [ids, in] of a matrix that is kept so."""
+
     def norm(self, x: Tensor) -> Tensor:
         """X over its length; the root of the width is in the weights behind."""
 
@@ -96,6 +99,9 @@ class Plain:
 
     def kept(self, matrix: Tensor) -> Tensor:
         return matrix.t().contiguous()  # torch is faster so with few rows
+
+    def rows(self, matrix: Tensor, ids: Tensor) -> Tensor:
+        return matrix.index_select(1, ids).t().contiguous()
 
     def norm(self, x: Tensor) -> Tensor:
         return _over_norm(x, self._root)
@@ -146,6 +152,9 @@ class OnCpu(Plain):
             return super().kept(matrix)
         return matrix.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
 
+    def rows(self, matrix: Tensor, ids: Tensor) -> Tensor:
+        return super().rows(matrix, ids) if matrix.dim() == 2 else self.native.rows(matrix, ids)
+
     def linear(self, x: Tensor, linear: Linear) -> Tensor:
         if linear.matrix.dim() == 2:
             return super().linear(x, linear)
@@ -178,6 +187,9 @@ class Fused:
 
     def kept(self, matrix: Tensor) -> Tensor:
         return matrix.contiguous().t()
+
+    def rows(self, matrix: Tensor, ids: Tensor) -> Tensor:
+        return matrix.t().index_select(0, ids)
 
     def norm(self, x: Tensor) -> Tensor:
         return self._kernels.norm(x, self._epsilon)

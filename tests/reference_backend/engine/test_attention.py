@@ -1,8 +1,10 @@
 """Paged attention against dense attention, for drawn shapes; and that nothing but one's own past is seen."""
 
+import mmap
 import os
 import shutil
 from functools import partial
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -106,6 +108,19 @@ def test_what_others_left_behind_is_not_seen():
     step = Step(torch.tensor([0]), start, [2], [])
     found = gathered(cache, torch.tensor([[3, 2]]), step, 2)(0, qkv.clone(), None, unturned(2, 1, 4, start))
     torch.testing.assert_close(found, qkv[:, 3:].expand(1, 2, 4).flatten(1))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="/proc tells what memory is taken")
+def test_memory_is_taken_when_it_is_written():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    before = resident()
+    cache = cache_of(8, 128, blocks=4096, block_size=16, layers=2)
+    assert cache.bytes == 1 << 30
+    cache.clear([1, 2, 3])
+    assert resident() - before < cache.bytes / 4
+    assert not cache.layer(1)[:, 4000:].any()
 
 
 def test_layers_are_apart_and_blocks_can_be_cleared():

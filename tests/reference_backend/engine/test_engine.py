@@ -484,8 +484,9 @@ def test_scores_that_are_no_numbers_end_one_sequence_and_leave_nothing_behind(en
     expected = [greedy_reference(MODEL, prompt, 30) for prompt in prompts]
     bad = min(set(range(64)).difference(*prompts, *expected))
     broken = load_model(GOLDEN / "llama", torch.device("cpu"))
-    broken._embedding[bad] = torch.nan
-    broken._head = MODEL._head
+    embedding = broken.operations.rows(broken._embedding, torch.arange(64))
+    embedding[bad] = torch.nan
+    broken._embedding = broken.operations.kept(embedding)
     subject = engine(model=broken, slots=2, cache_tokens=64)
     fine, *later = [sequence(prompt, max_tokens=30) for prompt in prompts]
     poisoned, again = (sequence([5, 9, 2, bad, bad, 1, 1, 1, 1]) for _ in range(2))

@@ -42,6 +42,14 @@ def test_half_precision_stays_near(name):
     assert (expected.argmax(-1) == found.argmax(-1)).float().mean() > 0.8
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tied_head_is_kept_once(dtype):
+    model = load_model(GOLDEN / "llama", CPU, dtype)
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in model.weights}
+    turns = 8 * model.config.context * model.config.head_dim // 2
+    assert sum(storages.values()) <= parameters(model.config) * dtype.itemsize + turns
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
 def test_a_checkpoint_has_the_weights_that_are_asked_for(name):
     files = [path for path in (GOLDEN / name).glob("*.safetensors") if path.name != "golden.safetensors"]

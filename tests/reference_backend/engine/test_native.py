@@ -28,6 +28,13 @@ def test_norm(rows, width):
     torch.testing.assert_close(native().norm(x, 0.3), x / (x.square().sum(-1, keepdim=True) + 0.3).sqrt(), **CLOSE)
 
 
+@pytest.mark.parametrize("ids", [[], [0], [63, 7, 32, 7]])
+def test_rows(ids):
+    matrix, ids = drawn(1, 64, 5), torch.tensor(ids, dtype=torch.int64)
+    panels = matrix.unflatten(0, (-1, 32)).transpose(1, 2).contiguous()
+    torch.testing.assert_close(native().rows(panels, ids), matrix[ids], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(("rows", "width"), [(0, 8), (1, 3), (3, 1100)])
 def test_silu_times(rows, width):
     gate, up = 30 * drawn(1, rows, width), drawn(2, rows, width)

@@ -126,6 +126,8 @@ def test_products_on_a_cpu_are_what_the_matrix_means(make, rows, out, kind, has_
     total, normed = subject.onto(residual, x, linear)
     torch.testing.assert_close(total, residual + expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(normed, subject.norm(total))
+    some = torch.tensor([out - 1, 3])
+    torch.testing.assert_close(subject.rows(linear.matrix, some), matrix[some], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
