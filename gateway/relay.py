@@ -43,7 +43,7 @@ _KEEP_ALIVE = b": still working\n\n"
 
 
 class Ending(NamedTuple):
-    """How an answer ended. `reason` is one of observability.events.END_REASONS.
+    """How an answer ended. `reason` is one of those in docs/reference.md, Metrics.
 
     What follows `failure` is filled in where there is one.
     """

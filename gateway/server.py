@@ -35,6 +35,7 @@ WRITE_HIGH_BYTES: Final = 64 * 1024
 WRITE_LOW_BYTES: Final = 16 * 1024
 HELD_BYTES: Final = 64 * 1024  # of a body that nobody has asked for yet
 MOST_LINES: Final = 100  # of a head
+PAUSE_AHEAD: Final = 8  # requests that wait before reading pauses
 MOST_AHEAD: Final = 128  # requests sent before the first is answered; those beyond are not served
 KNOWN_BYTES: Final = 4 * 1024  # of a request that is known again
 UNREAD_SECONDS: Final = 30.0  # how long a client may leave what it was sent unread
@@ -498,7 +499,7 @@ class ClientConnection(Client):
     def _wake_for_call(self) -> None:
         if self._head_timer is not None:
             self._stop_head_timer()
-        if len(self._ahead) > 8:
+        if len(self._ahead) > PAUSE_AHEAD:
             self._pause_reading()
         if self._arrival is not None:
             self._arrival.set()

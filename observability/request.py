@@ -38,7 +38,7 @@ class RequestEnded:
     plan: str
     policy: str  # version
     status: int  # what the client was sent; 499 when it left before any status went out
-    end_reason: str  # see END_REASONS
+    end_reason: str  # one of those in docs/reference.md, Metrics
     code: str  # refusal code, "" when forwarded
     rule: str
     stream: bool

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway import cli
+from gateway import cli, pipeline, relay
 from policies import errors
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +36,15 @@ def test_the_metrics_named_are_those_exposed():
     sources = (ROOT / "observability/metrics.py", ROOT / "gateway/gauges.py", ROOT / "gateway/app.py")
     exposed = set(re.findall(r'"((?:weir|gen_ai)_\w+)"', "".join(path.read_text() for path in sources)))
     assert named == exposed
+
+
+def test_every_way_in_which_a_request_ends_is_named():
+    """All those that the code gives, and no other."""
+    sources = "".join(path.read_text() for path in (ROOT / "gateway").rglob("*.py"))
+    given = {*pipeline._END_REASONS.values(), *pipeline._END_REASONS_BY_CODE.values(), *relay.FAILURE_REASONS.values()}
+    given |= set(re.findall(r'(?:\bend_reason = |Ending\(|_give_up\(|_break\()"(\w+)"', sources))
+    named = section("Metrics").split("`reason` is how the request ended")[1].split("\n\n")[0]
+    assert set(re.findall(r"`([a-z_]+)`", named)) - {"end_reason"} == given | {"policy", "parse_error"}
 
 
 def test_every_test_that_security_md_names_is_there():

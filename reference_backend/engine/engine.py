@@ -25,7 +25,7 @@ from reference_backend.engine.request import Delta, Load, Logprobs, Published, S
 from reference_backend.engine.runner import Launched, Runner
 from reference_backend.engine.scheduler import Scheduler, Work
 
-SEEDS = 1 << 62
+SEEDS = 1 << 62  # for a request without a `seed`, one below this is drawn
 STEP_SECONDS = 0.1  # of a step that reads prompts beside those who generate
 AGE_SECONDS = 10.0  # a request that waits rises by a class each time
 log = logging.getLogger(__name__)

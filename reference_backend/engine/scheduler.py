@@ -49,7 +49,7 @@ class Work(NamedTuple):
 
 @dataclass(slots=True)
 class _Room:
-    """What a step has room for yet: so many tokens, and another prompt as long as less than `enough` is read."""
+    """What a step has room for yet: `tokens` in all; prompts are begun until `enough` more tokens of them are read."""
 
     tokens: int
     enough: int
