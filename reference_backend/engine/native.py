@@ -21,6 +21,7 @@ import tempfile
 from hashlib import blake2b
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -43,9 +44,10 @@ class Native:
 
     def __init__(self, library: Path) -> None:
         found = ctypes.PyDLL(str(library))  # calls take microseconds: to let go of the interpreter would cost more
-        self._norm, self._silu_times, self._product, self._attend, self._rows = (
-            found.norm, found.silu_times, found.product, found.attend, found.rows,
+        self._norm, self._silu_times, self._attend, self._rows = (
+            found.norm, found.silu_times, found.attend, found.rows,
         )  # fmt: skip
+        self._product = ctypes.CDLL(str(library)).product  # but this takes seconds, of a long batch and a large matrix
         self._product.argtypes = (Pointer, Pointer, Pointer, Int, Pointer, Int, Int, Int)
         self._norm.argtypes = (Pointer, Pointer, Int, Int, Float)
         self._silu_times.argtypes = (Pointer, Pointer, Int, Int)
@@ -107,6 +109,13 @@ class Native:
             pages.data_ptr(), qkv.data_ptr(), None if gains is None else gains.data_ptr(), seen.data_ptr(),
         )  # fmt: skip
         return seen
+
+
+def in_panels(matrix: Tensor) -> Tensor | None:
+    """A copy of a matrix [out, in] as `Native.product` takes it, or None where it takes none."""
+    if matrix.dtype != torch.float32 or matrix.shape[0] % PANEL:
+        return None
+    return matrix.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
 
 
 @functools.cache

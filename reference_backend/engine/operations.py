@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from reference_backend.engine.config import ModelConfig
-from reference_backend.engine.native import PANEL, Native, NativeError, native
+from reference_backend.engine.native import Native, NativeError, in_panels, native
 from reference_backend.engine.quant import narrow_product
 from reference_backend.engine.ranks import Ranks
 
@@ -148,9 +148,8 @@ class OnCpu(Plain):
         self._epsilon = config.norm_eps * config.hidden_size
 
     def kept(self, matrix: Tensor) -> Tensor:
-        if matrix.dtype != torch.float32 or matrix.shape[0] % PANEL:
-            return super().kept(matrix)
-        return matrix.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
+        panels = in_panels(matrix)
+        return super().kept(matrix) if panels is None else panels
 
     def rows(self, matrix: Tensor, ids: Tensor) -> Tensor:
         return super().rows(matrix, ids) if matrix.dim() == 2 else self.native.rows(matrix, ids)

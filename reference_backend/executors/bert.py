@@ -10,6 +10,7 @@ one as sentence-transformers/all-MiniLM-L6-v2 wants them (Sentence-BERT, arXiv 1
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from reference_backend.engine.config import ModelError, read_json
+from reference_backend.engine.native import Native, NativeError, in_panels, native
 
-FEW_ROWS = 128
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,32 +42,16 @@ class BertConfig:
             raise ValueError("num_attention_heads must divide hidden_size")
 
 
-class Shared(nn.Linear):
-    """A linear layer that several threads share also where there are few rows, which MKL does not see to by itself.
-
-    The columns are then several products, two for each thread: the least time of 16 to 128 rows on two cores (AVX2).
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        threads = torch.get_num_threads()
-        parts = 2 * threads
-        if threads == 1 or len(x) > FEW_ROWS or self.out_features % parts:
-            return super().forward(x)
-        weights = self.weight.view(parts, -1, self.in_features).transpose(1, 2)
-        products = torch.baddbmm(self.bias.view(parts, 1, -1), x.expand(parts, *x.shape), weights)
-        return products.transpose(0, 1).flatten(1)
-
-
 class Layer(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         size = config.hidden_size
         self.head_size = size // config.num_attention_heads
-        self.qkv = Shared(size, 3 * size)
-        self.out = Shared(size, size)
+        self.qkv = nn.Linear(size, 3 * size)
+        self.out = nn.Linear(size, size)
         self.attention_norm = nn.LayerNorm(size, config.layer_norm_eps)
-        self.up = Shared(size, config.intermediate_size)
-        self.down = Shared(config.intermediate_size, size)
+        self.up = nn.Linear(size, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, size)
         self.norm = nn.LayerNorm(size, config.layer_norm_eps)
 
     def forward(self, x: Tensor, lengths: list[int]) -> Tensor:
@@ -101,6 +87,31 @@ class Bert(nn.Module):
         for layer in self.layers:
             x = layer(x, lengths)
         return x
+
+
+class InC(nn.Module):
+    """A linear layer whose product is written in C."""
+
+    def __init__(self, panels: Tensor, bias: Tensor, native: Native) -> None:
+        super().__init__()
+        self.panels, self.bias, self.native = panels, bias, native
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.native.product(x, self.panels, self.bias)
+
+
+def in_c(model: Bert) -> Bert:
+    """The model, changed in place: what can be is computed in C where that can be had, and by torch elsewhere."""
+    try:
+        operations = native()
+    except NativeError as error:
+        log.info("torch's own products are used: %s", error)
+        return model
+    for layer in model.layers:
+        for name, linear in layer.named_children():
+            if isinstance(linear, nn.Linear) and (panels := in_panels(linear.weight)) is not None:
+                setattr(layer, name, InC(panels, linear.bias, operations))
+    return model
 
 
 def mean_of_each(states: Tensor, lengths: list[int]) -> Tensor:

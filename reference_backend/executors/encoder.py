@@ -28,7 +28,7 @@ from torch import Tensor
 
 from reference_backend.batcher import Batcher, Limits
 from reference_backend.engine.config import ModelError, read_config, read_json
-from reference_backend.executors.bert import load_bert, mean_of_each, read_weights
+from reference_backend.executors.bert import in_c, load_bert, mean_of_each, read_weights
 from reference_backend.executors.stacked import Settings, first_line, read_settings
 from reference_backend.repository import Card
 from reference_backend.tensors import ANYHOW, Array, BadTensor, Tensors, TensorSpec, Terms
@@ -171,7 +171,7 @@ def read_network(directory: Path) -> Network:
     """The network in a directory. Raises ModelError."""
     if "BertModel" not in (read_json(directory / "config.json").get("architectures") or []):
         return read_decoder(directory)
-    bert = load_bert(directory)
+    bert = in_c(load_bert(directory))
     longest, trained_to = bert.config.max_position_embeddings, directory / "sentence_bert_config.json"
     if trained_to.exists():
         longest = min(longest, int(read_json(trained_to).get("max_seq_length") or longest))

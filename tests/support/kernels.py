@@ -9,7 +9,9 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'weir[backend]')")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when a kernel is defined: nothing may import ours before
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # as conftest.py says it, but for a torch that does not see the GPU that is there
+    )
 pytest.importorskip("triton", reason="triton is not installed: it has no wheel for this platform")
 
 torch.set_num_threads(1)

@@ -1,6 +1,7 @@
-"""The encoder, with one thread and with two, against transformers' BertModel, packed against alone, and broken directories."""
+"""The encoder, by torch and in C, with one thread and with two, against transformers' BertModel, packed against alone, and broken directories."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,8 @@ torch = pytest.importorskip("torch", reason="torch is not installed (pip install
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from reference_backend.engine.config import ModelError  # noqa: E402
-from reference_backend.executors.bert import FEW_ROWS, Shared, load_bert, mean_of_each  # noqa: E402
+from reference_backend.engine.native import native  # noqa: E402
+from reference_backend.executors.bert import InC, in_c, load_bert, mean_of_each  # noqa: E402
 
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent.parent / "golden" / "bert"
@@ -23,30 +25,48 @@ def threads(request):
     torch.set_num_threads(1)
 
 
-@pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize(("rows", "columns"), [(1, 8), (FEW_ROWS, 8), (FEW_ROWS + 1, 8), (3, 6)])
-def test_what_threads_share_is_what_one_computes(rows, columns):
-    layer, x = Shared(5, columns).requires_grad_(requires_grad=False), torch.randn(rows, 5)
-    torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+@pytest.fixture(params=["by torch", "in C"])
+def model(request):
+    if request.param == "by torch":
+        return load_bert(GOLDEN)
+    if shutil.which(os.environ.get("CC", "cc")) is None:
+        pytest.skip("no C compiler is installed")
+    made = in_c(load_bert(GOLDEN))
+    assert products(made) == [InC, InC, torch.nn.Linear, InC] * 2  # one has 48 columns, which are no whole panels
+    return made
+
+
+def products(model):
+    return [type(each) for each in model.modules() if isinstance(each, InC | torch.nn.Linear)]
 
 
 @pytest.mark.usefixtures("threads")
-def test_states_are_those_of_transformers():
+def test_states_are_those_of_transformers(model):
     golden = load_file(GOLDEN / "golden.safetensors")
     with torch.inference_mode():
-        states = load_bert(GOLDEN)(golden["tokens"].flatten(), [len(row) for row in golden["tokens"]])
+        states = model(golden["tokens"].flatten(), [len(row) for row in golden["tokens"]])
     torch.testing.assert_close(states.view_as(golden["states"]), golden["states"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("threads")
-def test_a_text_is_the_same_alone_and_packed_among_others():
-    model, lengths = load_bert(GOLDEN), [5, 1, 30, 9]
+def test_a_text_is_the_same_alone_and_packed_among_others(model):
+    lengths = [5, 1, 30, 9]
     texts = [torch.randint(0, 64, (length,)) for length in lengths]
     with torch.inference_mode():
         together = mean_of_each(model(torch.cat(texts), lengths), lengths)
         for text, length, found in zip(texts, lengths, together, strict=True):
             torch.testing.assert_close(mean_of_each(model(text, [length]), [length])[0], found, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(together.norm(dim=-1), torch.ones(4))
+
+
+def test_without_a_compiler_torch_does_it_all(monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.cache_clear()
+    with caplog.at_level("INFO"):
+        assert set(products(in_c(load_bert(GOLDEN)))) == {torch.nn.Linear}
+    native.cache_clear()
+    assert "torch's own products are used: [Errno 2]" in caplog.text
 
 
 def broken(tmp_path, config=None, weights=None):
