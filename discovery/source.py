@@ -110,7 +110,7 @@ class Resynced:
 @dataclass(frozen=True, slots=True)
 class StateChanged:
     state: SyncState
-    reason: str  # why it is stale, "" otherwise
+    reason: str  # why it is cold or stale, "" otherwise
 
 
 @dataclass(frozen=True, slots=True)

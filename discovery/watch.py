@@ -112,6 +112,7 @@ class Watch:
         self._last_contact: float | None = None
         self._listed = asyncio.Event()
         self.state = SyncState.COLD
+        self._told: SyncState | None = None
 
     def __repr__(self) -> str:
         return f"<Watch {self.state.value} revision={self._revision} keys={len(self._known)}>"
@@ -225,8 +226,7 @@ class Watch:
 
     async def _fail(self, reason: str, failure: SourceFailure) -> Empty:
         """Back to Empty, after a delay."""
-        if self._listed.is_set():
-            self._set_state(SyncState.STALE, f"{reason}: {failure}")
+        self._set_state(SyncState.STALE if self._listed.is_set() else SyncState.COLD, f"{reason}: {failure}")
         await asyncio.sleep(self._backoff.next_delay())
         return Empty(reason)
 
@@ -276,8 +276,9 @@ class Watch:
             self._apply(Delta(puts, deletes))
 
     def _set_state(self, state: SyncState, reason: str = "") -> None:
-        if state is not self.state:
-            self.state = state
+        self.state = state
+        if state is not self._told:  # that it is cold, too, once it was tried
+            self._told = state
             self._observe(StateChanged(state, reason))
 
     def _next_relist(self) -> float:

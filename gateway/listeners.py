@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import os
 import resource
 from collections.abc import Callable
 from typing import cast
@@ -123,4 +124,6 @@ def cannot_listen(key: str, listen: Address, error: OSError) -> CannotRun:
     """What the operator is told; `key` is where the address stands in weir.yaml."""
     if error.errno == errno.EADDRINUSE:
         return CannotRun(f"{listen} is in use; stop what listens there, or set another `{key}`")
-    return CannotRun(f"cannot listen on {listen}: {error.strerror or error}; set another `{key}`")
+    # The event loop puts its own words, and the address once more, before those of the system.
+    why = os.strerror(error.errno) if error.errno is not None and error.errno > 0 else error.strerror or error
+    return CannotRun(f"cannot listen on {listen}: {why}; set another `{key}`")

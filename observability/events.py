@@ -57,7 +57,7 @@ class DiscoveryState(msgspec.Struct, frozen=True):
     """state: cold | watching | stale; of: backends | gateways | policies."""
 
     state: str
-    reason: str  # why it is stale, "" otherwise
+    reason: str  # why it is cold or stale, "" otherwise
     of: str
 
 

@@ -52,7 +52,7 @@ _SAID: dict[type, Callable[[Any], tuple[str, str]]] = {
         {"periodic": "debug", "start": "info"}.get(e.reason, "warning"),
         "discovery listed",
     ),
-    events.DiscoveryState: lambda e: ("warning" if e.state == "stale" else "info", "discovery state"),
+    events.DiscoveryState: lambda e: ("info" if e.state == "watching" else "warning", "discovery state"),
     events.BackendHealth: lambda e: ("info" if e.healthy else "warning", "backend health"),
     events.PolicyReloaded: lambda e: (
         ("info", "policy in force") if e.result == "ok" else ("error", "policy refused, the one in force stays")

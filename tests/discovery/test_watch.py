@@ -93,7 +93,7 @@ async def test_nothing_to_list_from_at_start_is_cold_and_tried_again_without_has
         source.is_away = False
         await asyncio.wait_for(follower.watch.wait_listed(), 10)
         await settle()
-        assert (follower.resyncs, follower.states) == (["start"], ["watching"])
+        assert (follower.resyncs, follower.states) == (["start"], ["cold", "watching"])
 
 
 @virtual_time

@@ -27,6 +27,10 @@ pytestmark = pytest.mark.integration
             socket.gaierror(-2, "Name or service not known"),
             "cannot listen on 127.0.0.1:80: Name or service not known; set another `listen`",
         ),
+        (
+            OSError(errno.EADDRNOTAVAIL, "error while attempting to bind on address ('9.9.9.9', 80): cannot assign"),
+            "cannot listen on 127.0.0.1:80: Cannot assign requested address; set another `listen`",
+        ),
         (OSError("odd"), "cannot listen on 127.0.0.1:80: odd; set another `listen`"),
     ],
 )

@@ -84,6 +84,7 @@ def test_a_traceback_tells_no_local_variable_and_obeys_no_client(configured, con
         (events.DiscoveryResynced("periodic", 7, "backends"), "debug", {"revision": 7}),
         (events.DiscoveryResynced("start", 7, "gateways"), "info", {"of": "gateways"}),
         (events.DiscoveryResynced("compacted", 7, "backends"), "warning", {"reason": "compacted"}),
+        (events.DiscoveryState("cold", "no answer", "backends"), "warning", {"state": "cold", "reason": "no answer"}),
         (events.DiscoveryState("stale", "no answer", "backends"), "warning", {"state": "stale", "reason": "no answer"}),
         (events.BreakerChanged("tiny", "b-1", "open"), "warning", {"backend": "b-1"}),
         (events.BreakerChanged("tiny", "b-1", "closed"), "info", {"state": "closed"}),
