@@ -14,6 +14,7 @@ import asyncio
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ STREAMS = (1, 8, 32)
 TOKENS = 128
 WARM_UP_SECONDS = 1.0
 READY_SECONDS = 120.0
+TEXT = re.compile(rb'"(?:content|text)": ?"[^"]')
 FIGURES = (
     Figure("tokens_per_second", "tok/s", "tokens", 0),
     Figure("first_p50_ms", "ms", "first token p50"),
@@ -64,7 +66,10 @@ def posted(path: str, body: bytes) -> bytes:
 
 
 class Asker(Stream):
-    """A connection that asks something new each time."""
+    """A connection that asks something new each time, and has its first token with the first text.
+
+    Some servers name a role at once, before they have computed anything.
+    """
 
     def __init__(self, task: Task, seen: Seen, ended, asks: Iterator[bytes]):
         super().__init__(task, seen, ended)
@@ -73,6 +78,9 @@ class Asker(Stream):
     def send(self) -> None:
         self._request = next(self._asks)
         super().send()
+
+    def begins(self, events: bytes) -> bool:
+        return TEXT.search(events) is not None
 
 
 @dataclass(slots=True)

@@ -80,11 +80,15 @@ class Stream(asyncio.Protocol):
         self._tail = text[-TAIL:]
         self._is_done = self._is_done or dones > 0
         self._seen.events += marks - dones
-        if marks:
+        if marks and (self.has_begun or self.begins(text)):
             self._time(now)
         if self._is_done and text.endswith(END):
             self._seen.whole += 1
             self._end()
+
+    def begins(self, _: bytes) -> bool:
+        """Whether an answer begins with these events."""
+        return True
 
     def connection_lost(self, _: Exception | None) -> None:
         if self._is_open:

@@ -5,11 +5,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
-from benchmarks.model_server import FIGURES, TOKENS, Window, document, page, requests, round_of
-from benchmarks.streams import Seen
+from benchmarks.model_server import FIGURES, TOKENS, Asker, Window, document, page, requests, round_of
+from benchmarks.streams import Seen, Task
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -25,6 +26,27 @@ def test_a_round_counts_tokens_by_events():
         "cpu_us": pytest.approx(1000),
         "cut": 0.0,
     }
+
+
+@pytest.mark.parametrize(
+    ("events", "has_begun"),
+    [
+        (b'data: {"choices":[{"delta":{"role":"assistant"}}]}\n\n', False),
+        (b'data: {"choices": [{"delta": {"role": "assistant", "content": ""}}]}\n\n', False),
+        (
+            b'data: {"choices":[{"delta":{"role":"assistant"}}]}\n\ndata: {"choices":[{"delta":{"content":"A"}}]}\n\n',
+            True,
+        ),
+        (b'data: {"choices": [{"delta": {"content": "\\n"}}]}\n\n', True),
+        (b'data: {"choices":[{"text":"A"}]}\n\n', True),
+    ],
+)
+def test_the_first_token_is_the_first_text(events, has_begun):
+    seen = Seen()
+    stream = Asker(Task(0, "", 1, 1.0), seen, lambda _: None, iter([b"ask"]))
+    stream.connection_made(Mock())
+    stream.data_received(events)
+    assert (len(seen.firsts), seen.events > 0) == (has_begun, True)
 
 
 def test_a_round_without_answers_is_zero():
