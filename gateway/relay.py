@@ -84,8 +84,9 @@ class Relay(Wakeup):
     """
 
     __slots__ = (
-        "_activity", "_backend", "_client", "_connection", "_held", "_held_bytes", "_is_chunked", "_mode", "_out",
-        "_over", "_scanner", "_stalled_since", "call", "committed", "ending", "head", "overdue", "timeouts", "trail",
+        "_activity", "_backend", "_client", "_connection", "_held", "_held_bytes", "_is_chunked", "_is_late", "_mode",
+        "_out", "_over", "_scanner", "_stalled_since", "call", "committed", "ending", "head", "overdue", "timeouts",
+        "trail",
     )  # fmt: skip
 
     _connection: Connection  # once it is started
@@ -107,6 +108,7 @@ class Relay(Wakeup):
         self._out: list[bytes] = []  # body bytes to send at the next flush
         self._held: list[bytes] = []
         self._held_bytes = 0
+        self._is_late = False  # it was, when the clock was looked at last
         self._over = False  # ended, and the client has taken what it was sent
         self._activity = self._stalled_since = 0.0
 
@@ -273,9 +275,15 @@ class Relay(Wakeup):
         is_stalled = self._stalled_since > 0.0
         if is_stalled:  # then it is the client who is waited for
             due = min(self._stalled_since + CLIENT_STALL_SECONDS, self.trail.start + self.timeouts.total)
-        if now >= due:
+        if now < due:
+            self._is_late = False
+        elif self._is_late:
             self.overdue = None if is_stalled else kind
             self._give_up("client_slow" if is_stalled else "upstream_timeout")
+            return
+        else:  # an event loop that was held up looks at its clock before it reads what has come meanwhile
+            self._is_late = True
+            self._wake_in(0.0, now)
             return
         quiet_until = self._activity + KEEP_ALIVE_SECONDS
         if self._scanner is not None and self.committed and not is_stalled:

@@ -3,6 +3,9 @@
 import asyncio
 import contextlib
 import json
+import os
+import signal
+from pathlib import Path
 
 import openai
 import pytest
@@ -13,7 +16,8 @@ from tests.support.admin_client import api, scrape
 from tests.support.fault_proxy import FaultProxy
 from tests.support.raw_client import CHAT, RawClient, chat_request
 from tests.support.running_gateway import policy_with, until
-from tests.support.scripted_backend import BackendConnection, Hangup, ScriptedBackend
+from tests.support.scripted_backend import BackendConnection, Hangup, ScriptedBackend, answer_ok
+from tests.support.serving import serving
 from tests.support.traffic import Traffic
 
 pytestmark = pytest.mark.integration
@@ -256,6 +260,25 @@ async def test_A10_a_backend_that_stalls_before_the_first_byte(row):
             assert failures_at(gateway, backend) == 1
     assert told(answer) == (504, "upstream_timeout")
     assert [(line["end_reason"], line["attempts"]) for line in row.lines] == [("upstream_timeout", 1)]
+
+
+async def test_A10_an_answer_that_came_while_the_gateway_was_stopped(tmp_path):
+    """For longer than the timeout: it lies in the kernel, and it was the gateway who could not read it."""
+
+    async def answer_and_let_go_on_later(connection: BackendConnection) -> None:
+        os.kill(weir.process.pid, signal.SIGSTOP)
+        await until(lambda: " T " in Path(f"/proc/{weir.process.pid}/stat").read_text())
+        await answer_ok(connection)
+        await asyncio.sleep(3.5)
+        os.kill(weir.process.pid, signal.SIGCONT)
+
+    policy = policy_with(timeout="{connect: 1s, first_byte: 3s, idle: 3s, total: 60s}")
+    async with (
+        ScriptedBackend(answer_and_let_go_on_later) as backend,
+        serving(tmp_path, backend.url, policy=policy) as weir,
+        RawClient(weir.data_address) as client,
+    ):
+        assert (await client.ask()).status == 200
 
 
 async def test_A11_a_backend_that_stalls_in_the_middle_of_a_stream(row, monkeypatch):

@@ -395,6 +395,28 @@ async def test_nothing_is_put_between_bytes_that_are_no_events() -> None:
     assert story.client.body == b"ab"
 
 
+@pytest.mark.parametrize(
+    ("before", "due", "then"), [([], 30, JSON + b"{}"), ([EVENTS + chunk(ONE)], 20, chunk(DONE) + END)]
+)
+@virtual_time
+async def test_what_came_while_the_loop_was_held_up_is_read_before_anything_is_overdue(before, due, then) -> None:
+    story = Story()
+    story.hear(*before)
+    asyncio.get_running_loop().call_later(due + 0.0005, story.hear, then)  # an event loop looks at its timers first
+    assert await story.end() == Ending("ok")
+
+
+@virtual_time
+async def test_who_was_late_once_is_late_again_only_when_nothing_has_come() -> None:
+    story = Story()
+    story.hear(EVENTS + chunk(ONE))
+    for turn in (1, 2):
+        asyncio.get_running_loop().call_later(20.0005 * turn, story.hear, chunk(ONE))
+    assert (await story.end()).reason == "upstream_timeout"
+    assert asyncio.get_running_loop().time() == pytest.approx(60, abs=0.01)
+    assert story.client.body.count(ONE) == 3
+
+
 @virtual_time
 async def test_an_alarm_that_rings_when_the_answer_is_over_does_nothing() -> None:
     story = Story()
