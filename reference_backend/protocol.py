@@ -292,7 +292,8 @@ def decode(body: bytes | memoryview, form: type[Request]) -> Request:
         return msgspec.json.decode(body, type=form)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         missing, place = _PLACE.findall(str(error))[0]
-        raise bad(str(error)[:LONGEST_SHOWN], ".".join(filter(None, (place, missing))) or None) from error
+        what = "" if isinstance(error, msgspec.ValidationError) else "the body is not JSON: "
+        raise bad(f"{what}{error}"[:LONGEST_SHOWN], ".".join(filter(None, (place, missing))) or None) from error
 
 
 def _other_seed(seed: int, choice: int) -> int:

@@ -28,10 +28,10 @@ def tool(name, parameters=None, **more):
 
 
 BAD_CHATS = [
-    (b"", None, "truncated"),
+    (b"", None, "the body is not JSON: Input data was truncated"),
     (b"null", None, "Expected `object`"),
     (b"[]", None, "Expected `object`"),
-    (b"{", None, "truncated"),
+    (b"{", None, "the body is not JSON: Input data was truncated"),
     (b'{"model": "\xff"}', None, "utf-8"),
     (b'{"model": "\\ud800"}', None, ""),
     (b'{"functions": ' + b"[" * 100_000, None, "recursion"),
