@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from uuid import uuid4
 
 import msgspec
@@ -29,6 +29,8 @@ from reference_backend.structured import Trials
 from reference_backend.tools import Form, form_of
 
 MOST_PICTURES = 16  # in one request: to decode one can take 50 ms
+SHORT = 1024  # characters, of which tokens are made in half a millisecond
+MARKUP = 32  # characters that a template puts around a message
 TRIALS = web.AppKey("trials", Trials)
 STARTED_AT = web.AppKey("started_at", int)
 USAGE = web.RequestKey("usage", Usage)  # what a request has used, for whoever wraps the handler
@@ -48,8 +50,9 @@ async def _chat(request: web.Request) -> web.StreamResponse:
         if grammar is not None:
             await request.app[TRIALS].check(grammar, clauses)
         tools = msgspec.to_builtins(body.offered()) or None  # as templates know them
-        _check_length(model, body, sum(message.characters for message in messages) + len(str(tools)))
-        prompt = await asyncio.to_thread(model.tokenizer.encode_chat, messages, tools)
+        characters = sum(message.characters for message in messages) + len(str(tools))
+        _check_length(model, body, characters)
+        prompt = await _soon(characters + MARKUP * len(messages), model.tokenizer.encode_chat, messages, tools)
         pictures = await asyncio.to_thread(_pictures, model, prompt, body) if model.sees else []
         return await _answer(request, body, model, prompt, grammar, form, pictures)
 
@@ -59,7 +62,7 @@ async def _completion(request: web.Request) -> web.StreamResponse:
     body = await read(request, CompletionRequest)
     with find(request, body.model).use(Language) as model:
         _check_length(model, body, len(body.text()))
-        prompt = await asyncio.to_thread(model.tokenizer.encode, body.text())
+        prompt = await _soon(len(body.text()), model.tokenizer.encode, body.text())
         if not prompt:
             raise bad("the prompt is empty", "prompt")
         return await _answer(request, body, model, prompt)
@@ -122,6 +125,11 @@ def _pictures(model: Language, prompt: list[int], body: ChatRequest) -> list[Pic
         raise bad(f"the messages have {len(urls)} pictures; at most {MOST_PICTURES} are read", "messages")
     shown = [read_picture(url, PICTURE_SIDE, place) for place, url in urls.items()]
     return placed(prompt, model.tokenizer.picture_token, shown)
+
+
+async def _soon(size: int, encode: Callable[..., list[int]], *what: object) -> list[int]:
+    """What is made of so many characters. In a thread only if it takes long: one would wait for the loop to rest."""
+    return encode(*what) if size <= SHORT else await asyncio.to_thread(encode, *what)
 
 
 def _check_length(model: Language, body: GenerationRequest, characters: int) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import threading
 
 import aiohttp
 import pytest
@@ -14,6 +15,7 @@ from reference_backend.answers import DONE  # noqa: E402
 from reference_backend.engine.request import Priority  # noqa: E402
 from reference_backend.incoming import LARGEST_BODY  # noqa: E402
 from reference_backend.served import State  # noqa: E402
+from reference_backend.tokenizer import Tokenizer  # noqa: E402
 from tests.support.tiny_model import CREATED, running_api  # noqa: E402
 
 QUESTION = {"model": "tiny", "temperature": 0, "messages": [{"role": "user", "content": "What is a KV cache?"}]}
@@ -56,6 +58,22 @@ async def test_a_chat_is_answered_whole():
     assert (answer["created"], answer["model"], answer["object"]) == (CREATED, "tiny", "chat.completion")
     assert answer["usage"]["completion_tokens"] > 20
     assert "endpoint-load-metrics" not in headers
+
+
+@pytest.mark.parametrize(("words", "is_apart"), [(10, False), (400, True)])
+async def test_only_a_long_text_is_made_into_tokens_in_a_thread(words, is_apart, monkeypatch):
+    places = []
+
+    def encode(self, text):
+        places.append(threading.current_thread())
+        return encoded(self, text)
+
+    encoded = Tokenizer.encode
+    monkeypatch.setattr(Tokenizer, "encode", encode)
+    async with running_api() as backend:
+        asked = {"model": "tiny", "prompt": "word " * words, "max_tokens": 1}
+        status, _, _ = await post(backend.url, asked, "/v1/completions")
+    assert (status, [place is not threading.current_thread() for place in places]) == (200, [is_apart])
 
 
 async def test_a_chat_is_streamed_token_by_token():
