@@ -100,8 +100,8 @@ class Account:
         """The admitted request did no work: its token may be used again."""
         self.meter.put_back(self._now())
 
-    async def reserve(self, call: Call, trail: Trail) -> Reservation:
-        """Of a plan with `tokens`: set aside what a request may come to; its `with` settles it. Raises a Refusal.
+    async def reserve(self, call: Call, trail: Trail) -> Reservation | None:
+        """Of a plan with `tokens`: set aside what a request may come to. Raises a Refusal.
 
         Who must wait gets the token of the request back.
         """

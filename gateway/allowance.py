@@ -1,16 +1,16 @@
 """Tokens of language models that a consumer may use under a plan: reserved for a request, settled at its end.
 
-    with await account.reserve(call, trail):    # what it may come to; raises a Refusal
-        ...                                     # attempts at backends, the answer to its last byte
-                                                # settled: what it has come to, whatever happened
+    trail.reservation = await account.reserve(call, trail)     # what it may come to; raises a Refusal
+    ...                                                        # attempts at backends, the answer to its last byte
+    trail.reservation.settle(trail)                            # what it has come to, whatever happened
+
+The last line stands in the `finally` that ends each request: a `with` of its own would cost those without a limit, too.
 
 Requests whose tokens nobody knows (tensors, pictures, sounds, gRPC) reserve nothing and are charged nothing.
 """
 
 from __future__ import annotations
 
-import asyncio
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from gateway.attempts import had_work
@@ -19,7 +19,7 @@ from gateway.meter import UNKNOWN
 from gateway.peek import expected_tokens
 from policies import errors
 from policies.lease import Limit
-from policies.quota import NOTHING, Estimate, cost
+from policies.quota import Estimate, cost
 
 if TYPE_CHECKING:
     from gateway.call import Call
@@ -38,12 +38,12 @@ class Allowance:
         self._rule = f"plans.{plan}.tokens"
         self._headers = LimitHeaders(plan, "tokens", limit)
 
-    async def reserve(self, call: Call, trail: Trail) -> Reservation:
-        """Reserve what a request may come to. Raises BodyTooLarge, RateLimited, StoreUnavailable."""
+    async def reserve(self, call: Call, trail: Trail) -> Reservation | None:
+        """Reserve what it may come to; None: nobody knows. Raises BodyTooLarge, RateLimited, StoreUnavailable."""
         expected = expected_tokens(call, self._limit.capacity)
         tokens = expected.prompt + expected.answer
         if not tokens:
-            return FREE
+            return None
         if tokens > self._limit.capacity:  # a 429 would ask it to come back for ever
             raise errors.BodyTooLarge(
                 f"This request may use {tokens} tokens, and its plan allows {told(self._limit)}: "
@@ -57,10 +57,7 @@ class Allowance:
             raise errors.RateLimited(
                 f"The token limit of this plan is reached: {told(self._limit)}.", rule=self._rule, retry_after=seconds
             )
-        if not self.meter.hold(tokens):
-            return FREE
-        trail.reserved = tokens
-        return Reservation(self.meter, trail, expected)
+        return Reservation(self.meter, expected) if self.meter.hold(tokens) else None
 
     def lines(self, now: float) -> bytes:
         """The header lines that tell the limit."""
@@ -75,37 +72,28 @@ class Allowance:
 
 
 class Reservation:
-    """Tokens set aside for one request. The end of its `with` settles them: the one place that does."""
+    """Tokens set aside for one request."""
 
-    __slots__ = ("_expected", "_meter", "_trail")
+    __slots__ = ("_expected", "_meter")
 
-    def __init__(self, meter: LocalMeter | LeasedMeter | None, trail: Trail | None, expected: Estimate) -> None:
+    def __init__(self, meter: LocalMeter | LeasedMeter, expected: Estimate) -> None:
         self._meter = meter
-        self._trail = trail
         self._expected = expected
 
-    def __enter__(self) -> None:
-        """It was made when the tokens were taken."""
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        meter, trail = self._meter, self._trail
-        if meter is None or trail is None:
-            return
-        used = used_tokens(trail, self._expected, has_left=kind is asyncio.CancelledError)
-        meter.settle(trail.clock(), trail.reserved, used)
+    def settle(self, trail: Trail) -> None:
+        """Charge what the request has come to, once it has ended: called in one place, the frame of a request."""
+        self._meter.settle(
+            trail.clock(), self._expected.prompt + self._expected.answer, used_tokens(trail, self._expected)
+        )
 
 
-FREE = Reservation(None, None, NOTHING)
-"""Of a request that costs no tokens."""
-
-
-def used_tokens(trail: Trail, expected: Estimate, *, has_left: bool) -> int:
+def used_tokens(trail: Trail, expected: Estimate) -> int:
     """What a request that has ended has come to.
 
-    Nothing, where no backend had work with it or what it got was a failure. Who leaves without having got anything has
-    had the prompt read.
+    Nothing, where no backend had work with it or what the client got was a failure. Who leaves without having got
+    anything (it has no status then) has had the prompt read.
     """
-    if not had_work(trail.attempts) or trail.status >= 400 or not (trail.status or has_left):
+    if not had_work(trail.attempts) or trail.status >= 400:
         return 0
     is_whole = trail.end_reason == "ok"
     return cost(expected, trail.tokens_in, trail.tokens_out, trail.events, is_whole=is_whole)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from gateway.allowance import FREE
 from gateway.attempts import Forwarder, had_work
 from gateway.body import is_at_hand
 from gateway.call import Call, Ids, accept
@@ -131,6 +130,8 @@ class Pipeline:
             self._refuse(errors.InternalError("Something went wrong in the gateway."), trail, call)
         finally:
             self.inflight -= 1
+            if trail.reservation is not None:
+                trail.reservation.settle(trail)
             trail.end()
             self._observe(trail)
         return call.keep_alive and not self.draining
@@ -193,16 +194,17 @@ class Pipeline:
             trail.route, trail.path = route.name, resource.shown
             access.check(route, entry.principal, call.model)
 
-            # Admit, once more: the tokens that it may come to, settled at its end with what it came to.
-            with FREE if account.tokens is None else await account.reserve(call, trail):
-                # Balance, guard, forward: choose a backend that its breaker lets through, relay its answer, or try
-                # another.
-                try:
-                    await self._forwarder.forward(call, trail, route, consumer)
-                except (errors.NoBackend, errors.BackendsBusy):
-                    if not had_work(trail.attempts):
-                        account.refund()
-                    raise
+            # Admit, once more: the tokens that it may come to, settled with what it came to when it has ended.
+            if account.tokens is not None:
+                trail.reservation = await account.reserve(call, trail)
+
+            # Balance, guard, forward: choose a backend that its breaker lets through, relay its answer, or try another.
+            try:
+                await self._forwarder.forward(call, trail, route, consumer)
+            except (errors.NoBackend, errors.BackendsBusy):
+                if not had_work(trail.attempts):
+                    account.refund()
+                raise
             return None
 
     def reject(self, connection: Client, refusal: errors.Refusal) -> None:

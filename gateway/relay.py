@@ -147,7 +147,7 @@ class Relay(Wakeup):
             return
         self._mode = verdict
         if verdict is Mode.EVENTS:
-            self._scanner = sse.Scanner(self.call.resource.path, counts=self.trail.reserved > 0)
+            self._scanner = sse.Scanner(self.call.resource.path, counts=self.trail.reservation is not None)
 
     def on_body(self, data: bytes) -> None:
         if self.ending is not LEFT:

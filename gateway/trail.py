@@ -13,6 +13,7 @@ from observability.request import RequestEnded
 
 if TYPE_CHECKING:
     from gateway.admission import Account
+    from gateway.allowance import Reservation
     from gateway.call import Call
 
 
@@ -20,7 +21,7 @@ class Trail(RequestEnded):
     """The record of one request. `start` and `mark` are readings of `clock`, a monotonic one, in seconds."""
 
     __slots__ = (
-        "call", "clock", "events", "limit_lines", "mark", "payer", "policy_line", "reserved", "start",
+        "call", "clock", "events", "limit_lines", "mark", "payer", "policy_line", "reservation", "start",
         "tokens_cached", "waited",
     )  # fmt: skip
 
@@ -33,7 +34,10 @@ class Trail(RequestEnded):
         self.call: Call | None = None
         self.payer: Account | None = None
         self.limit_lines = b""  # header lines about the payer's limits
-        self.reserved = self.events = 0  # tokens set aside for it; then the events of its answer are counted
+        self.reservation: Reservation | None = (
+            None  # tokens set aside for it; then the events of its answer are counted
+        )
+        self.events = 0
         self.auth = self.limit = self.body = self.queue = self.pick = self.connect = self.upstream = 0.0
         self.waited = 0.0  # of upstream and after it: spent waiting for the backend or the client, not for us
         self.first_token = -1.0
