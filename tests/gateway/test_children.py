@@ -40,7 +40,7 @@ def program(tmp_path: Path, name: str, code: str = SLEEPER, grace: float | None 
     notes = tmp_path / name
 
     async def has_noted() -> bool:
-        return notes.exists()
+        return notes.exists() and "\n" in notes.read_text()
 
     argv = (sys.executable, "-I", "-S", "-c", code, str(notes))
     return Program(name, argv, log=tmp_path / f"{name}.log", is_ready=has_noted, grace=grace)
@@ -52,10 +52,9 @@ def pids(tmp_path: Path, name: str) -> list[int]:
 
 def is_alive(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):  # before it was opened, or before it was read
         return False
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 async def until(condition) -> None:

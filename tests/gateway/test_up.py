@@ -17,15 +17,14 @@ from rich.console import Console
 from gateway import up
 from gateway.children import CannotRun, ChildFailed, Program
 from gateway.stack import Options, Ports
+from tests.support.ports import free_ports
 
 pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
 def options(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
-        ports = one.getsockname()[1], two.getsockname()[1]
-    return Options(*ports, directory=tmp_path / ".weir")
+    return Options(*free_ports(2), directory=tmp_path / ".weir")
 
 
 @pytest.fixture
@@ -63,7 +62,7 @@ def fakes(monkeypatch):
 async def test_it_ends_in_a_box_and_stops_on_a_signal(options, console, fakes):
     fakes([[sleeper("etcd")], [sleeper("gateway")]])
     running = asyncio.create_task(up.up(options, console, wall=lambda: 1e9))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while "Ctrl-C" not in console.export_text(clear=False):
             await asyncio.sleep(0.005)
         os.kill(os.getpid(), signal.SIGINT)
@@ -87,7 +86,7 @@ async def test_a_start_that_fails_is_told_and_leaves_the_folder_free(options, co
 async def test_two_in_one_folder(options, console, fakes):
     fakes([[sleeper("etcd")]])
     first = asyncio.create_task(up.up(options, console, wall=lambda: 1e9))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while "Ctrl-C" not in console.export_text(clear=False):
             await asyncio.sleep(0.005)
         with pytest.raises(CannotRun, match="another `weir up` runs in"):

@@ -27,11 +27,12 @@ def bench(*arguments):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=280,
         check=False,
     )
 
 
+@pytest.mark.timeout(300)
 def test_some_workloads_give_a_table_and_a_document(tmp_path):
     place = tmp_path / "result.json"
     words = [

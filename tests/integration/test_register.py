@@ -53,7 +53,7 @@ async def start(*arguments):
 
 
 async def until(condition):
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(60):
         while not (value := await condition()):
             await asyncio.sleep(0.01)
     return value

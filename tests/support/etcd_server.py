@@ -119,6 +119,7 @@ class EtcdServer:
             f"--listen-metrics-urls={self._metrics_url}",
             # A single member elects itself after one election timeout, and leases can be as short as 1.5 of them.
             "--heartbeat-interval=50", "--election-timeout=500", "--unsafe-no-fsync", "--log-level=warn",
+            "--bcrypt-cost=4",  # passwords of tests are cheap to verify
             *self._arguments,
         ]  # fmt: skip
         with self.log_path.open("ab") as log:
