@@ -25,7 +25,7 @@ settings.load_profile("weir")
 @pytest.fixture
 def patient(monkeypatch):
     """A machine that is busy is no Redis that is away: for whoever does not test what is done about a slow one."""
-    for name in ("store.STORE_SECONDS", "meter.STORE_SECONDS", "store.CONNECT_SECONDS"):
+    for name in ("store.STORE_SECONDS", "meter.STORE_SECONDS", "store.CONNECT_SECONDS", "store.TLS_CONNECT_SECONDS"):
         monkeypatch.setattr(f"gateway.{name}", 5.0)
 
 

@@ -305,7 +305,11 @@ async def test_G08_a_bug_before_the_answer_and_one_after_its_head(row, monkeypat
         await connection.wait_closed()
         raise Hangup
 
-    async with ScriptedBackend(two_events) as backend, row.gateway(backend.url, bystander=False) as gateway:
+    policy = policy_with(timeout="{idle: 1s}")  # what ends a stream that nobody flushes any more
+    async with (
+        ScriptedBackend(two_events) as backend,
+        row.gateway(backend.url, policy=policy, bystander=False) as gateway,
+    ):
         with monkeypatch.context() as bug:
             bug.setattr("gateway.pipeline.peek", broken)
             answer = await ask(gateway.data_address)

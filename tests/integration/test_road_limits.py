@@ -357,9 +357,12 @@ async def test_a_frozen_redis_delays_nobody_for_long(tmp_path, etcd, redis) -> N
     assert waits(felt)[-1] < 2.0  # the client library would by itself have waited longer
 
 
-async def test_what_a_refusal_waited_for_is_told(tmp_path, etcd, redis) -> None:
+@pytest.mark.usefixtures("patient")
+async def test_what_a_refusal_waited_for_is_told(tmp_path, etcd, redis, monkeypatch) -> None:
     plan = "{requests: 1/hour, burst: 1, when_store_is_down: closed}"
     async with gateways(1, tmp_path, etcd, redis, plan) as [gateway], RawClient(gateway.data_address) as client:
+        await wait_store(True, gateway)
+        monkeypatch.setattr("gateway.meter.STORE_SECONDS", 0.025)  # that of the request; it does not seem away yet
         redis.pause()
         refused = await client.ask()
         redis.resume()

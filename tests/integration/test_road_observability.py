@@ -35,7 +35,7 @@ async def by_path(connection: BackendConnection) -> None:
     if wish == "breaks":
         raise Hangup
     if wish == "slow":
-        await asyncio.sleep(0.15)
+        await asyncio.sleep(0.35)
     if connection.body and json.loads(connection.body).get("stream"):
         if wish == "hangs":
             await connection.begin_events()
@@ -99,7 +99,7 @@ async def test_a_trace_goes_through_to_the_backend_and_a_retry_is_in_its_tree(tm
 
 async def test_errors_and_slow_requests_are_kept_and_the_rest_is_not(tmp_path) -> None:
     async with OtlpReceiver() as receiver, ScriptedBackend(by_path) as backend:
-        config = f"telemetry: {{otlp: {receiver.url}, sample: 0%, slow: 100ms}}\n"
+        config = f"telemetry: {{otlp: {receiver.url}, sample: 0%, slow: 300ms}}\n"
         async with (
             running_gateway(tmp_path, backend.url, config=config, models=MODELS) as gateway,
             RawClient(gateway.data_address) as client,
@@ -310,7 +310,7 @@ async def test_ready_is_who_has_listed_its_backends_and_alive_is_who_answers(tmp
 
 
 async def test_a_gateway_that_drains_says_so_and_serves_on_until_it_is_done(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("gateway.drain.ACCEPT_SECONDS", 0.5)
+    monkeypatch.setattr("gateway.drain.ACCEPT_SECONDS", 1.0)
     end = asyncio.Event()
 
     async def slow(connection: BackendConnection) -> None:

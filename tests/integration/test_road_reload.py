@@ -144,7 +144,7 @@ async def test_what_is_in_flight_ends_under_the_policy_it_began_with(tmp_path) -
 
 async def test_a_broken_file_changes_nothing_and_says_where_it_is_broken(tmp_path, capfd) -> None:
     path = tmp_path / "policy.yaml"
-    broken = OPEN_POLICY.replace("first_byte: 5s", "first_bite: 5s") + "plans: {p: {requests: many}}\n"
+    broken = OPEN_POLICY.replace("first_byte: 60s", "first_bite: 60s") + "plans: {p: {requests: many}}\n"
     line = next(number for number, text in enumerate(broken.split("\n"), 1) if "first_bite" in text)
     column = broken.split("\n")[line - 1].index("first_bite") + 1
     async with ScriptedBackend() as backend, running_gateway(tmp_path, backend.url) as gateway:

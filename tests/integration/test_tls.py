@@ -485,6 +485,7 @@ async def tls_before(port, tls):
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+@pytest.mark.usefixtures("patient")
 async def test_redis_is_spoken_to_over_tls_and_soon_with_the_renewed_certificate(tmp_path, authority, strangers):
     ours, its = authority.issue("weir", ["weir"]), authority.issue("redis", ["127.0.0.1"])
     tls = server_tls(its, believes=authority.cert)
