@@ -160,7 +160,7 @@ class Row:
         async with running as gateway:
             if (etcd := gateway.config.discovery.etcd) is not None:
                 self._of_etcd += etcd.endpoints
-                if gateway.discovery.watch.state.value != "cold":  # the watch of other gateways begins by itself
+                if gateway.discovery.watch.revision:  # it has listed, and both are about to watch
                     await until(_are_watching)
             before = _Resources()
             if bystander:
