@@ -100,7 +100,7 @@ class Batches:
 
     def next(self, now: float) -> list[Part]:
         """The batch that is to run now, which is under way from here to `over`; nothing when it is not time for one."""
-        if not self._size or self.under_way >= UNDER_WAY:
+        if not self.waiting or self.under_way >= UNDER_WAY:
             return []
         if self._size < self.limits.size and (self.under_way or now < self.due()):
             return []

@@ -66,6 +66,12 @@ def test_sizes_are_summed_and_a_larger_item_goes_alone():
     assert made == ["a", "bc", "d", "e"]
 
 
+def test_what_has_no_size_is_run_like_any():
+    room = batches()
+    room.add(Request([("a", 0)]), 0.0)
+    assert names(room.next(0.0)) == "a"
+
+
 def test_what_cannot_lie_together_goes_apart_and_nobody_passes_his_own():
     room = batches(size=9)
     added(room, "a", key="small")
